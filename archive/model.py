@@ -1,0 +1,308 @@
+"""The domain's own objects, frozen, shared by every package; no wire type and no database row among them.
+
+Times are integers of microseconds since 1970 UTC (`*_us`); sizes are bytes. A `Fields` maps DICOM keywords to
+values in DICOM's own string form, several values joined by a backslash (PS3.5 6.4), text already decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+from archive.errors import InvalidInstance
+
+Fields = Mapping[str, str]
+
+_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
+UID_LENGTH_MAX = 64
+
+
+def is_uid(text: str) -> bool:
+    """Whether `text` is a UID by PS3.5 9.1: digits and dots, no leading zeros, at most 64 characters."""
+    return len(text) <= UID_LENGTH_MAX and _UID.fullmatch(text) is not None
+
+
+def require_uid(text: str, what: str) -> str:
+    """`text` if it is a UID, else InvalidInstance naming `what`, never the value: it came from outside."""
+    if not is_uid(text):
+        raise InvalidInstance(f"{what} is not a UID (PS3.5 9.1)")
+    return text
+
+
+class Level(Enum):
+    """The levels of the information model (PS3.4 C.6), from the widest to the narrowest."""
+
+    PATIENT = "PATIENT"
+    STUDY = "STUDY"
+    SERIES = "SERIES"
+    IMAGE = "IMAGE"
+
+
+@dataclass(frozen=True, slots=True)
+class Ward:
+    """An organisational unit of one hospital that runs a node.
+
+    `id` is the certificate's word for it, `hospital/ward` in lower-case slugs: unique in the region.
+    `issuer` is the assigning authority of the Patient IDs it sends.
+    """
+
+    id: str
+    hospital: str
+    name: str
+    issuer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an instance came from, fixed when its first byte arrived; kept in the record, not in the data set."""
+
+    ward: str
+    issuer: str
+    device: str
+    calling_ae: str
+    received_at_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceHead:
+    """What is known of an instance before its data set arrives."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place in a log of files that are numbered from 1: every record below it was appended before it."""
+
+    file: int
+    offset: int
+
+
+START = Position(1, 0)
+
+
+class RecordKind(IntEnum):
+    """What a record of a pack is. The kind is the decision: an instance that lost to an earlier copy with the
+    same UID is written as CONFLICT, so that a rebuilt index decides as the first one did."""
+
+    INSTANCE = 1
+    CONFLICT = 2
+    MARK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a payload (a whole Part 10 stream, PS3.10 7.1) lies. `dataset_offset` counts from its first byte."""
+
+    pack: str
+    offset: int
+    length: int
+    dataset_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as it stands in a pack; `end` is the position just after it in the log."""
+
+    kind: RecordKind
+    sequence: int
+    head: InstanceHead
+    digest: bytes
+    location: Location
+    end: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What the index keeps of one instance, by level; the keywords are those of `archive/catalog.py`."""
+
+    patient: Fields
+    study: Fields
+    series: Fields
+    instance: Fields
+
+    @property
+    def study_uid(self) -> str:
+        return self.study["StudyInstanceUID"]
+
+    @property
+    def series_uid(self) -> str:
+        return self.series["SeriesInstanceUID"]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One record with the attributes read from its data set."""
+
+    record: Record
+    attributes: Attributes
+
+
+class Outcome(Enum):
+    """What intake decided about an instance, before it answered."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+
+
+class FactKind(Enum):
+    """What can't be derived from instances (design: the fact log). The values are written to disk."""
+
+    RECEIPT = "receipt"      # the region holds this instance of ours, durably
+    COPY = "copy"            # another ward holds the same instance (same UID, same digest)
+    SET_ASIDE = "set-aside"  # replication gave up on this instance, with the reason
+    RETRY = "retry"          # a person asked to try it again
+    DAMAGE = "damage"        # a promised record no longer matches its digest
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One fact. `ward` is whom it is about (a COPY's holder), `detail` a short reason without patient data."""
+
+    kind: FactKind
+    sop_instance_uid: str
+    digest: bytes
+    ward: str
+    at_us: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which wards' instances a question may touch; `wards=None` is every ward. Made by `federation/policy.py`."""
+
+    wards: frozenset[str] | None = None
+
+    def allows(self, ward: str) -> bool:
+        return self.wards is None or ward in self.wards
+
+
+EVERYTHING = Scope()
+NOTHING = Scope(frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class PatientKey:
+    """A patient is an issuer and an ID, never the ID alone: two hospitals both use 123."""
+
+    issuer: str
+    patient_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question to a source. `keys` are (keyword or dotted path, value in DICOM's matching form, PS3.4 C.2.2.2);
+    an empty value is universal matching. Order is StudyDate, StudyTime, StudyInstanceUID descending at study
+    level, and by number and UID ascending below it."""
+
+    level: Level
+    keys: tuple[tuple[str, str], ...] = ()
+    scope: Scope = EVERYTHING
+    person: frozenset[PatientKey] | None = None  # bind to these patients (the viewer's priors)
+    combine_datetime: bool = False               # QIDO (PS3.18 8.3.4.1.1), not C-FIND without negotiation
+    pending_only: bool = False                   # only instances that have no receipt yet
+    limit: int | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesHolding:
+    """The instances of one series behind a match, so that a union counts each once."""
+
+    series_uid: str
+    modality: str
+    sop_instance_uids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One answer, at `level`; the parts below the level are empty. Counts and lists regard what the scope allows.
+
+    `holdings` is filled for `pending_only` questions alone (at most 1,000 UIDs; `truncated` says so).
+    """
+
+    level: Level
+    issuer: str
+    patient: Fields
+    study: Fields = field(default_factory=dict)
+    series: Fields = field(default_factory=dict)
+    instance: Fields = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()
+    sop_classes: tuple[str, ...] = ()
+    series_count: int = 0
+    instance_count: int = 0
+    study_count: int = 0
+    wards: tuple[str, ...] = ()
+    holdings: tuple[SeriesHolding, ...] = ()
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredInstance:
+    """An instance that can be read here. `digest` is SHA-256 of the data set without group 2."""
+
+    study_uid: str
+    series_uid: str
+    head: InstanceHead
+    digest: bytes
+    location: Location
+    instance: Fields
+
+
+@dataclass(frozen=True, slots=True)
+class PendingInstance:
+    """An instance of a node's outbox: acknowledged here, without a receipt from the region. `conflict` ones travel too."""
+
+    study_uid: str
+    head: InstanceHead
+    digest: bytes
+    location: Location
+    conflict: bool
+    urgent: bool
+    tries: int
+
+    @property
+    def dataset_bytes(self) -> int:
+        return self.location.length - self.location.dataset_offset
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSummary:
+    """A node's backlog. `oldest_us` is when the oldest of it was received, None when there is none."""
+
+    count: int
+    bytes: int
+    oldest_us: int | None
+    set_aside: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictRow:
+    """Two contents under one SOP Instance UID: the first is served, the second is kept and shown to people only."""
+
+    sop_instance_uid: str
+    study_uid: str
+    kept_digest: bytes
+    other_digest: bytes
+    ward: str
+    device: str
+    received_at_us: int
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How much an archive holds."""
+
+    patients: int
+    studies: int
+    series: int
+    instances: int
+    bytes: int
+    conflicts: int

@@ -1,0 +1,1 @@
+"""Authority, profiles, enrolment, renewal, revocation and run-time credentials. Knows no DICOM."""

@@ -1,0 +1,1 @@
+"""The `miss` command: composes the other packages."""

@@ -1,0 +1,1 @@
+"""What a ward runs: byte pump, DIMSE services, admission."""

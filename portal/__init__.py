@@ -1,0 +1,1 @@
+"""DICOMweb, pages, sign-in and the viewer."""

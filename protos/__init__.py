@@ -1,0 +1,1 @@
+"""The region's wire, as .proto files and the code generated from them (`python -m protos.generate`)."""
