@@ -208,8 +208,8 @@ def make_instance(
     """One instance with 16-bit pixel data (`rows=0`: none).
 
     Compressed transfer syntaxes take their frames from `encapsulated`; RLE encodes its own. `offset_table` is
-    basic, extended or none. `padding` adds that many bytes (rounded up to even) of (FFFC,FFFC), which compress
-    little.
+    basic, extended or none. `padding` adds that many bytes (rounded up to even) of (FFFC,FFFC), which
+    compress little.
     """
     dataset = make_dataset(
         sop_class=sop_class, patient_id=patient_id, patient_name=patient_name, study_uid=study_uid,
