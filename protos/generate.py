@@ -22,8 +22,11 @@ def generate(out: Path) -> None:
     from grpc_tools import protoc
 
     sources = sorted(f"protos/{path.name}" for path in HERE.glob("*.proto"))
+    # The plugins lie beside this interpreter, whether or not its venv is on the PATH.
+    plugins = [f"--plugin={name}={Path(sys.executable).parent / name}"
+               for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
     arguments = [
-        "protoc", f"-I{ROOT}", f"--python_out={out}", f"--grpc_python_out={out}",
+        "protoc", *plugins, f"-I{ROOT}", f"--python_out={out}", f"--grpc_python_out={out}",
         f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}", *sources,
     ]
     if protoc.main(arguments) != 0:
