@@ -8,7 +8,7 @@ import pytest
 
 from protos import generate
 
-# Another compiler writes another header: only the pinned one can be compared with (pyproject.toml, extra `dev`).
+# Another compiler writes another header: only the pinned one can be compared with (extra `dev`).
 COMPILER = "1.85.1"
 
 
