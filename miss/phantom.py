@@ -1,6 +1,6 @@
-"""Computed images that are nobody's: a CT of a torso to scroll and reformat, and small studies of two people who
-share a Patient ID. Same call, same UIDs and same bytes, on any machine; every object says that it is synthetic.
-Never touches disk or network."""
+"""Computed images that are nobody's: a CT of a torso to scroll and reformat, and small studies of two people
+who share a Patient ID. Same call, same UIDs and same bytes, on any machine; every object says that it is
+synthetic. Never touches disk or network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Slice = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
-    """One series of one study of one invented person. `size` is rows and columns; lengths are in millimetres."""
+    """One series of one study of one invented person. `size` is rows and columns."""
 
     key: str
     patient_name: str
@@ -172,7 +172,7 @@ class _Canvas:
         self.axis = np.linspace(-1, 1, size, dtype=np.float32)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, value: float, *, inner: float = 0.0) -> None:
-        """Fills an ellipse, or with `inner` (a share of the radii) a ring. Outside of its box nothing is read."""
+        """Fills an ellipse, or with `inner` (a share of the radii) a ring; only its box is touched."""
         if rx <= 0 or ry <= 0:
             return
         columns, rows = self._span(x, rx), self._span(y, ry)
@@ -249,7 +249,7 @@ def _chest(canvas: _Canvas, h: float) -> None:
 
 
 def _bronchi(canvas: _Canvas, h: float) -> None:
-    """The airway: one trachea, two main bronchi, then tubes that wind through the lungs with a vessel beside."""
+    """The airway: a trachea, two main bronchi, then tubes that wind through the lungs, a vessel beside each."""
     if h > 0.80:
         canvas.ellipse(0, 0.10, 0.045, 0.042, MUSCLE)
         canvas.ellipse(0, 0.10, 0.034, 0.031, AIR)
