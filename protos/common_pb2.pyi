@@ -158,11 +158,16 @@ class Query(_message.Message):
     PERSON_FIELD_NUMBER: _builtins.int
     COMBINE_DATETIME_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    PENDING_ONLY_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     every_ward: _builtins.bool
     bound_to_person: _builtins.bool
     combine_datetime: _builtins.bool
     limit: _builtins.int
+    """0: none"""
+    offset: _builtins.int
+    pending_only: _builtins.bool
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Key]: ...
     @_builtins.property
@@ -180,10 +185,12 @@ class Query(_message.Message):
         person: _abc.Iterable[Global___PatientKey] | None = ...,
         combine_datetime: _builtins.bool = ...,
         limit: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        pending_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "person", b"person", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,11 +239,13 @@ class Match(_message.Message):
     WARDS_FIELD_NUMBER: _builtins.int
     HOLDINGS_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
+    STUDY_COUNT_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     issuer: _builtins.str
     series_count: _builtins.int
     instance_count: _builtins.int
     truncated: _builtins.bool
+    study_count: _builtins.int
     @_builtins.property
     def patient(self) -> Global___Fields: ...
     @_builtins.property
@@ -269,10 +278,11 @@ class Match(_message.Message):
         wards: _abc.Iterable[_builtins.str] | None = ...,
         holdings: _abc.Iterable[Global___SeriesHolding] | None = ...,
         truncated: _builtins.bool = ...,
+        study_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "patient", b"patient", "series", b"series", "study", b"study"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "patient", b"patient", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "patient", b"patient", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "study_count", b"study_count", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,6 +93,7 @@ class WardReport(_message.Message):
     CERTIFICATE_NOT_AFTER_US_FIELD_NUMBER: _builtins.int
     RATE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     AE_TITLE_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     pending: _builtins.int
     pending_bytes: _builtins.int
     oldest_pending_us: _builtins.int
@@ -105,6 +106,8 @@ class WardReport(_message.Message):
     certificate_not_after_us: _builtins.int
     rate_bytes_per_s: _builtins.float
     ae_title: _builtins.str
+    hold: _builtins.bool
+    """pushes only what a reader asks for"""
     def __init__(
         self,
         *,
@@ -119,10 +122,11 @@ class WardReport(_message.Message):
         certificate_not_after_us: _builtins.int = ...,
         rate_bytes_per_s: _builtins.float = ...,
         ae_title: _builtins.str = ...,
+        hold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "free_bytes", b"free_bytes", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "free_bytes", b"free_bytes", "hold", b"hold", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,28 +413,82 @@ class PushRequest(_message.Message):
     BEGIN_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """of the data set, in order, at most 1 MiB"""
     @_builtins.property
     def begin(self) -> Global___PushBegin: ...
     @_builtins.property
     def end(self) -> Global___PushEnd: ...
+    @_builtins.property
+    def group(self) -> Global___PushGroup:
+        """never between a begin and its end"""
+
     def __init__(
         self,
         *,
         begin: Global___PushBegin | None = ...,
         chunk: _builtins.bytes = ...,
         end: Global___PushEnd | None = ...,
+        group: Global___PushGroup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk", "end"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk", "end", "group"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___PushRequest: _TypeAlias = PushRequest  # noqa: Y015
+
+@_typing.final
+class PushGroup(_message.Message):
+    """Small objects whole, many in one message: one of its own costs each more than its bytes do. At most 1 MiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushWhole]: ...
+    def __init__(
+        self,
+        *,
+        objects: _abc.Iterable[Global___PushWhole] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["objects", b"objects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushGroup: _TypeAlias = PushGroup  # noqa: Y015
+
+@_typing.final
+class PushWhole(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.bytes
+    digest: _builtins.bytes
+    @_builtins.property
+    def begin(self) -> Global___PushBegin: ...
+    def __init__(
+        self,
+        *,
+        begin: Global___PushBegin | None = ...,
+        dataset: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "dataset", b"dataset", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushWhole: _TypeAlias = PushWhole  # noqa: Y015
 
 @_typing.final
 class PushBegin(_message.Message):
@@ -485,25 +543,53 @@ class PushReply(_message.Message):
 
     RECEIPT_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def receipt(self) -> Global___Receipt: ...
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
+    @_builtins.property
+    def group(self) -> Global___PushVerdicts: ...
     def __init__(
         self,
         *,
         receipt: Global___Receipt | None = ...,
         refusal: Global___Refusal | None = ...,
+        group: Global___PushVerdicts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "receipt", b"receipt", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "message", b"message", "receipt", b"receipt", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "receipt", b"receipt", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "message", b"message", "receipt", b"receipt", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["receipt", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["receipt", "refusal", "group"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___PushReply: _TypeAlias = PushReply  # noqa: Y015
+
+@_typing.final
+class PushVerdicts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt]: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]: ...
+    def __init__(
+        self,
+        *,
+        receipts: _abc.Iterable[Global___Receipt] | None = ...,
+        refusals: _abc.Iterable[Global___Refusal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipts", b"receipts", "refusals", b"refusals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushVerdicts: _TypeAlias = PushVerdicts  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
