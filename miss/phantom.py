@@ -249,7 +249,7 @@ def _chest(canvas: _Canvas, h: float) -> None:
 
 
 def _bronchi(canvas: _Canvas, h: float) -> None:
-    """The airway: a trachea, two main bronchi, then tubes that wind through the lungs, a vessel beside each."""
+    """The airway: a trachea, two main bronchi, then tubes that wind through the lungs beside vessels."""
     if h > 0.80:
         canvas.ellipse(0, 0.10, 0.045, 0.042, MUSCLE)
         canvas.ellipse(0, 0.10, 0.034, 0.031, AIR)

@@ -1,0 +1,90 @@
+"""How the command speaks: what it prints, how it ends on errors, and what a process writes to its log. Data goes
+to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+
+from archive.errors import MissError, SettingsError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+EXIT_ERROR = 1
+EXIT_SETTINGS = 2
+EXIT_INTERRUPTED = 130
+
+
+class OneLine(logging.Formatter):
+    """One event, one line: time in UTC, level, logger, message; a traceback is folded into the line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        text = record.getMessage()
+        if record.exc_info:
+            text += " | " + self.formatException(record.exc_info)
+        # A line feed that came from outside must not make a line of its own.
+        text = text.replace("\r", "\\r").replace("\n", "\\n")
+        return f"{at.removesuffix('+00:00')}Z {record.levelname} {record.name} {text}"
+
+
+def set_up_logging(level: str = "INFO") -> None:
+    """Every logger of the process, one line per event, on stderr. Called once, by the command that runs it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    # pydicom quotes values in its warnings, and httpx query strings: both would be patient data in a log.
+    for name in ("pydicom", "py.warnings", "pynetdicom", "httpx", "httpcore", "uvicorn.access"):
+        logging.getLogger(name).setLevel("ERROR")
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs the command; what MISS raises on purpose ends in one clear line and an exit code."""
+    try:
+        command()
+    except SettingsError as error:
+        err.print(f"miss: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(EXIT_SETTINGS) from None
+    except MissError as error:
+        err.print(f"miss: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # `miss ... | head`
+        sys.stderr.close()
+        raise SystemExit(EXIT_ERROR) from None
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; a column whose name starts with `>` is of numbers."""
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        grid.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left",
+                        overflow="fold")
+    return grid
+
+
+def when(at_us: int) -> str:
+    """A time as local people read it, `-` for never."""
+    if not at_us:
+        return "-"
+    return datetime.fromtimestamp(at_us / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def size(count: int | float) -> str:
+    """Bytes in words: 12.3 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
