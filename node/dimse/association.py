@@ -1,0 +1,327 @@
+"""Owns an established association (PS3.8 Sta6 and after), for acceptor and requestor alike: it cuts P-DATA into
+commands and data set fragments where they lie in the receive buffer, sends messages, releases (also when both
+sides ask at once) and aborts. It never decides who may connect and never knows what a message means."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from node.dimse import messages
+from node.dimse.errors import AssociationEnded, ConnectionLost, PeerAborted, PeerReleased, TimedOut, Violation
+from node.dimse.messages import Command, Field
+from node.dimse.pdu import (
+    COMMAND_FRAGMENT,
+    HEADER_BYTES,
+    LAST_FRAGMENT,
+    PDV_HEADER_BYTES,
+    RELEASE_RP_OCTETS,
+    RELEASE_RQ_OCTETS,
+    AbortReason,
+    AbortSource,
+    PduType,
+    data_header,
+    decode_abort,
+    encode_abort,
+)
+from node.dimse.wire import TICK_S, Buffer, Wire
+
+EMPTY_FRAGMENTS_MAX = 1_000    # in a row: they are legal and carry nothing
+WAITING_COMMANDS_MAX = 8       # requests that came while another was answered; none may without a window
+SEND_BATCH_BYTES = 1 << 20     # of one sendmsg, so that memory stays flat whatever the object's size
+CONTROL_PDU_BYTES_MAX = 1024   # of an A-RELEASE or A-ABORT, which have four octets
+
+_HEADER = struct.Struct(">BxI")
+_PDV = struct.Struct(">IBB")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A presentation context that both sides agreed on."""
+
+    id: int
+    abstract_syntax: str
+    transfer_syntax: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one association may cost. `max_pdu_bytes` is what we offer to receive; 0 offers no limit, since PDUs are
+    taken in pieces as they arrive and their length costs nothing."""
+
+    max_pdu_bytes: int = 256 << 10
+    send_pdu_bytes_max: int = 256 << 10
+    buffer_bytes_max: int = 256 << 10
+    command_bytes_max: int = 16 << 10
+    object_bytes_max: int = 1 << 40
+    idle_timeout_s: float = 600.0
+    message_timeout_s: float = 60.0
+    artim_s: float = 30.0
+
+
+class Association:
+    """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.interrupt` and `cut`."""
+
+    def __init__(self, wire: Wire, contexts: Mapping[int, Context], peer_max_pdu_bytes: int, limits: Limits,
+                 *, requestor: bool) -> None:
+        self.wire = wire
+        self.contexts = contexts
+        self.limits = limits
+        self._requestor = requestor
+        bound = limits.send_pdu_bytes_max
+        # A peer that asks for less than a PDV header and two octets is given them all the same.
+        self._send_pdu_bytes = max(min(peer_max_pdu_bytes, bound) if peer_max_pdu_bytes else bound, 8)
+        self._pdu_left = 0
+        self._pdv_left = 0
+        self._pdv_last = True
+        self._dataset_bytes = 0
+        self._empty_fragments = 0
+        self._waiting: list[tuple[Context, Command]] = []
+        wire.tick_s = min(TICK_S, limits.idle_timeout_s, limits.message_timeout_s)
+        wire.set_deadline(None)
+
+    # --- receiving
+
+    def receive(self) -> tuple[Context, Command]:
+        """Wait for the next command. When it has a data set, that is to be read or drained before the next one."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        return self._receive_command(self.limits.idle_timeout_s)
+
+    def receive_response(self) -> Command:
+        """The next response; requests that the peer makes meanwhile are kept (PS3.7 allows them both ways)."""
+        while True:
+            context, command = self._receive_command(self.limits.message_timeout_s)
+            if command.is_response:
+                return command
+            self._keep(context, command)
+
+    def fragments(self, context: Context) -> Iterator[memoryview]:
+        """The data set of the command just received, as pieces in the receive buffer: use each before the next.
+        Left before its end, it can be taken up again, or drained."""
+        while True:
+            while self._pdv_left:
+                view = self.wire.take(self._pdv_left)
+                self._pdv_left -= len(view)
+                self._pdu_left -= len(view)
+                yield view
+            if self._pdv_last:
+                self.wire.busy = False
+                return
+            self._next_data_fragment(context)
+
+    def drain(self, context: Context) -> None:
+        """Pass over what is left of a data set that was refused, so that the association lives on."""
+        for _ in self.fragments(context):
+            pass
+
+    def read_dataset(self, context: Context, bytes_max: int) -> bytes:
+        """A whole small data set (an identifier); past `bytes_max` the association ends, as AS8 has it."""
+        octets = bytearray()
+        for view in self.fragments(context):
+            if len(octets) + len(view) > bytes_max:
+                raise Violation("an identifier is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+            octets += view
+        return bytes(octets)
+
+    def cancelled(self, message_id: int) -> bool:
+        """Whether the peer has sent C-CANCEL for `message_id`; never waits for a peer that says nothing."""
+        while self.wire.readable():
+            context, command = self._receive_command(self.limits.message_timeout_s)
+            if command.field == Field.C_CANCEL:
+                if command.short(messages.MESSAGE_ID_RESPONDED_TO, -1) == message_id:
+                    return True
+                continue
+            self._keep(context, command)
+        return False
+
+    def _keep(self, context: Context, command: Command) -> None:
+        if command.has_dataset or len(self._waiting) >= WAITING_COMMANDS_MAX:
+            # Its data set lies in the way of what is awaited, and no asynchronous operations were negotiated.
+            raise Violation("a request came before the last was answered", AbortReason.UNEXPECTED_PARAMETER)
+        self._waiting.append((context, command))
+
+    def _receive_command(self, patience_s: float) -> tuple[Context, Command]:
+        wire = self.wire
+        wire.patience_s = patience_s
+        wire.busy = False
+        octets = b""
+        context_id = 0
+        while True:
+            found_id, control, length = self._next_pdv()
+            if not control & COMMAND_FRAGMENT:
+                raise Violation("a data set fragment where a command was to come", AbortReason.UNEXPECTED_PARAMETER)
+            if octets and found_id != context_id:
+                raise Violation("a command goes on in another presentation context")
+            context_id = found_id
+            if len(octets) + length > self.limits.command_bytes_max:
+                raise Violation("a command set is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+            octets += wire.read(length)
+            self._pdu_left -= length
+            if control & LAST_FRAGMENT:
+                break
+        command = messages.parse(octets)
+        self._pdv_left = 0
+        self._pdv_last = not command.has_dataset
+        self._dataset_bytes = 0
+        wire.busy = command.has_dataset
+        return self.contexts[context_id], command
+
+    def _next_data_fragment(self, context: Context) -> None:
+        context_id, control, length = self._next_pdv()
+        if context_id != context.id or control & COMMAND_FRAGMENT:
+            raise Violation("another message begins inside a data set", AbortReason.UNEXPECTED_PARAMETER)
+        self._dataset_bytes += length
+        if self._dataset_bytes > self.limits.object_bytes_max:
+            raise Violation("a data set is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+        self._pdv_left = length
+        self._pdv_last = bool(control & LAST_FRAGMENT)
+
+    def _next_pdv(self) -> tuple[int, int, int]:
+        """Context ID, control header and length of the next fragment, which lies ahead in the wire."""
+        if not self._pdu_left:
+            self._open_data_pdu()
+        if self._pdu_left < PDV_HEADER_BYTES:
+            raise Violation("a P-DATA-TF PDU ends inside a presentation data value's header")
+        wire = self.wire
+        length, context_id, control = _PDV.unpack_from(wire.buffer, wire.need(PDV_HEADER_BYTES))
+        if length < 2 or length + 4 > self._pdu_left:
+            raise Violation("a presentation data value does not fit in its PDU")
+        if context_id not in self.contexts:
+            raise Violation("a presentation context that was not accepted")
+        wire.start += PDV_HEADER_BYTES
+        self._pdu_left -= PDV_HEADER_BYTES
+        self._empty_fragments = self._empty_fragments + 1 if length == 2 else 0
+        if self._empty_fragments > EMPTY_FRAGMENTS_MAX:
+            raise Violation("nothing but empty fragments", source=AbortSource.SERVICE_USER, reason=0)
+        return context_id, control, length - 2
+
+    def _open_data_pdu(self) -> None:
+        wire = self.wire
+        kind, length = _HEADER.unpack_from(wire.buffer, wire.need(HEADER_BYTES))
+        wire.start += HEADER_BYTES
+        wire.busy = True
+        wire.patience_s = self.limits.message_timeout_s
+        if kind != PduType.P_DATA_TF:
+            self._control_pdu(kind, length)
+        if self.limits.max_pdu_bytes and length > self.limits.max_pdu_bytes:
+            raise Violation("a P-DATA-TF PDU is longer than the maximum that was agreed on")
+        if length < PDV_HEADER_BYTES:
+            raise Violation("a P-DATA-TF PDU holds no presentation data value")
+        self._pdu_left = length
+
+    def _control_pdu(self, kind: int, length: int) -> None:
+        """Always raises: in Sta6 every PDU but P-DATA-TF ends the association (PS3.8 Table 9-10)."""
+        if kind in (PduType.RELEASE_RQ, PduType.ABORT):
+            if length > CONTROL_PDU_BYTES_MAX:
+                raise Violation("an A-RELEASE or A-ABORT PDU has a wrong length")
+            body = self.wire.read(length)
+            if kind == PduType.ABORT:
+                raise PeerAborted(*decode_abort(memoryview(body)))
+            if length != 4:
+                raise Violation("an A-RELEASE-RQ PDU has a wrong length")
+            raise PeerReleased("the peer released the association")
+        known = kind in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC, PduType.ASSOCIATE_RJ, PduType.RELEASE_RP)
+        if known:
+            raise Violation("a PDU that has no place here", AbortReason.UNEXPECTED_PDU)
+        raise Violation("a PDU of no known type", AbortReason.UNRECOGNIZED_PDU)
+
+    # --- sending
+
+    def send(self, context: Context, command: bytes, dataset: bytes | None = None) -> None:
+        """A message with a small data set, or none, in one piece."""
+        octets = b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
+        if dataset is not None:
+            octets += b"".join(self._pdus(context.id, 0, dataset))
+        self.wire.send(octets)
+
+    def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:
+        """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they end."""
+        vector: list[Buffer] = list(self._pdus(context.id, COMMAND_FRAGMENT, command))
+        step = self._send_pdu_bytes - PDV_HEADER_BYTES
+        gathered = 0
+        pending: Buffer = b""
+        for chunk in chunks:
+            view = memoryview(chunk)
+            for at in range(0, len(view), step):
+                if len(pending):
+                    vector += (data_header(context.id, 0, len(pending)), pending)
+                    gathered += len(pending)
+                pending = view[at:at + step]
+                if gathered >= SEND_BATCH_BYTES:
+                    self.wire.send_vector(vector)
+                    vector, gathered = [], 0
+        vector += (data_header(context.id, LAST_FRAGMENT, len(pending)), pending)
+        self.wire.send_vector(vector)
+
+    def _pdus(self, context_id: int, kind: int, octets: bytes) -> Iterator[bytes]:
+        step = self._send_pdu_bytes - PDV_HEADER_BYTES
+        for at in range(0, len(octets) or 1, step):
+            fragment = octets[at:at + step]
+            last = LAST_FRAGMENT if at + step >= len(octets) else 0
+            yield data_header(context_id, kind | last, len(fragment)) + fragment
+
+    # --- ending
+
+    def answer_release(self) -> None:
+        """After PeerReleased: A-RELEASE-RP, then wait for the peer to close (AR-4, Sta13)."""
+        with contextlib.suppress(AssociationEnded):
+            self.wire.send(RELEASE_RP_OCTETS)
+
+    def release(self) -> None:
+        """Ask to release and wait for the answer within ARTIM; always closes. PS3.8 Sta7: data that is still under
+        way is passed over (AR-6); when both ask at once the requestor answers first (AR-8 to AR-10)."""
+        try:
+            self.wire.set_deadline(time.monotonic() + self.limits.artim_s)
+            self.wire.send(RELEASE_RQ_OCTETS)
+            self._await_release_answer()
+        except Violation as violation:
+            self.abort(violation.source, violation.reason)
+        except (ConnectionLost, TimedOut, PeerAborted):
+            pass
+        finally:
+            self.wire.close()
+
+    def _await_release_answer(self) -> None:
+        answered = False
+        while not answered:
+            self._skip_pdu_rest()
+            kind, length = _HEADER.unpack_from(self.wire.buffer, self.wire.need(HEADER_BYTES))
+            self.wire.start += HEADER_BYTES
+            if kind == PduType.P_DATA_TF:
+                self._pdu_left = length
+            elif kind == PduType.RELEASE_RP and length == 4:
+                self.wire.read(4)
+                answered = True
+            elif kind == PduType.RELEASE_RQ and length == 4:
+                self.wire.read(4)
+                answered = self._settle_collision()
+            else:
+                self._control_pdu(kind, length)
+
+    def _settle_collision(self) -> bool:
+        """Both sides asked: the requestor answers and then waits for its answer (Sta9, Sta11); the acceptor waits
+        for the answer to its own request first and then answers (Sta10, Sta12). Whether all is said."""
+        if self._requestor:
+            self.wire.send(RELEASE_RP_OCTETS)
+            return False
+        kind, length = _HEADER.unpack_from(self.wire.buffer, self.wire.need(HEADER_BYTES))
+        self.wire.start += HEADER_BYTES
+        if kind != PduType.RELEASE_RP or length != 4:
+            self._control_pdu(kind, length)
+        self.wire.read(4)
+        self.wire.send(RELEASE_RP_OCTETS)
+        self.wire.linger(self.limits.artim_s)
+        return True
+
+    def _skip_pdu_rest(self) -> None:
+        while self._pdu_left:
+            self._pdu_left -= len(self.wire.take(self._pdu_left))
+
+    def abort(self, source: int = AbortSource.SERVICE_USER, reason: int = AbortReason.NOT_SPECIFIED) -> None:
+        """Send A-ABORT; the caller lingers or closes."""
+        with contextlib.suppress(AssociationEnded):
+            self.wire.send(encode_abort(source, reason))

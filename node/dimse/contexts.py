@@ -1,0 +1,166 @@
+"""Owns which SOP classes and transfer syntaxes the node takes, and presentation contexts: how the acceptor answers
+them (PS3.8 9.3.3.2) and how the requestor plans them. It never knows who asks; admission says what a device may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import pynetdicom.sop_class as known_classes
+from pydicom._uid_dict import UID_dictionary
+
+from archive.model import is_uid
+from node.dimse.association import Context
+from node.dimse.pdu import (
+    CONTEXTS_MAX,
+    AnsweredContext,
+    AssociateAccept,
+    AssociateRequest,
+    ContextResult,
+    ProposedContext,
+    Role,
+)
+
+VERIFICATION = "1.2.840.10008.1.1"
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
+IMPLICIT_LITTLE = "1.2.840.10008.1.2"
+EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
+EXPLICIT_BIG = "1.2.840.10008.1.2.2"
+_STANDARD_ROOT = "1.2.840.10008."
+_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
+_MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR: of media, never sent
+
+# Syntaxes whose data sets do not carry their own pixels, or are no data sets.
+_NOT_IN_STREAM = frozenset((
+    "1.2.840.10008.1.2.4.94", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.204", "1.2.840.10008.1.2.4.205",  # JPIP
+    "1.2.840.10008.1.2.6.1", "1.2.840.10008.1.2.6.2", "1.2.840.10008.1.20",  # MIME, XML, Papyrus 3
+    "1.2.840.10008.1.2.7.1", "1.2.840.10008.1.2.7.2", "1.2.840.10008.1.2.7.3",  # SMPTE ST 2110: real time
+))
+# In the standard since 2025, not yet in pydicom's dictionary: Deflated Image Frame Compression, JPEG XL.
+_NEWER_SYNTAXES = frozenset((
+    "1.2.840.10008.1.2.8.1", "1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.111", "1.2.840.10008.1.2.4.112",
+))
+
+
+class ServiceName(Enum):
+    """The services of a node; the values are what a device's list of services says."""
+
+    ECHO = "echo"
+    STORE = "store"
+    FIND = "find"
+
+
+def _is_storage(uid: str, name: str, kind: str, retired: str) -> bool:
+    if kind != "SOP Class" or uid == _MEDIA_DIRECTORY or "Storage Commitment" in name:
+        return False
+    return "Storage" in name or (not name and bool(retired) and uid.startswith(_STORAGE_ROOT))
+
+
+def _storage_classes() -> frozenset[str]:
+    """Every storage SOP class of the standard, the retired ones too: old archives are migrated with them."""
+    classes = {uid for uid, (name, kind, _, retired, _) in UID_dictionary.items()
+               if _is_storage(uid, name, kind, retired)}
+    return frozenset(classes | set(known_classes._STORAGE_CLASSES.values()))  # newer ones than the dictionary's
+
+
+STORAGE_CLASSES = _storage_classes()
+STORAGE_SYNTAXES = frozenset(
+    uid for uid, entry in UID_dictionary.items() if entry[1] == "Transfer Syntax"
+) - _NOT_IN_STREAM | _NEWER_SYNTAXES
+# Identifiers are read and written as data sets, so only in the syntaxes that need no codec (PS3.5 10).
+IDENTIFIER_SYNTAXES = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a node takes. `private` adds private SOP classes and transfer syntaxes, and storage classes that are
+    newer than our tables (AS6)."""
+
+    private: bool = False
+
+    def service(self, sop_class_uid: str) -> ServiceName | None:
+        """The service that takes this abstract syntax."""
+        if sop_class_uid in STORAGE_CLASSES:
+            return ServiceName.STORE
+        if sop_class_uid == VERIFICATION:
+            return ServiceName.ECHO
+        if sop_class_uid in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND):
+            return ServiceName.FIND
+        if self.private and is_uid(sop_class_uid) and sop_class_uid not in UID_dictionary:
+            private = not sop_class_uid.startswith(_STANDARD_ROOT)
+            return ServiceName.STORE if private or sop_class_uid.startswith(_STORAGE_ROOT) else None
+        return None
+
+    def takes_syntax(self, service: ServiceName, transfer_syntax_uid: str) -> bool:
+        if service is ServiceName.FIND:
+            return transfer_syntax_uid in IDENTIFIER_SYNTAXES
+        if transfer_syntax_uid in STORAGE_SYNTAXES:
+            return True
+        return (self.private and service is ServiceName.STORE and is_uid(transfer_syntax_uid)
+                and not transfer_syntax_uid.startswith(_STANDARD_ROOT))
+
+
+def negotiate(request: AssociateRequest, offer: Offer, permitted: frozenset[ServiceName],
+              max_pdu_bytes: int) -> tuple[AssociateAccept, dict[int, Context]]:
+    """Answer every proposed context: the first transfer syntax that the requestor names and we take."""
+    answers: list[AnsweredContext] = []
+    contexts: dict[int, Context] = {}
+    for proposed in request.contexts:
+        answer = _answer(proposed, offer, permitted)
+        answers.append(answer)
+        if answer.result == ContextResult.ACCEPTANCE:
+            contexts[answer.id] = Context(answer.id, proposed.abstract_syntax, answer.transfer_syntax)
+    accepted = {context.abstract_syntax for context in contexts.values()}
+    accept = AssociateAccept(request.called_ae, request.calling_ae, tuple(answers), max_pdu_bytes,
+                             roles=_answer_roles(request.roles, accepted))
+    return accept, contexts
+
+
+def _answer(proposed: ProposedContext, offer: Offer, permitted: frozenset[ServiceName]) -> AnsweredContext:
+    # A refused context still carries one transfer syntax, which is not looked at (PS3.8 9.3.3.2).
+    first = proposed.transfer_syntaxes[0] if proposed.transfer_syntaxes else IMPLICIT_LITTLE
+    ignored = first if is_uid(first) else IMPLICIT_LITTLE
+    service = offer.service(proposed.abstract_syntax)
+    if service is None:
+        return AnsweredContext(proposed.id, ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED, ignored)
+    if service not in permitted:
+        return AnsweredContext(proposed.id, ContextResult.USER_REJECTION, ignored)
+    for uid in proposed.transfer_syntaxes:
+        if offer.takes_syntax(service, uid):
+            return AnsweredContext(proposed.id, ContextResult.ACCEPTANCE, uid)
+    return AnsweredContext(proposed.id, ContextResult.TRANSFER_SYNTAXES_NOT_SUPPORTED, ignored)
+
+
+def _answer_roles(roles: Sequence[Role], accepted: set[str]) -> tuple[Role, ...]:
+    """We are SCP of what we accept; the SCP role is not given to the requestor until there is C-GET (PS3.7 D.3.3.4)."""
+    seen: dict[str, Role] = {}
+    for role in roles:
+        if role.sop_class_uid in accepted and role.sop_class_uid not in seen:
+            seen[role.sop_class_uid] = Role(role.sop_class_uid, role.scu, False)
+    return tuple(seen.values())
+
+
+def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:
+    """Presentation contexts for (SOP class, transfer syntax) pairs: one context for each, as a context is answered
+    with one syntax only; a further set where an association's 128 are used up (each is one association)."""
+    sets: list[tuple[ProposedContext, ...]] = []
+    unique = list(dict.fromkeys(pairs))
+    for at in range(0, len(unique), CONTEXTS_MAX):
+        sets.append(tuple(ProposedContext(2 * number + 1, sop_class, (syntax,))
+                          for number, (sop_class, syntax) in enumerate(unique[at:at + CONTEXTS_MAX])))
+    return sets
+
+
+def agreed(proposed: Sequence[ProposedContext], answers: Sequence[AnsweredContext]) -> Mapping[int, Context]:
+    """The contexts that the acceptor took. An answer with a syntax that was not proposed counts as refused."""
+    by_id = {context.id: context for context in proposed}
+    contexts: dict[int, Context] = {}
+    for answer in answers:
+        asked = by_id.get(answer.id)
+        if asked is None or answer.result != ContextResult.ACCEPTANCE:
+            continue
+        if answer.transfer_syntax in asked.transfer_syntaxes:
+            contexts[answer.id] = Context(answer.id, asked.abstract_syntax, answer.transfer_syntax)
+    return contexts
