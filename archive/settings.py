@@ -41,8 +41,14 @@ def setting(
     secret: bool = False,
 ) -> Any:
     """A field of a settings dataclass; without a default the setting is required."""
-    metadata = {"help": help, "unit": unit, "minimum": minimum, "maximum": maximum,
-                "choices": tuple(choices), "secret": secret}
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": tuple(choices),
+        "secret": secret,
+    }
     if isinstance(default, list):
         kept = tuple(default)
         return dataclasses.field(default_factory=lambda: list(kept), metadata=metadata)

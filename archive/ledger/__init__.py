@@ -1,0 +1,44 @@
+"""The ledger: the database of what is nobody's derivative. It is never rebuilt, so it is always fully
+synced.
+
+Each module owns one subject: its tables, its frozen rows and the questions about them. `Ledger` is all of
+them over one database (SQLite or PostgreSQL), and several processes may have it open. Every write is one
+transaction. It holds no images and no indexed attributes.
+"""
+
+from __future__ import annotations
+
+from archive.database import Database
+from archive.ledger.audit import AuditLog, AuditRow
+from archive.ledger.certificates import CertificateRegister, CertificateRow
+from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
+from archive.ledger.invites import Binding, Invite, Invites
+from archive.ledger.tables import STEPS
+from archive.ledger.users import Session, Throttle, User, Users
+from archive.ledger.wards import Wards, WardState
+
+__all__ = [
+    "AuditRow",
+    "Binding",
+    "CertificateRow",
+    "Connection",
+    "Device",
+    "Invite",
+    "Ledger",
+    "Session",
+    "Throttle",
+    "User",
+    "WardState",
+]
+
+
+class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog):
+    """An open ledger."""
+
+    @classmethod
+    def open(cls, url: str) -> Ledger:
+        """Open the ledger at `url`, making its tables when there are none."""
+        return cls(Database(url, name="ledger", steps=STEPS, durable=True))
+
+    def close(self) -> None:
+        self._database.close()

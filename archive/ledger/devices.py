@@ -1,0 +1,119 @@
+"""The devices that may connect to a node, and the log of who did (PS3.15 A.5.3.7). It admits nobody
+itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from sqlalchemy import Connection as DatabaseConnection
+from sqlalchemy import delete, insert, select, update
+
+from archive.ledger.tables import Subject, as_row, connection_log, device, log_key
+
+CONNECTIONS_MAX = 100_000
+_TRIM_ONE_IN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A modality or workstation. `address` is an IP address, a network in CIDR form, or "*" for any; `issuer`
+    overrides the ward's; `port` is where it listens, when it can be called."""
+
+    ae_title: str
+    address: str
+    name: str = ""
+    issuer: str | None = None
+    enabled: bool = True
+    port: int | None = None
+    services: frozenset[str] = frozenset({"store", "find"})
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One association, accepted or refused. `contexts` and `operations` are JSON; `ended` says how it
+    ended."""
+
+    at_us: int
+    address: str
+    calling_ae: str
+    called_ae: str
+    device: str = ""
+    outcome: str = "accepted"
+    reason: str = ""
+    contexts: str = "[]"
+    operations: str = "{}"
+    bytes_in: int = 0
+    bytes_out: int = 0
+    ended: str = ""
+    ended_us: int = 0
+
+
+class Devices(Subject):
+    """The devices of a node."""
+
+    def add_device(self, new: Device) -> None:
+        """Add a device, or change the one with the same AE title."""
+
+        def work(connection: DatabaseConnection) -> None:
+            row = as_row(new)
+            changed = connection.execute(update(device).where(device.c.ae_title == new.ae_title).values(row))
+            if not changed.rowcount:
+                connection.execute(insert(device).values(row))
+
+        self._database.write(work)
+
+    def devices(self) -> list[Device]:
+        rows = self._database.read(lambda c: c.execute(select(device).order_by(device.c.ae_title)).fetchall())
+        return [_device(**row._mapping) for row in rows]
+
+    def remove_device(self, ae_title: str) -> bool:
+        return self._database.write(
+            lambda c: c.execute(delete(device).where(device.c.ae_title == ae_title)).rowcount > 0
+        )
+
+    def device(self, ae_title: str) -> Device | None:
+        """The device with this AE title; microseconds on SQLite, as every association asks."""
+        row = self._database.quick(
+            "SELECT ae_title, address, name, issuer, enabled, port, services FROM device WHERE ae_title = ?",
+            (ae_title.replace("\x00", ""),),
+        )
+        return None if row is None else _device(*row)
+
+
+class ConnectionLog(Subject):
+    """The last 100,000 associations of a node."""
+
+    def log_connection(self, entry: Connection) -> None:
+        row = as_row(entry) | {"id": log_key(entry.at_us)}
+
+        def work(connection: DatabaseConnection) -> None:
+            connection.execute(insert(connection_log).values(row))
+            if random.randrange(_TRIM_ONE_IN) == 0:
+                oldest_kept = (
+                    select(connection_log.c.id)
+                    .order_by(connection_log.c.id.desc())
+                    .offset(CONNECTIONS_MAX)
+                    .limit(1)
+                )
+                connection.execute(
+                    delete(connection_log).where(connection_log.c.id <= oldest_kept.scalar_subquery())
+                )
+
+        self._database.write(work)
+
+    def connections(self, limit: int = 100, refused_only: bool = False) -> list[Connection]:
+        """The newest associations, newest first."""
+        query = select(connection_log).order_by(connection_log.c.id.desc()).limit(limit)
+        if refused_only:
+            query = query.where(connection_log.c.outcome == "refused")
+        rows = self._database.read(lambda c: c.execute(query).fetchall())
+        return [Connection(**{k: v for k, v in row._mapping.items() if k != "id"}) for row in rows]
+
+
+def _device(
+    ae_title: str, address: str, name: str, issuer: str | None, enabled: bool, port: int | None, services: str
+) -> Device:
+    return Device(
+        ae_title, address, name, issuer, bool(enabled), port, frozenset(filter(None, services.split(",")))
+    )

@@ -1,0 +1,205 @@
+"""The ledger's tables and the steps that bring an older schema forward; only the ledger's modules use them.
+
+Keys are natural or random, never from a sequence. The audit log refuses changes in the database itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    text,
+)
+from sqlalchemy.types import TypeEngine
+
+from archive.database import Characters, Database, Step, storable
+
+T = TypeVar("T")
+
+metadata = MetaData()
+
+
+def _key(name: str) -> Column[Any]:
+    return Column(name, Characters(), primary_key=True)
+
+
+def _columns(
+    kind: TypeEngine[Any] | type[TypeEngine[Any]], *names: str, null: bool = False
+) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=null) for name in names]
+
+
+ward = Table("ward", metadata, _key("id"), *_columns(Characters(), "hospital", "name", "issuer"))
+
+ward_state = Table(
+    "ward_state",
+    metadata,
+    _key("ward"),
+    *_columns(LargeBinary, "epoch"),
+    *_columns(
+        BigInteger,
+        "complete_to_us",
+        "pending",
+        "pending_bytes",
+        "oldest_pending_us",
+        "set_aside",
+        "seen_us",
+        "attached_since_us",
+        "skew_us",
+        "last_receipt_us",
+    ),
+    *_columns(Boolean, "attached"),
+    *_columns(Characters(), "version", "report_json", "lost_note"),
+)
+
+device = Table(
+    "device",
+    metadata,
+    _key("ae_title"),
+    *_columns(Characters(), "address", "name", "services"),
+    *_columns(Characters(), "issuer", null=True),
+    *_columns(Integer, "port", null=True),
+    *_columns(Boolean, "enabled"),
+)
+
+# Keys of the logs are time and chance, so that the newest come first by the key alone and nobody counts.
+connection_log = Table(
+    "connection_log",
+    metadata,
+    _key("id"),
+    *_columns(BigInteger, "at_us", "bytes_in", "bytes_out", "ended_us"),
+    *_columns(
+        Characters(),
+        "address",
+        "calling_ae",
+        "called_ae",
+        "device",
+        "outcome",
+        "reason",
+        "contexts",
+        "operations",
+        "ended",
+    ),
+)
+Index("connection_log_outcome", connection_log.c.outcome, connection_log.c.id)
+
+user_account = Table(
+    "user_account",
+    metadata,
+    _key("name"),
+    *_columns(Characters(), "display_name", "role", "password_hash"),
+    *_columns(Characters(), "ward", null=True),
+    *_columns(Boolean, "enabled"),
+)
+
+user_session = Table(
+    "user_session",
+    metadata,
+    Column("id_hash", LargeBinary, primary_key=True),
+    *_columns(Characters(), "user_name", "csrf"),
+    *_columns(BigInteger, "created_us", "seen_us"),
+)
+Index("user_session_user", user_session.c.user_name)
+
+sign_in_failure = Table(
+    "sign_in_failure",
+    metadata,
+    _key("subject"),
+    *_columns(Integer, "failures"),
+    *_columns(BigInteger, "last_us"),
+)
+
+certificate = Table(
+    "certificate",
+    metadata,
+    _key("fingerprint"),
+    *_columns(Characters(), "serial", "spki", "identity", "profile", "state", "reason"),
+    *_columns(Characters(), "ward", null=True),
+    *_columns(BigInteger, "not_before_us", "not_after_us", "issued_us"),
+    *_columns(LargeBinary, "der"),
+)
+Index("certificate_serial", certificate.c.serial, unique=True)
+Index("certificate_identity", certificate.c.identity)
+
+counter = Table("counter", metadata, _key("name"), *_columns(BigInteger, "value"))
+
+invite = Table(
+    "invite",
+    metadata,
+    _key("id"),
+    *_columns(LargeBinary, "secret_hash"),
+    *_columns(Characters(), "profile", "hospital", "ward_name", "issuer", "ward_id", "state"),
+    *_columns(BigInteger, "created_us", "expires_us"),
+    *_columns(Integer, "tries_left"),
+    *_columns(Characters(), "spki", "certificate_serial", null=True),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    _key("id"),
+    *_columns(BigInteger, "at_us"),
+    *_columns(Characters(), "who", "role", "ward", "act", "subject", "outcome", "address", "correlation"),
+)
+Index("audit_who", audit.c.who, audit.c.id)
+Index("audit_correlation", audit.c.correlation)
+
+_REFUSE_SQLITE = """
+CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
+"""
+_REFUSE_POSTGRESQL = (
+    """
+    CREATE FUNCTION audit_keeps() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'the audit log only grows'; END $$
+    """,
+    "CREATE TRIGGER audit_keeps BEFORE UPDATE OR DELETE OR TRUNCATE ON audit EXECUTE FUNCTION audit_keeps()",
+)
+
+
+def _first(connection: Connection) -> None:
+    metadata.create_all(connection)
+    if connection.dialect.name == "sqlite":
+        for act in ("UPDATE", "DELETE"):
+            connection.execute(text(_REFUSE_SQLITE.format(act=act)))
+    else:
+        for statement in _REFUSE_POSTGRESQL:
+            connection.execute(text(statement))
+    connection.execute(counter.insert().values(name="revocation", value=0))
+
+
+STEPS: tuple[Step, ...] = (_first,)
+
+
+def log_key(at_us: int) -> str:
+    """A key that sorts by time and that no other process makes."""
+    return f"{at_us:016x}{secrets.token_hex(6)}"
+
+
+def as_row(instance: Any) -> dict[str, Any]:
+    """A frozen dataclass as a row: text made storable, and sets joined."""
+    row: dict[str, Any] = {}
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, frozenset):
+            value = ",".join(sorted(value))
+        row[field.name] = storable(value) if isinstance(value, str) else value
+    return row
+
+
+class Subject:
+    """A part of the ledger over the one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
