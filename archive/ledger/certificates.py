@@ -43,11 +43,13 @@ class CertificateRegister(Subject):
         row = self._database.read(lambda c: c.execute(query).fetchone())
         return None if row is None else CertificateRow(**row._mapping)
 
-    def certificates(self, *, identity: str | None = None) -> list[CertificateRow]:
-        """Every certificate, newest first; of one identity alone when given."""
+    def certificates(self, *, identity: str | None = None, spki: str | None = None) -> list[CertificateRow]:
+        """Every certificate, newest first; of one identity or of one key alone when given."""
         query = select(certificate).order_by(certificate.c.issued_us.desc(), certificate.c.fingerprint)
         if identity is not None:
             query = query.where(certificate.c.identity == identity)
+        if spki is not None:
+            query = query.where(certificate.c.spki == spki)
         rows = self._database.read(lambda c: c.execute(query).fetchall())
         return [CertificateRow(**row._mapping) for row in rows]
 

@@ -131,6 +131,7 @@ certificate = Table(
 )
 Index("certificate_serial", certificate.c.serial, unique=True)
 Index("certificate_identity", certificate.c.identity)
+Index("certificate_spki", certificate.c.spki, unique=True)  # a key gets one certificate, ever
 
 counter = Table("counter", metadata, _key("name"), *_columns(BigInteger, "value"))
 
