@@ -1,12 +1,15 @@
-"""Run-time credentials: gRPC servers and channels that prove who they are on both sides, TLS 1.3 and nothing older.
+"""Run-time credentials: gRPC servers and channels that prove who they are on both sides, TLS 1.3 and
+nothing older.
 
-A server's credentials read the identity folder at every handshake, so that a renewed certificate or another root is
-in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload them: after a renewal
-make a new channel and let the old one drain). Sets no policy on calls: `certs/gate.py` does.
+A server's credentials read the identity folder at every handshake, so that a renewed certificate or another
+root is in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload them:
+after a renewal make a new channel and let the old one drain). Sets no policy on calls: `certs/gate.py`
+does.
 
-gRPC for Python has no option for the least TLS version (grpc/grpc#37305). What it has is the list of cipher suites,
-which BoringSSL uses for TLS 1.2 and older alone. A list with nothing but RSA suites, in a region where every key is
-ECDSA, leaves an old handshake no suite to agree on: it fails with NO_SHARED_CIPHER. The gate checks the version too.
+gRPC for Python has no option for the least TLS version (grpc/grpc#37305). What it has is the list of cipher
+suites, which BoringSSL uses for TLS 1.2 and older alone. A list with nothing but RSA suites, in a region
+where every key is ECDSA, leaves an old handshake no suite to agree on: it fails with NO_SHARED_CIPHER. The
+gate checks the version too.
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ import os
 
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"  # read once, when gRPC first needs TLS
 
-import grpc  # noqa: E402
-import grpc.aio  # noqa: E402
+import grpc
+import grpc.aio
 
-from certs import identity as identities  # noqa: E402
-from certs.identity import Identity  # noqa: E402
-from certs.profiles import hub_dns_name  # noqa: E402
+from certs import identity as identities
+from certs.identity import Identity
+from certs.profiles import hub_dns_name
 
 Options = list[tuple[str, int | str]]
 
-MESSAGE_BYTES_MAX = 8 << 20     # the largest message is a 1 MiB chunk, a group of small objects or 1,000 matches
+MESSAGE_BYTES_MAX = 8 << 20     # a 1 MiB chunk, a group of small objects, 1,000 matches: with room
 METADATA_BYTES_MAX = 16 << 10   # gRPC's own default, stated
-STREAMS_MAX = 256               # calls at once on one connection: 8 pushes, asks and answers of a ward, with room
+STREAMS_MAX = 256               # calls at once on one connection: 8 pushes, asks and answers, with room
 KEEPALIVE_MS = 20_000           # below the 30 s after which the strictest NATs forget a connection
 KEEPALIVE_TIMEOUT_MS = 10_000   # a dead peer is known after half a minute, not after TCP's quarter of an hour
 CONNECTION_AGE_MS = 15 * 60_000  # then a new handshake: expiry and a changed root reach long-lived members
@@ -46,7 +49,7 @@ SERVER_OPTIONS: Options = [
     ("grpc.max_concurrent_streams", STREAMS_MAX),
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
     ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
-    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # else clients are cut for their pings
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),  # else their pings cut clients
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),  # a second hub on the same port must fail, not take half of the calls
 ]
@@ -57,15 +60,15 @@ _CHANNEL_OPTIONS: Options = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", RECONNECT_MS_MAX),
-    # Two channels with equal arguments share one TCP flow otherwise: after a renewal that would be the old one's.
+    # Otherwise channels with equal arguments share one TCP flow: after a renewal it would be the old one's.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),  # the environment's proxy is for browsers; the uplink dials what it was told
+    ("grpc.enable_http_proxy", 0),  # the environment's proxy is for browsers, not for the uplink
 ]
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Credentials for `grpc.server` and `grpc.aio.server`: the current certificate of the identity's folder, and
-    only clients whose certificate leads to its roots."""
+    """Credentials for `grpc.server` and `grpc.aio.server`: the current certificate of the identity's
+    folder, and only clients whose certificate leads to its roots."""
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         # Fresh for every handshake: gRPC takes the object over and may not be given it again.
@@ -79,7 +82,8 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
 
 def channel(identity: Identity, address: str, *, options: Options | None = None) -> grpc.aio.Channel:
     """A channel to a hub of the identity's region at `address` (host:port), for asyncio."""
-    return grpc.aio.secure_channel(address, _channel_credentials(identity), _channel_options(identity, options))
+    return grpc.aio.secure_channel(
+        address, _channel_credentials(identity), _channel_options(identity, options))
 
 
 def channel_sync(identity: Identity, address: str, *, options: Options | None = None) -> grpc.Channel:
