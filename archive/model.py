@@ -225,6 +225,7 @@ class Match:
     """One answer, at `level`; the parts below the level are empty. Counts and lists regard what the scope allows.
 
     `holdings` is filled for `pending_only` questions alone (at most 1,000 UIDs; `truncated` says so).
+    `pending_at` names the wards that hold a part of it alone, without a receipt from the region yet.
     """
 
     level: Level
@@ -241,6 +242,7 @@ class Match:
     wards: tuple[str, ...] = ()
     holdings: tuple[SeriesHolding, ...] = ()
     truncated: bool = False
+    pending_at: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
