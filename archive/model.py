@@ -308,3 +308,23 @@ class Totals:
     instances: int
     bytes: int
     conflicts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the index says of a SOP Instance UID that it holds, for intake's decision."""
+
+    digest: bytes
+    study_uid: str
+    series_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStudy:
+    """The part of a node's backlog that belongs to one study."""
+
+    study_uid: str
+    count: int
+    bytes: int
+    oldest_us: int
+    set_aside: int
