@@ -37,7 +37,7 @@ class Act(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks. `ward` is a technician's own; `purpose` is kept in the audit log (treatment, when not said)."""
+    """Who asks. `ward` is a technician's own; `purpose` is kept in the audit log."""
 
     user: str
     role: Role
@@ -64,7 +64,9 @@ def decide(principal: Principal, act: Act) -> Decision:
                 return _denied("a technician belongs to a ward, and this one has none")
             return Decision(True, Scope(frozenset({principal.ward})), "a technician sees the own ward")
         case Role.PHYSICIAN, Act.SEARCH | Act.READ:
-            return Decision(True, EVERYTHING, "a regional physician sees all wards; care relations come later")
+            return Decision(
+                True, EVERYTHING, "a regional physician sees all wards; care relations come later"
+            )
         case Role.IT, Act.HEALTH | Act.ADMINISTER:
             return Decision(True, NOTHING, "regional IT keeps the region running, and sees no images")
         case Role.IT, _:

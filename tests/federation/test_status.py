@@ -43,7 +43,9 @@ class Failing(grpc.GenericRpcHandler):
     def service(self, call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def handle(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             name = request.decode()
-            error: Exception = getattr(errors, name)("why") if name in vars(errors) else ValueError("Rossi^Maria")
+            error: Exception = (
+                getattr(errors, name)("why") if name in vars(errors) else ValueError("Rossi^Maria")
+            )
             await abort(context, error)
 
         return grpc.unary_unary_rpc_method_handler(handle)

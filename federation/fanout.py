@@ -1,0 +1,230 @@
+"""One answer out of many: the region's rows and what single wards still hold, joined. Pure: it asks nobody.
+
+An instance lives in exactly one of two places as far as an answer goes. With a receipt it is the region's,
+and the region's index counts it. Without one it is pending at a ward, and the ward names it. So an answer is
+the region's rows plus what the wards list, and the only question is how to add the two without counting
+twice or missing what moves in between:
+
+The wards are asked first, the region after them. An instance that a ward lists and that is replicated before
+the region is asked shows up in both, and is counted once, since wards give the UIDs of what they list
+(`holdings`) and the region is asked which of them it has (`Held`). The other order would lose it: absent
+from the region when that was asked, no longer pending when the ward was.
+
+A ward that does not answer in time changes nothing in the rows; its coverage says what is missing. A ward
+lists at most 1,000 UIDs; one that has more says so, and is incomplete. Nothing is left out in silence.
+
+One row per study, whichever wards hold a part of it: counts are unions by SOP Instance UID and by Series
+Instance UID, never sums. What a study is called (patient, date, description) is the region's word where it
+has one, else the word of the first ward, by its id, so that the same state of affairs always gives the same
+page.
+
+Order is that of the index (`archive/model.py`, Query), so that a ward's row falls where the region's row of
+the same study will fall after its replication, and pages do not jump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from archive.model import Level, Match, SeriesHolding
+
+PENDING_UIDS_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class WardMatches:
+    """What one ward answered: its own rows, with holdings."""
+
+    ward: str
+    matches: tuple[Match, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which of the wards' pending instances, and of their series and studies, the region has within the
+    scope.
+    """
+
+    instances: frozenset[str] = frozenset()
+    series: frozenset[str] = frozenset()
+    studies: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a merged answer. `added` counts the rows that no row of the region stands for."""
+
+    matches: list[Match]
+    added: int
+
+
+def merge(
+    level: Level,
+    region: Sequence[Match],
+    wards: Sequence[WardMatches],
+    held: Held,
+    *,
+    limit: int | None = None,
+    offset: int = 0,
+) -> Page:
+    """The page of the union. `region` holds the region's first `offset + limit` rows, and every row of its
+    own that a ward lists too. For the patient level wards answer with studies.
+    """
+    joins: Mapping[Level, Callable[[Match | None, Sequence[tuple[str, Match]], Held], Match | None]] = {
+        Level.PATIENT: _join_patient,
+        Level.STUDY: _join_study,
+        Level.SERIES: _join_series,
+        Level.IMAGE: _join_image,
+    }
+    rows: dict[tuple[str, ...], Match] = {_key(level, match): match for match in region}
+    listed: dict[tuple[str, ...], list[tuple[str, Match]]] = {}
+    for answer in sorted(wards, key=lambda answer: answer.ward):
+        for match in answer.matches:
+            listed.setdefault(_key(level, match), []).append((answer.ward, match))
+    added = 0
+    for key, matches in listed.items():
+        joined = joins[level](rows.get(key), matches, held)
+        if joined is None:
+            continue  # it reached the region since the ward listed it, and is counted there
+        added += key not in rows
+        rows[key] = joined
+    ordered = in_order(level, rows.values())
+    return Page(ordered[offset : None if limit is None else offset + limit], added)
+
+
+def uids_of(wards: Iterable[WardMatches]) -> frozenset[str]:
+    """Every SOP Instance UID that the wards list."""
+    return frozenset(uid for holding in _holdings(wards) for uid in holding.sop_instance_uids)
+
+
+def series_of(wards: Iterable[WardMatches]) -> frozenset[str]:
+    """Every Series Instance UID that the wards list."""
+    return frozenset(holding.series_uid for holding in _holdings(wards))
+
+
+def studies_of(wards: Iterable[WardMatches]) -> frozenset[str]:
+    """Every Study Instance UID that the wards list."""
+    return frozenset(match.study["StudyInstanceUID"] for answer in wards for match in answer.matches)
+
+
+def in_order(level: Level, matches: Iterable[Match]) -> list[Match]:
+    """The index's order: studies by date, time and UID descending; below them by number, then UID."""
+    if level is Level.STUDY:
+        return sorted(matches, key=_study_order, reverse=True)
+    orders: Mapping[Level, Callable[[Match], tuple[object, ...]]] = {
+        Level.PATIENT: lambda match: _key(Level.PATIENT, match),
+        Level.SERIES: lambda match: (
+            *_number(match.series.get("SeriesNumber")),
+            match.series["SeriesInstanceUID"],
+        ),
+        Level.IMAGE: lambda match: (
+            *_number(match.instance.get("InstanceNumber")),
+            match.instance["SOPInstanceUID"],
+        ),
+    }
+    return sorted(matches, key=orders[level])
+
+
+def _study_order(match: Match) -> tuple[str, str, str]:
+    study = match.study
+    return study.get("StudyDate", ""), study.get("StudyTime", ""), study["StudyInstanceUID"]
+
+
+def _number(text: str | None) -> tuple[bool, int]:
+    """An IS for ordering; what is missing or no number comes last."""
+    try:
+        return False, int((text or "").strip())
+    except ValueError:
+        return True, 0
+
+
+def _key(level: Level, match: Match) -> tuple[str, ...]:
+    if level is Level.PATIENT:
+        patient_id = match.patient.get("PatientID", "")
+        # Without an ID nobody is the same patient as anybody: such a patient is that of one study.
+        return match.issuer, patient_id, "" if patient_id else match.study.get("StudyInstanceUID", "")
+    if level is Level.STUDY:
+        return (match.study["StudyInstanceUID"],)
+    if level is Level.SERIES:
+        return (match.series["SeriesInstanceUID"],)
+    return (match.instance["SOPInstanceUID"],)
+
+
+def _holdings(wards: Iterable[WardMatches]) -> Iterable[SeriesHolding]:
+    return (holding for answer in wards for match in answer.matches for holding in match.holdings)
+
+
+def _fresh(listed: Sequence[tuple[str, Match]], held: Held) -> dict[str, tuple[SeriesHolding, set[str]]]:
+    """By series, what the wards list and the region lacks; the same instance at two wards is one."""
+    fresh: dict[str, tuple[SeriesHolding, set[str]]] = {}
+    for _, match in listed:
+        for holding in match.holdings:
+            lacking = set(holding.sop_instance_uids) - held.instances
+            if lacking:
+                fresh.setdefault(holding.series_uid, (holding, set()))[1].update(lacking)
+    return fresh
+
+
+def _join_study(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
+    fresh = _fresh(listed, held)
+    base = row or listed[0][1]
+    if row is None:
+        if not fresh:
+            return None
+        base = replace(base, series_count=0, instance_count=0)
+    new_series = [series for series in fresh if row is None or series not in held.series]
+    return replace(
+        base,
+        modalities=_union(
+            base.modalities, (holding.modality for holding, _ in fresh.values() if holding.modality)
+        ),
+        sop_classes=_union(base.sop_classes, (uid for _, match in listed for uid in match.sop_classes)),
+        series_count=base.series_count + len(new_series),
+        instance_count=base.instance_count + sum(len(uids) for _, uids in fresh.values()),
+        wards=_union(base.wards, (ward for ward, _ in listed)),
+        holdings=(),
+        truncated=base.truncated or any(match.truncated for _, match in listed),
+    )
+
+
+def _join_series(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
+    joined = _join_study(row, listed, held)
+    return joined if joined is None else replace(joined, series_count=(row or listed[0][1]).series_count)
+
+
+def _join_image(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
+    base = row or listed[0][1]
+    if row is None and base.instance["SOPInstanceUID"] in held.instances:
+        return None
+    wards = _union(base.wards, (ward for ward, _ in listed))
+    return replace(base, wards=wards, holdings=())
+
+
+def _join_patient(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
+    fresh = _fresh(listed, held)
+    if row is None and not fresh:
+        return None
+    base = row or replace(listed[0][1], level=Level.PATIENT, study={}, series_count=0, instance_count=0)
+    new_studies = {
+        match.study["StudyInstanceUID"]
+        for _, match in listed
+        if any(uid not in held.instances for holding in match.holdings for uid in holding.sop_instance_uids)
+    }
+    return replace(
+        base,
+        modalities=_union(
+            base.modalities, (holding.modality for holding, _ in fresh.values() if holding.modality)
+        ),
+        study_count=base.study_count + len(new_studies - held.studies),
+        series_count=base.series_count + len(fresh.keys() - held.series),
+        instance_count=base.instance_count + sum(len(uids) for _, uids in fresh.values()),
+        wards=_union(base.wards, (ward for ward, _ in listed)),
+        holdings=(),
+        truncated=base.truncated or any(match.truncated for _, match in listed),
+    )
+
+
+def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({*first, *second}))
