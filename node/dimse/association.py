@@ -1,6 +1,6 @@
-"""Owns an established association (PS3.8 Sta6 and after), for acceptor and requestor alike: it cuts P-DATA into
-commands and data set fragments where they lie in the receive buffer, sends messages, releases (also when both
-sides ask at once) and aborts. It never decides who may connect and never knows what a message means."""
+"""Owns an established association (PS3.8 Sta6 and after), for acceptor and requestor alike: it cuts P-DATA
+into commands and data set fragments where they lie in the receive buffer, sends messages, releases (also when
+both sides ask at once) and aborts. It never decides who may connect and never knows what a message means."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one association may cost. `max_pdu_bytes` is what we offer to receive; 0 offers no limit, since PDUs are
-    taken in pieces as they arrive and their length costs nothing."""
+    """What one association may cost. `max_pdu_bytes` is what we offer to receive; 0 offers no limit, since
+    PDUs are taken in pieces as they arrive and their length costs nothing."""
 
     max_pdu_bytes: int = 256 << 10
     send_pdu_bytes_max: int = 256 << 10
@@ -63,7 +63,7 @@ class Limits:
 
 
 class Association:
-    """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.interrupt` and `cut`."""
+    """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.stop` and `cut`."""
 
     def __init__(self, wire: Wire, contexts: Mapping[int, Context], peer_max_pdu_bytes: int, limits: Limits,
                  *, requestor: bool) -> None:
@@ -86,13 +86,15 @@ class Association:
     # --- receiving
 
     def receive(self) -> tuple[Context, Command]:
-        """Wait for the next command. When it has a data set, that is to be read or drained before the next one."""
+        """Wait for the next command. When it has a data set, that is to be read or drained before the next
+        one."""
         if self._waiting:
             return self._waiting.pop(0)
         return self._receive_command(self.limits.idle_timeout_s)
 
     def receive_response(self) -> Command:
-        """The next response; requests that the peer makes meanwhile are kept (PS3.7 allows them both ways)."""
+        """The next response; requests that the peer makes meanwhile are kept (PS3.7 allows them both
+        ways)."""
         while True:
             context, command = self._receive_command(self.limits.message_timeout_s)
             if command.is_response:
@@ -100,8 +102,8 @@ class Association:
             self._keep(context, command)
 
     def fragments(self, context: Context) -> Iterator[memoryview]:
-        """The data set of the command just received, as pieces in the receive buffer: use each before the next.
-        Left before its end, it can be taken up again, or drained."""
+        """The data set of the command just received, as pieces in the receive buffer: use each before the
+        next. Left before its end, it can be taken up again, or drained."""
         while True:
             while self._pdv_left:
                 view = self.wire.take(self._pdv_left)
@@ -123,7 +125,7 @@ class Association:
         octets = bytearray()
         for view in self.fragments(context):
             if len(octets) + len(view) > bytes_max:
-                raise Violation("an identifier is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+                raise Violation("an identifier is larger than its bound", 0, AbortSource.SERVICE_USER)
             octets += view
         return bytes(octets)
 
@@ -153,12 +155,12 @@ class Association:
         while True:
             found_id, control, length = self._next_pdv()
             if not control & COMMAND_FRAGMENT:
-                raise Violation("a data set fragment where a command was to come", AbortReason.UNEXPECTED_PARAMETER)
+                raise Violation("a data set fragment in place of a command", AbortReason.UNEXPECTED_PARAMETER)
             if octets and found_id != context_id:
                 raise Violation("a command goes on in another presentation context")
             context_id = found_id
             if len(octets) + length > self.limits.command_bytes_max:
-                raise Violation("a command set is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+                raise Violation("a command set is larger than its bound", 0, AbortSource.SERVICE_USER)
             octets += wire.read(length)
             self._pdu_left -= length
             if control & LAST_FRAGMENT:
@@ -176,7 +178,7 @@ class Association:
             raise Violation("another message begins inside a data set", AbortReason.UNEXPECTED_PARAMETER)
         self._dataset_bytes += length
         if self._dataset_bytes > self.limits.object_bytes_max:
-            raise Violation("a data set is larger than its bound", source=AbortSource.SERVICE_USER, reason=0)
+            raise Violation("a data set is larger than its bound", 0, AbortSource.SERVICE_USER)
         self._pdv_left = length
         self._pdv_last = bool(control & LAST_FRAGMENT)
 
@@ -196,7 +198,7 @@ class Association:
         self._pdu_left -= PDV_HEADER_BYTES
         self._empty_fragments = self._empty_fragments + 1 if length == 2 else 0
         if self._empty_fragments > EMPTY_FRAGMENTS_MAX:
-            raise Violation("nothing but empty fragments", source=AbortSource.SERVICE_USER, reason=0)
+            raise Violation("nothing but empty fragments", 0, AbortSource.SERVICE_USER)
         return context_id, control, length - 2
 
     def _open_data_pdu(self) -> None:
@@ -239,7 +241,8 @@ class Association:
         self.wire.send(octets)
 
     def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:
-        """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they end."""
+        """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they
+        end."""
         vector: list[Buffer] = list(self._pdus(context.id, COMMAND_FRAGMENT, command))
         step = self._send_pdu_bytes - PDV_HEADER_BYTES
         gathered = 0
@@ -266,14 +269,9 @@ class Association:
 
     # --- ending
 
-    def answer_release(self) -> None:
-        """After PeerReleased: A-RELEASE-RP, then wait for the peer to close (AR-4, Sta13)."""
-        with contextlib.suppress(AssociationEnded):
-            self.wire.send(RELEASE_RP_OCTETS)
-
     def release(self) -> None:
-        """Ask to release and wait for the answer within ARTIM; always closes. PS3.8 Sta7: data that is still under
-        way is passed over (AR-6); when both ask at once the requestor answers first (AR-8 to AR-10)."""
+        """Ask to release and wait for the answer within ARTIM; always closes. PS3.8 Sta7: data that is still
+        under way is passed over (AR-6); when both ask at once the requestor answers first (AR-8 to AR-10)."""
         try:
             self.wire.set_deadline(time.monotonic() + self.limits.artim_s)
             self.wire.send(RELEASE_RQ_OCTETS)
@@ -303,8 +301,8 @@ class Association:
                 self._control_pdu(kind, length)
 
     def _settle_collision(self) -> bool:
-        """Both sides asked: the requestor answers and then waits for its answer (Sta9, Sta11); the acceptor waits
-        for the answer to its own request first and then answers (Sta10, Sta12). Whether all is said."""
+        """Both sides asked: the requestor answers and then waits for its answer (Sta9, Sta11); the acceptor
+        waits for the answer to its own request first and then answers (Sta10, Sta12). Whether all is said."""
         if self._requestor:
             self.wire.send(RELEASE_RP_OCTETS)
             return False

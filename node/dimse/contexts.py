@@ -1,5 +1,6 @@
-"""Owns which SOP classes and transfer syntaxes the node takes, and presentation contexts: how the acceptor answers
-them (PS3.8 9.3.3.2) and how the requestor plans them. It never knows who asks; admission says what a device may."""
+"""Owns which SOP classes and transfer syntaxes the node takes, and presentation contexts: how the acceptor
+answers them (PS3.8 9.3.3.2) and how the requestor plans them. It never knows who asks; admission says what a
+device may."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR: of media, never sent
 
 # Syntaxes whose data sets do not carry their own pixels, or are no data sets.
 _NOT_IN_STREAM = frozenset((
-    "1.2.840.10008.1.2.4.94", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.204", "1.2.840.10008.1.2.4.205",  # JPIP
+    "1.2.840.10008.1.2.4.94", "1.2.840.10008.1.2.4.95",  # JPIP
+    "1.2.840.10008.1.2.4.204", "1.2.840.10008.1.2.4.205",  # JPIP with HTJ2K
     "1.2.840.10008.1.2.6.1", "1.2.840.10008.1.2.6.2", "1.2.840.10008.1.20",  # MIME, XML, Papyrus 3
     "1.2.840.10008.1.2.7.1", "1.2.840.10008.1.2.7.2", "1.2.840.10008.1.2.7.3",  # SMPTE ST 2110: real time
 ))
@@ -62,7 +64,8 @@ def _storage_classes() -> frozenset[str]:
     """Every storage SOP class of the standard, the retired ones too: old archives are migrated with them."""
     classes = {uid for uid, (name, kind, _, retired, _) in UID_dictionary.items()
                if _is_storage(uid, name, kind, retired)}
-    return frozenset(classes | set(known_classes._STORAGE_CLASSES.values()))  # newer ones than the dictionary's
+    newer = set(known_classes._STORAGE_CLASSES.values())  # than the dictionary
+    return frozenset(classes | newer)
 
 
 STORAGE_CLASSES = _storage_classes()
@@ -75,8 +78,8 @@ IDENTIFIER_SYNTAXES = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG)
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a node takes. `private` adds private SOP classes and transfer syntaxes, and storage classes that are
-    newer than our tables (AS6)."""
+    """What a node takes. `private` adds private SOP classes and transfer syntaxes, and storage classes that
+    are newer than our tables (AS6)."""
 
     private: bool = False
 
@@ -134,7 +137,8 @@ def _answer(proposed: ProposedContext, offer: Offer, permitted: frozenset[Servic
 
 
 def _answer_roles(roles: Sequence[Role], accepted: set[str]) -> tuple[Role, ...]:
-    """We are SCP of what we accept; the SCP role is not given to the requestor until there is C-GET (PS3.7 D.3.3.4)."""
+    """We are SCP of what we accept; the SCP role is not given to the requestor until there is C-GET (PS3.7
+    D.3.3.4)."""
     seen: dict[str, Role] = {}
     for role in roles:
         if role.sop_class_uid in accepted and role.sop_class_uid not in seen:
@@ -143,8 +147,9 @@ def _answer_roles(roles: Sequence[Role], accepted: set[str]) -> tuple[Role, ...]
 
 
 def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:
-    """Presentation contexts for (SOP class, transfer syntax) pairs: one context for each, as a context is answered
-    with one syntax only; a further set where an association's 128 are used up (each is one association)."""
+    """Presentation contexts for (SOP class, transfer syntax) pairs: one context for each, as a context is
+    answered with one syntax only; a further set where an association's 128 are used up (each is one
+    association)."""
     sets: list[tuple[ProposedContext, ...]] = []
     unique = list(dict.fromkeys(pairs))
     for at in range(0, len(unique), CONTEXTS_MAX):
@@ -153,8 +158,10 @@ def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:
     return sets
 
 
-def agreed(proposed: Sequence[ProposedContext], answers: Sequence[AnsweredContext]) -> Mapping[int, Context]:
-    """The contexts that the acceptor took. An answer with a syntax that was not proposed counts as refused."""
+def agreed(proposed: Sequence[ProposedContext],
+           answers: Sequence[AnsweredContext]) -> Mapping[int, Context]:
+    """The contexts that the acceptor took. An answer with a syntax that was not proposed counts as
+    refused."""
     by_id = {context.id: context for context in proposed}
     contexts: dict[int, Context] = {}
     for answer in answers:

@@ -1,5 +1,6 @@
-"""Owns command sets (PS3.7 6.3.1, Annex E): parsed and built as octets in Implicit VR Little Endian, without a
-data set object, as every C-STORE takes two of them. It never looks at the data set that follows a command."""
+"""Owns command sets (PS3.7 6.3.1, Annex E): parsed and built as octets in Implicit VR Little Endian, without
+a data set object, as every C-STORE takes two of them. It never looks at the data set that follows a
+command."""
 
 from __future__ import annotations
 
@@ -100,9 +101,9 @@ def parse(octets: bytes) -> Command:
     elements = _explicit_elements(octets) if explicit else _implicit_elements(octets)
     field = elements.get(COMMAND_FIELD, b"")
     if len(field) < 2:
-        raise Violation("a command set without a Command Field", source=AbortSource.SERVICE_USER, reason=0)
-    dataset_type = elements.get(DATASET_TYPE, b"")
-    command = Command(elements, int.from_bytes(field[:2], "little"), 0, dataset_type[:2] not in (b"", b"\x01\x01"))
+        raise Violation("a command set without a Command Field", 0, AbortSource.SERVICE_USER)
+    has_dataset = elements.get(DATASET_TYPE, b"")[:2] not in (b"", b"\x01\x01")
+    command = Command(elements, int.from_bytes(field[:2], "little"), 0, has_dataset)
     command.message_id = command.short(MESSAGE_ID, 0)
     return command
 
@@ -188,9 +189,11 @@ def echo_request(message_id: int) -> bytes:
 
 def store_request(message_id: int, sop_class_uid: str, sop_instance_uid: str, *, priority: int = 0,
                   originator: tuple[str, int] | None = None) -> bytes:
-    """C-STORE-RQ; `originator` is the AE title and message ID of the C-MOVE that it serves (PS3.7 9.1.1.1)."""
-    parts = [element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")), short(COMMAND_FIELD, Field.C_STORE),
-             short(MESSAGE_ID, message_id), short(PRIORITY, priority), short(DATASET_TYPE, 0x0001),
+    """C-STORE-RQ; `originator` is the AE title and message ID of the C-MOVE that it serves (PS3.7
+    9.1.1.1)."""
+    parts = [element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")),
+             short(COMMAND_FIELD, Field.C_STORE), short(MESSAGE_ID, message_id), short(PRIORITY, priority),
+             short(DATASET_TYPE, 0x0001),
              element(AFFECTED_SOP_INSTANCE_UID, sop_instance_uid.encode("ascii"))]
     if originator is not None:
         title, move_message_id = originator
@@ -200,8 +203,9 @@ def store_request(message_id: int, sop_class_uid: str, sop_instance_uid: str, *,
 
 
 def find_request(message_id: int, sop_class_uid: str, *, priority: int = 0) -> bytes:
-    return build(element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")), short(COMMAND_FIELD, Field.C_FIND),
-                 short(MESSAGE_ID, message_id), short(PRIORITY, priority), short(DATASET_TYPE, 0x0001))
+    return build(element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")),
+                 short(COMMAND_FIELD, Field.C_FIND), short(MESSAGE_ID, message_id), short(PRIORITY, priority),
+             short(DATASET_TYPE, 0x0001))
 
 
 def cancel_request(message_id: int) -> bytes:

@@ -1,6 +1,6 @@
 """Owns the octets of the upper layer's PDUs (PS3.8 9.3): A-ASSOCIATE-RQ, -AC, -RJ, A-RELEASE, A-ABORT and the
-headers of P-DATA-TF, decoded from and encoded to frozen dataclasses. It never reads a socket and never decides
-what to answer: what breaks the grammar raises InvalidPdu, with the reason an A-ABORT would give."""
+headers of P-DATA-TF, decoded from and encoded to frozen dataclasses. It never reads a socket and never
+decides what to answer: what breaks the grammar raises InvalidPdu, with the reason an A-ABORT would give."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class UserIdentity:
-    """What the requestor says of its user (PS3.7 D.3.3.7): kept out of every text form, as it may be a password."""
+    """What the requestor says of its user (PS3.7 D.3.3.7): kept out of every text form, as it may be a
+    password."""
 
     kind: int
     wants_answer: bool
@@ -350,7 +351,8 @@ def _extra_request_information(request: AssociateRequest) -> bytes:
 
 
 class _Information:
-    """The user information item (PS3.7 Annex D.3.3) while it is read; sub-items are bounded by the PDU's own bound."""
+    """The user information item (PS3.7 Annex D.3.3) while it is read; sub-items are bounded by the PDU's own
+    bound."""
 
     def __init__(self) -> None:
         self.max_pdu_bytes = 0

@@ -1,5 +1,5 @@
-"""Owns one TCP connection: its socket options, its only receive buffer, its time limits and its byte counts. It
-never interprets what it carries; `association.py` does, straight in the buffer."""
+"""Owns one TCP connection: its socket options, its only receive buffer, its time limits and its byte counts.
+It never interprets what it carries; `association.py` does, straight in the buffer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 class Wire:
-    """A blocking socket. Time limits are the kernel's (SO_RCVTIMEO): Python's own would poll before every receive.
+    """A blocking socket. Time limits are the kernel's (SO_RCVTIMEO): Python's own would poll before every
+    receive.
 
-    A receive ends after `patience_s` of silence or, while `deadline` is set, at that moment (ARTIM), even when
-    octets keep trickling in. `busy` says that a PDU or message has begun: then every receive re-arms TCP_QUICKACK,
-    as a sender with Nagle on waits for our acknowledgement and we for the rest of its message (40 ms each time).
+    A receive ends after `patience_s` of silence or, while `deadline` is set, at that moment (ARTIM), even
+    when octets keep trickling in. `busy` says that a PDU or message has begun: then every receive re-arms
+    TCP_QUICKACK, as a sender with Nagle on waits for our acknowledgement and we for the rest of its message
+    (40 ms each time).
     """
 
     def __init__(self, sock: socket.socket, *, buffer_bytes_max: int = 256 << 10, patience_s: float = 60.0,
@@ -46,7 +48,7 @@ class Wire:
         self.bytes_out = 0
         self._deadline: float | None = None
         self._receive_timeout_s = 0.0
-        self._stopping = False
+        self.stopping = False
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -54,13 +56,15 @@ class Wire:
         self._set_receive_timeout(self.tick_s)
 
     def set_deadline(self, deadline: float | None) -> None:
-        """Bound everything received from now on by a moment of `time.monotonic`, or (None) by patience alone."""
+        """Bound everything received from now on by a moment of `time.monotonic`, or (None) by patience
+        alone."""
         self._deadline = deadline
         if deadline is None:
             self._set_receive_timeout(self.tick_s)
 
     def need(self, count: int) -> int:
-        """Wait until `count` octets lie in one piece in `buffer`; where they begin. `count` was bounded before."""
+        """Wait until `count` octets lie in one piece in `buffer`; where they begin. `count` was bounded
+        before."""
         while self._end - self.start < count:
             self._make_room(count)
             self._receive()
@@ -120,8 +124,8 @@ class Wire:
             raise ConnectionLost(f"the connection is lost ({_name(error)})") from None
 
     def linger(self, seconds: float) -> None:
-        """Wait for the peer to close, as closing first with octets unread would reset the connection and take our
-        last PDU from it (PS3.8 Sta13); what still comes is passed over, up to a bound."""
+        """Wait for the peer to close, as closing first with octets unread would reset the connection and take
+        our last PDU from it (PS3.8 Sta13); what still comes is passed over, up to a bound."""
         left = LINGER_BYTES_MAX
         self.busy = False
         self.set_deadline(time.monotonic() + seconds)
@@ -129,11 +133,13 @@ class Wire:
             while left > 0:
                 left -= len(self.take(left))
 
-    def interrupt(self) -> None:
-        """From another thread: end a waiting receive with Stopping."""
-        self._stopping = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
+    def stop(self) -> None:
+        """From another thread: end with Stopping as soon as no message is under way. One that begins just now
+        is cut as well: its sender hears no success."""
+        self.stopping = True
+        if not self.busy:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
         """From another thread: end the connection in both directions at once."""
@@ -170,6 +176,8 @@ class Wire:
                 break
             except BlockingIOError:
                 waited_s += self._receive_timeout_s
+                if self.stopping and not self.busy:
+                    raise self._lost("") from None
                 if self._deadline is None and waited_s >= self.patience_s:
                     raise TimedOut(f"the peer was silent for {waited_s:.0f} s") from None
                 if self.start == self._end and len(self.buffer) > QUIET_BUFFER_BYTES:
@@ -181,10 +189,10 @@ class Wire:
         self.bytes_in += count
         self._end += count
         if self._end == len(self.buffer) and self._end < self._buffer_bytes_max:
-            self._replace_buffer(self._buffer_bytes_max)  # the peer sends faster than we read: read larger pieces
+            self._replace_buffer(self._buffer_bytes_max)  # the peer is faster: read in larger pieces
 
     def _lost(self, what: str) -> ConnectionLost | Stopping:
-        return Stopping("this side is being stopped") if self._stopping else ConnectionLost(what)
+        return Stopping("this side is being stopped") if self.stopping else ConnectionLost(what)
 
     def _replace_buffer(self, size: int) -> None:
         """Another buffer, not another size: views of the old one may be in use."""
