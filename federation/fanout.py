@@ -167,6 +167,11 @@ def _fresh(listed: Sequence[tuple[str, Match]], held: Held) -> dict[str, tuple[S
     return fresh
 
 
+def _alone(listed: Sequence[tuple[str, Match]], held: Held) -> tuple[str, ...]:
+    """The wards that list something which the region lacks."""
+    return _union((), (ward for ward, match in listed if _fresh([(ward, match)], held)))
+
+
 def _join_study(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
     fresh = _fresh(listed, held)
     base = row or listed[0][1]
@@ -185,6 +190,7 @@ def _join_study(row: Match | None, listed: Sequence[tuple[str, Match]], held: He
         instance_count=base.instance_count + sum(len(uids) for _, uids in fresh.values()),
         wards=_union(base.wards, (ward for ward, _ in listed)),
         holdings=(),
+        pending_at=_alone(listed, held),
         truncated=base.truncated or any(match.truncated for _, match in listed),
     )
 
@@ -199,7 +205,7 @@ def _join_image(row: Match | None, listed: Sequence[tuple[str, Match]], held: He
     if row is None and base.instance["SOPInstanceUID"] in held.instances:
         return None
     wards = _union(base.wards, (ward for ward, _ in listed))
-    return replace(base, wards=wards, holdings=())
+    return replace(base, wards=wards, holdings=(), pending_at=() if row else wards)
 
 
 def _join_patient(row: Match | None, listed: Sequence[tuple[str, Match]], held: Held) -> Match | None:
@@ -222,6 +228,7 @@ def _join_patient(row: Match | None, listed: Sequence[tuple[str, Match]], held: 
         instance_count=base.instance_count + sum(len(uids) for _, uids in fresh.values()),
         wards=_union(base.wards, (ward for ward, _ in listed)),
         holdings=(),
+        pending_at=_alone(listed, held),
         truncated=base.truncated or any(match.truncated for _, match in listed),
     )
 

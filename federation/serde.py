@@ -122,6 +122,7 @@ def match_to(match: Match) -> common_pb2.Match:
             for h in match.holdings
         ],
         truncated=match.truncated,
+        pending_at=match.pending_at,
     )
 
 
@@ -143,6 +144,7 @@ def match_from(message: common_pb2.Match) -> Match:
             SeriesHolding(h.series_uid, h.modality, tuple(h.sop_instance_uids)) for h in message.holdings
         ),
         truncated=message.truncated,
+        pending_at=tuple(message.pending_at),
     )
 
 

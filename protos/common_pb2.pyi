@@ -240,6 +240,7 @@ class Match(_message.Message):
     HOLDINGS_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     STUDY_COUNT_FIELD_NUMBER: _builtins.int
+    PENDING_AT_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     issuer: _builtins.str
     series_count: _builtins.int
@@ -262,6 +263,10 @@ class Match(_message.Message):
     def wards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeriesHolding]: ...
+    @_builtins.property
+    def pending_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """wards that hold a part of it alone"""
+
     def __init__(
         self,
         *,
@@ -279,10 +284,11 @@ class Match(_message.Message):
         holdings: _abc.Iterable[Global___SeriesHolding] | None = ...,
         truncated: _builtins.bool = ...,
         study_count: _builtins.int = ...,
+        pending_at: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "patient", b"patient", "series", b"series", "study", b"study"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "patient", b"patient", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "study_count", b"study_count", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "patient", b"patient", "pending_at", b"pending_at", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "study_count", b"study_count", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,6 +165,8 @@ def test_the_merge_is_the_union(every: list[Image], level: Level) -> None:
     assert [summary(match) for match in page.matches] == [summary(match) for match in truth]
     assert page.added == len(truth) - len(region)
     assert all(not match.holdings for match in page.matches)
+    alone = {ward for image in every if not image.region for ward in image.pending}
+    assert {ward for match in page.matches for ward in match.pending_at} == alone
     for merged, whole in zip(page.matches, truth, strict=True):
         assert set(merged.wards) >= set(whole.wards)
 

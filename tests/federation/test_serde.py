@@ -63,6 +63,7 @@ MATCHES = st.builds(
     TEXTS,
     HOLDINGS,
     st.booleans(),
+    TEXTS,
 )
 COVERAGES = st.builds(
     WardCoverage, TEXT, TEXT, TEXT, st.sampled_from(CoverageState), TIME, COUNT, COUNT, TIME, TEXT
