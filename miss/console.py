@@ -1,5 +1,5 @@
-"""How the command speaks: what it prints, how it ends on errors, and what a process writes to its log. Data goes
-to stdout, everything else to stderr."""
+"""How the command speaks: what it prints, how it ends on errors, and what a process writes to its log. Data
+goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OneLine(logging.Formatter):
 
 
 def set_up_logging(level: str = "INFO") -> None:
-    """Every logger of the process, one line per event, on stderr. Called once, by the command that runs it."""
+    """Every logger of the process, one line per event, on stderr. Called once, by the command that runs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine())
     root = logging.getLogger()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import cos, pi, sin
 
 import numpy as np
@@ -56,7 +56,10 @@ class Generated:
     sop_instance_uid: str
     transfer_syntax_uid: str
     study_uid: str
-    dataset: bytes
+    content: bytes = field(repr=False)
+
+    def dataset(self) -> bytes:
+        return self.content
 
 
 TORSO = Phantom(

@@ -1,0 +1,161 @@
+"""`miss device`: the modalities and workstations that may connect to a node. Writes the node's ledger, which
+the node reads at every association: nothing needs a restart."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from archive.errors import InvalidInput, NotFound, Unavailable
+from archive.ledger import Device
+from miss.configuration import State
+from miss.console import err, out, table
+from miss.ledgers import open_ledger, require_node
+
+if TYPE_CHECKING:
+    from node.dimse.requestor import Peer
+
+app = typer.Typer(help="The devices that may connect to a node; changes count at once.", no_args_is_help=True)
+
+AE_LENGTH_MAX = 16
+SERVICES = ("store", "find")
+
+AeTitle = Annotated[str, typer.Argument(metavar="AE-TITLE", help="The device's AE title, as it calls itself.",
+                                        show_default=False)]
+
+
+@app.command()
+def add(
+    ae_title: AeTitle,
+    address: Annotated[str, typer.Option(metavar="ADDRESS", show_default=False,
+                                         help="Its IP address, a network (10.2.0.0/16), or * for any.")],
+    name: Annotated[str, typer.Option(help="What people call it.")] = "",
+    port: Annotated[int | None, typer.Option(help="Where it listens, if it can be called.", min=1, max=65535,
+                                             show_default=False)] = None,
+    issuer: Annotated[str | None, typer.Option(
+        help="The issuer of the Patient IDs that it sends, when it is not the ward's.",
+        show_default=False)] = None,
+    services: Annotated[str, typer.Option(help="What it may do, comma-separated.")] = ",".join(SERVICES),
+    state: State = Path("."),
+) -> None:
+    """Lets a device connect, or changes the one of that AE title.
+
+    \b
+    Examples:
+      miss device add CT1 --address 10.2.4.17 --name "CT, room 3" --state /srv/miss
+      miss device add WORKSTATION --address 10.2.0.0/16 --services find --port 104
+    """
+    require_node(state)
+    device = make_device(ae_title, address, name=name, port=port, issuer=issuer,
+                         services=tuple(filter(None, services.split(","))))
+    with open_ledger(state) as ledger:
+        ledger.add_device(device)
+    err.print(f"{device.ae_title} may connect from {device.address}", style="green", markup=False)
+
+
+@app.command("ls")
+def ls(state: State = Path(".")) -> None:
+    """Lists the devices that may connect.
+
+    \b
+    Example:
+      miss device ls --state /srv/miss
+    """
+    require_node(state)
+    grid = table("AE title", "address", ">port", "may", "issuer", "name", "enabled")
+    with open_ledger(state) as ledger:
+        for device in ledger.devices():
+            grid.add_row(device.ae_title, device.address, str(device.port or "-"),
+                         ", ".join(sorted(device.services)), device.issuer or "the ward's", device.name,
+                         "yes" if device.enabled else "no")
+    out.print(grid)
+
+
+@app.command()
+def rm(ae_title: AeTitle, state: State = Path(".")) -> None:
+    """Takes a device off the list: the next association is refused.
+
+    \b
+    Example:
+      miss device rm CT1 --state /srv/miss
+    """
+    require_node(state)
+    with open_ledger(state) as ledger:
+        if not ledger.remove_device(ae_title):
+            raise NotFound(f"there is no device {ae_title}; `miss device ls` lists them")
+    err.print(f"{ae_title} may not connect any more", style="green", markup=False)
+
+
+@app.command()
+def echo(
+    device: Annotated[str, typer.Argument(
+        metavar="AE-TITLE|AE@HOST:PORT", show_default=False,
+        help="A device of the list that has a port, or any AE title with its address.")],
+    calling: Annotated[str, typer.Option(help="The AE title to call as; else the node's own.")] = "",
+    timeout_s: Annotated[float, typer.Option(help="How long to wait.", min=0.1, max=300)] = 10.0,
+    state: State = Path("."),
+) -> None:
+    """Asks a device whether it is there (C-ECHO) and says how long it took.
+
+    \b
+    Examples:
+      miss device echo CT1 --state /srv/miss
+      miss device echo ORTHANC@10.2.4.20:4242 --state /srv/miss
+    """
+    from miss.sending import parse_peer
+    from node.dimse.requestor import echo as c_echo
+
+    peer = parse_peer(device) if "@" in device else _listed(device, state)
+    started = time.monotonic()
+    status = c_echo(peer, calling or _own_ae_title(state), timeout_s=timeout_s)
+    if status:
+        raise Unavailable(f"{device} answered with status {status:04X}")
+    out.print(f"{device} answered in {1000 * (time.monotonic() - started):.0f} ms", markup=False)
+
+
+def make_device(ae_title: str, address: str, *, name: str = "", port: int | None = None,
+                issuer: str | None = None, services: tuple[str, ...] = SERVICES) -> Device:
+    """A device by the rules of PS3.5 6.2 (AE) and of addresses; InvalidInput says which is broken."""
+    require_ae_title(ae_title)
+    if address != "*":
+        try:
+            address = str(ipaddress.ip_network(address) if "/" in address else ipaddress.ip_address(address))
+        except ValueError:
+            raise InvalidInput(f"{address} is neither an IP address, nor a network such as 10.2.0.0/16, nor *"
+                               ) from None
+    if unknown := [service for service in services if service not in SERVICES]:
+        raise InvalidInput(f"no service {unknown[0]}; there are: {', '.join(SERVICES)}")
+    return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services))
+
+
+def require_ae_title(ae_title: str) -> str:
+    title = ae_title.strip(" ")
+    if not 0 < len(title) <= AE_LENGTH_MAX or not title.isascii() or not title.isprintable() or "\\" in title:
+        raise InvalidInput(f"an AE title has 1 to {AE_LENGTH_MAX} characters, no backslash, no control "
+                           "character (PS3.5 6.2)")
+    return title
+
+
+def _listed(ae_title: str, state: Path) -> Peer:
+    from node.dimse.requestor import Peer
+
+    require_node(state)
+    with open_ledger(state) as ledger:
+        device = ledger.device(ae_title)
+    if device is None:
+        raise NotFound(f"there is no device {ae_title}; `miss device ls` lists them, or give AE@HOST:PORT")
+    if device.port is None or "/" in device.address or device.address == "*":
+        raise InvalidInput(f"{ae_title} has no address and port to call: give AE@HOST:PORT, or "
+                           f"`miss device add {ae_title} --address ADDRESS --port PORT`")
+    return Peer(device.address, device.port, ae_title)
+
+
+def _own_ae_title(state: Path) -> str:
+    from miss import configuration
+
+    file = state / configuration.Process.NODE.file
+    return configuration.node(file).dimse.ae_title if file.exists() else "MISS-SEND"

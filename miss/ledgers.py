@@ -1,0 +1,53 @@
+"""Which ledger a command means: the region's, beside its hub.toml, or a node's, beside its node.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from archive.database import sqlite_url
+from archive.errors import InvalidInput, SettingsError
+from archive.ledger import Ledger
+from miss import configuration
+from miss.configuration import Process
+
+LEDGER = "ledger.db"
+
+
+@contextmanager
+def open_ledger(state: Path) -> Iterator[Ledger]:
+    """The ledger of the region or the node whose folder `state` is."""
+    ledger = Ledger.open(ledger_url(state))
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def ledger_url(state: Path) -> str:
+    hub, node = state / Process.HUB.file, state / Process.NODE.file
+    if hub.exists():
+        return configuration.hub(hub).ledger_url or sqlite_url(state / LEDGER)
+    if node.exists():
+        return sqlite_url(configuration.node(node).state / LEDGER)
+    raise SettingsError(f"{state} holds neither {Process.HUB.file} nor {Process.NODE.file}: give "
+                        "--state DIR, the region's folder or the node's")
+
+
+def require_node(state: Path) -> None:
+    """Refuses a folder that is not a node's: only nodes have devices."""
+    if not (state / Process.NODE.file).exists():
+        raise SettingsError(f"{state} holds no {Process.NODE.file}: give --state DIR, the folder of the node")
+
+
+def require_ward(ledger: Ledger, state: Path, ward: str) -> None:
+    """Refuses a ward that is not there, naming those that are."""
+    if (state / Process.HUB.file).exists():
+        known = [one.id for one in ledger.wards()]
+    else:
+        from certs.identity import Identity
+
+        known = [Identity.load(configuration.node(state / Process.NODE.file).identity).ward]
+    if ward not in known:
+        raise InvalidInput(f"no ward {ward!r} here; there are: {', '.join(known) or 'none yet'}")
