@@ -215,7 +215,7 @@ class _Scanner:
                     if end > size:
                         raise _Truncated("the data set ends inside a value")
                     kept = bytes(view[value : min(end, value + VALUE_BYTES_MAX)])
-                    self._keep(found, tag, RawValue(vr, big, kept, self._decoder))
+                    self._keep(found, tag, (vr, big, kept, self._decoder))
                     at = end
                     continue
             if length == UNDEFINED:
@@ -263,10 +263,10 @@ class _Scanner:
 
     def _keep(self, found: dict[int, RawValue], tag: int, raw: RawValue) -> None:
         if tag == _SPECIFIC_CHARACTER_SET:
-            self._decoder = decoder(raw.value[:256])
+            self._decoder = decoder(raw[2][:256])
         elif tag in found:
             # PS3.5 7.1: an element occurs at most once. Readers differ on which of two they take.
-            if tag in _UNAMBIGUOUS and found[tag].value != raw.value:
+            if tag in _UNAMBIGUOUS and found[tag][2] != raw[2]:
                 raise CannotUnderstand("an identifier occurs twice with different values")
         else:
             found[tag] = raw
@@ -379,9 +379,8 @@ class _Scanner:
             if tag == _SPECIFIC_CHARACTER_SET:
                 text = decoder(bytes(self._view[value : min(at, value + 256)]))
             elif tag in children and tag not in item:
-                item[tag] = RawValue(
-                    vr, encoding.big_endian, bytes(self._view[value : min(at, value + VALUE_BYTES_MAX)]), text
-                )
+                kept = bytes(self._view[value : min(at, value + VALUE_BYTES_MAX)])
+                item[tag] = (vr, encoding.big_endian, kept, text)
         for tag, entry in children.items():
             values = self.in_items.setdefault(entry.keyword, [])
             if len(values) < self._limits.items_max:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from hashlib import sha256
 from struct import Struct
-from typing import NamedTuple
 
 from archive.charsets import TextDecoder
 
@@ -29,14 +28,9 @@ _PLAIN_VRS = frozenset({b"CS", b"DA", b"TM", b"LO", b"SH", b"PN", b"IS", b"DS", 
 _SPECIAL = frozenset(b"\\\x1b\0")
 
 
-class RawValue(NamedTuple):
-    """A value as it stood: its VR (b"" in implicit VR), byte order, bytes (up to VALUE_BYTES_MAX) and the
-    decoder that its place calls for."""
-
-    vr: bytes
-    big_endian: bool
-    value: bytes
-    decode: TextDecoder
+# A value as it stood: its VR (b"" in implicit VR), whether big endian, bytes (up to VALUE_BYTES_MAX) and
+# the decoder that its place calls for. A plain tuple, as the scanner makes some forty for each instance.
+RawValue = tuple[bytes, bool, bytes, TextDecoder]
 
 
 def text_of(raw: RawValue, dictionary_vr: str) -> str:
