@@ -58,8 +58,6 @@ from certs.profiles import (
 )
 
 FIRST_BUNDLE_VERSION = 1
-HUB_RENEWAL_PART = 3  # a hub's certificate is made anew when less than a third of its life is left
-
 Clock = Callable[[], int]
 _US = 1_000_000
 
@@ -177,12 +175,13 @@ def pin_of(certificate: x509.Certificate) -> str:
 
 def hub_identity(
     authority_folder: Path, folder: Path, *, name: str = "hub", life_s: int = LEAF_LIFE_S,
-    clock: Clock = clock_us,
+    renew: bool = False, clock: Clock = clock_us,
 ) -> Identity:
-    """The hub's identity in `folder`, made or renewed by the authority when a third of its life is left.
+    """The hub's identity in `folder`, made by the authority on the same machine when there is none, when a
+    third of its life is left, when the authority is another one, or when told to `renew`.
 
-    Asked at every start and then now and again; servers that got `server_credentials` take the new one up by
-    themselves. The hub's certificate is not in the registry: nothing asks for it there.
+    Servers that got `server_credentials` take the new one up by themselves. A hub's certificate is not in the
+    registry: it dials nobody, so no gate asks for it.
     """
     authority = Authority.open(authority_folder, clock=clock)
     member = Member(authority.region, Profile.HUB, (slug(name),))
@@ -190,9 +189,9 @@ def hub_identity(
         held = Identity.load(folder)
         left_us, life_us = held.not_after_us - clock(), held.not_after_us - held.issued_us
         fits = held.certificate.member == member and held.roots_pem == authority.bundle.roots_pem
-        if fits and left_us * HUB_RENEWAL_PART > life_us:
+        if fits and left_us * 3 > life_us and not renew:
             return held
-    key = identities.pending_key(folder)
+    key = identities.pending_key(folder, "hub")
     certificate = authority.issue(member, key.public_key(), life_s=life_s)
     return identities.install(
         folder,

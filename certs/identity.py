@@ -58,6 +58,7 @@ class Identity:
     """A member's identity as read from its folder. `issuer` is the assigning authority of its Patient IDs."""
 
     folder: Path
+    generation: str
     key_pem: bytes = field(repr=False)
     chain_pem: bytes = field(repr=False)
     roots_pem: bytes = field(repr=False)
@@ -69,6 +70,15 @@ class Identity:
     def load(cls, folder: Path) -> Identity:
         """The current identity in `folder`; SettingsError when there is none or its parts do not match."""
         return _load(folder, _current(folder))
+
+    @property
+    def key_path(self) -> Path:
+        """For servers that take files alone."""
+        return self.folder / "generations" / self.generation / "key.pem"
+
+    @property
+    def chain_path(self) -> Path:
+        return self.key_path.with_name("chain.pem")
 
     @property
     def uri(self) -> str:
@@ -132,23 +142,35 @@ def latest(held: Identity) -> Identity:
     return _load(held.folder, _current(held.folder))
 
 
-def pending_key(folder: Path) -> ec.EllipticCurvePrivateKey:
-    """The key that waits for a certificate, made when there is none: the same one until it is installed."""
+def pending_key(folder: Path, purpose: str) -> ec.EllipticCurvePrivateKey:
+    """The key that waits for a certificate for this purpose: the same one until it is installed or dropped.
+
+    One that waited for another purpose (an invite that was never answered) is dropped for a new one.
+    """
     keyfiles.make_private_folder(folder)
-    path = folder / "pending" / "key.pem"
-    if not path.exists():
+    pending = folder / "pending"
+    try:
+        if keyfiles.read(pending / "purpose") != purpose.encode():
+            drop_pending(folder)
+    except FileNotFoundError:
+        drop_pending(folder)
+    if not pending.exists():
         staging = folder / f".pending.{secrets.token_hex(4)}"
         staging.mkdir(mode=0o700)
         keyfiles.write_new(staging / "key.pem", key_pem(new_key()), keyfiles.PRIVATE)
+        keyfiles.write_new(staging / "purpose", purpose.encode())
         keyfiles.sync_directory(staging)
-        os.rename(staging, path.parent)
+        os.rename(staging, pending)
         keyfiles.sync_directory(folder)
-    return _read_key(keyfiles.read_private(path))
+    return _read_key(keyfiles.read_private(pending / "key.pem"))
 
 
 def drop_pending(folder: Path) -> None:
-    """Forgets the pending key: the hub will not have it."""
-    shutil.rmtree(folder / "pending", ignore_errors=True)
+    """Forgets the pending key. Renamed first, so that half of it is never found."""
+    with contextlib.suppress(FileNotFoundError):
+        dropped = folder / f".pending.{secrets.token_hex(4)}"
+        os.rename(folder / "pending", dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
 
 
 def stage(folder: Path, issued: Issued) -> Identity:
@@ -176,7 +198,7 @@ def stage(folder: Path, issued: Issued) -> Identity:
 
 def switch(staged: Identity, *, drop_older: bool) -> Identity:
     """Makes `staged` the current generation; forgets the pending key and, when told to, older generations."""
-    folder, name = staged.folder, _name_of(staged)
+    folder, name = staged.folder, staged.generation
     link = folder / f".current.{secrets.token_hex(4)}"
     link.symlink_to(Path("generations") / name)
     os.rename(link, folder / "current")
@@ -193,13 +215,6 @@ def switch(staged: Identity, *, drop_older: bool) -> Identity:
 def install(folder: Path, issued: Issued, *, drop_older: bool = False) -> Identity:
     """Stages and switches at once: for a first certificate, or for one that needs no proof."""
     return switch(stage(folder, issued), drop_older=drop_older)
-
-
-def _name_of(staged: Identity) -> str:
-    for name in _generations(staged.folder):
-        if _load(staged.folder, name).fingerprint == staged.fingerprint:
-            return name
-    raise SettingsError(f"{staged.folder} no longer holds that generation")
 
 
 def _current(folder: Path) -> str:
@@ -238,13 +253,14 @@ def _read(folder: Path, name: str, _made_ns: int) -> Identity:
         matches = certificate.spki == spki_fingerprint(_read_key(pair).public_key())
         assignment = Assignment(
             hospital=str(described["hospital"]), ward_name=str(described["ward_name"]),
-            issuer=str(described["issuer"]), hub_addresses=tuple(map(str, described["hub_addresses"])))
+            issuer=str(described["issuer"]), hub_addresses=tuple(map(str, described["hub_addresses"])),
+        )
         version = int(described["bundle_version"])
     except (OSError, ValueError, KeyError, TypeError, InvalidInput) as error:
         raise SettingsError(f"the identity in {path} can't be read: {error}") from error
     if not matches:
         raise SettingsError(f"the key in {path} is not the certificate's")
-    return Identity(folder, pair, chain, roots, version, assignment, certificate)
+    return Identity(folder, name, pair, chain, roots, version, assignment, certificate)
 
 
 def _describe(issued: Issued) -> bytes:

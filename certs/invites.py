@@ -85,7 +85,8 @@ def create_invite(
         ward_name=ward.strip(), issuer=issuer.strip(), ward_id=ward_id, created_us=now_us,
         expires_us=now_us + life_s * _US, tries_left=TRIES,
     ))
-    registry.audit(ledger, act="invite", subject=f"{invite_id} {profile.value} {ward_id}", who=who, clock=clock)
+    subject = f"{invite_id} {profile.value} {ward_id}"
+    registry.audit(ledger, act="invite", subject=subject, who=who, clock=clock)
     return str(InviteText(address, invite_id, secret, (pin, second_pin) if second_pin else (pin,)))
 
 

@@ -57,8 +57,8 @@ def revoke(
     """
     identity = _identity(ledger, subject)
     revoked: list[CertificateRow] = []
-    # Twice: a renewal that was let in before the first pass may have added a row after it. One that adds later
-    # finds its caller revoked (certs/reissue.py looks again after it has added).
+    # Twice: a renewal that was let in before the first pass may have added a row after it. One that adds
+    # later finds its caller revoked (certs/reissue.py looks again after it has added).
     for _ in range(2):
         for row in ledger.certificates(identity=identity):
             if row.state != REVOKED and ledger.revoke_certificate(row.fingerprint, reason):
