@@ -113,9 +113,7 @@ def remedy(entry: Connection) -> str:
     """The line that would admit a refused caller, "" when there is none (`miss node log` shows it)."""
     if entry.outcome != "refused" or not entry.calling_ae.isprintable() or not entry.calling_ae.isascii():
         return ""
-    title = shlex.quote(entry.calling_ae)
-    if entry.reason == UNKNOWN and entry.calling_ae or entry.reason.startswith(ELSEWHERE):
-        return f"miss device add {title} --address {shlex.quote(entry.address)}"
-    if entry.reason == DISABLED:
-        return f"miss device add {title} --address {shlex.quote(entry.address)}"
+    known = entry.reason == DISABLED or entry.reason.startswith(ELSEWHERE)
+    if known or (entry.reason == UNKNOWN and entry.calling_ae):
+        return f"miss device add {shlex.quote(entry.calling_ae)} {shlex.quote(entry.address)}"
     return ""

@@ -191,7 +191,8 @@ class Acceptor:
         with contextlib.suppress(AssociationEnded):
             self._wire.send(last_words)
         self._record()
-        self._wire.linger(self._limits.artim_s)
+        if last_words:
+            self._wire.linger(self._limits.artim_s)  # Sta13; after the peer's own A-ABORT we close (AA-3)
 
     def _admit(self, request: AssociateRequest) -> Caller | Refusal:
         if not request.protocol_version & 1:

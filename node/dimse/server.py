@@ -43,6 +43,7 @@ class DimseServer:
         self._lock = threading.Lock()
         self._pending: dict[_Connection, None] = {}    # in order of arrival
         self._associated: dict[_Connection, None] = {}
+        self._cut: dict[_Connection, None] = {}        # their threads are about to end
         self._stopping = threading.Event()
         self._listener = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
         self.port: int = self._listener.getsockname()[1]
@@ -80,7 +81,7 @@ class DimseServer:
 
     def _open(self) -> list[_Connection]:
         with self._lock:
-            return [*self._pending, *self._associated]
+            return [*self._pending, *self._associated, *self._cut]
 
     def _join(self, until: float) -> None:
         while True:
@@ -143,6 +144,9 @@ class DimseServer:
             self._associated.pop(connection, None)
             self._pending[connection] = None
             oldest = next(iter(self._pending)) if len(self._pending) > PENDING_MAX else None
+            if oldest is not None:
+                del self._pending[oldest]
+                self._cut[oldest] = None
         if oldest is not None:
             oldest.wire.cut()
 
@@ -150,3 +154,4 @@ class DimseServer:
         with self._lock:
             self._pending.pop(connection, None)
             self._associated.pop(connection, None)
+            self._cut.pop(connection, None)
