@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.datadict import dictionary_VM, dictionary_VR, tag_for_keyword
 
 from archive.model import Level
 
@@ -36,6 +36,11 @@ class Indexed:
     @property
     def vr(self) -> str:
         return dictionary_VR(self.tags[-1])
+
+    @property
+    def multiple(self) -> bool:
+        """Whether several values may be kept: the dictionary allows them, or it lies in a sequence."""
+        return len(self.path) > 1 or dictionary_VM(self.tags[-1]) != "1"
 
     @property
     def column(self) -> str:

@@ -1,0 +1,205 @@
+"""What facts change in the index. They may come before what they are about, and are then kept in
+`early_fact`.
+
+A fact is about a content: a UID and a digest, whether it is live or a conflict. A receipt takes it from the
+outbox for good; SET_ASIDE and RETRY say whether the outbox offers it; COPY adds a ward that holds it too;
+DAMAGE flags it. A fact that comes again changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+
+from archive.model import Fact, FactKind
+from archive.rows import Row
+from archive.schema import conflict, early_fact, holding, instance, outbox, series, series_ward, study
+from archive.statements import by_uid, update_some
+from archive.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
+
+SeriesKey = tuple[str, str]
+Content = tuple[str, bytes]
+
+
+def apply_facts(connection: Connection, facts: Sequence[Fact]) -> None:
+    """Bring facts in, in their order."""
+    if not facts:
+        return
+    uids = {fact.sop_instance_uid for fact in facts}
+    live = {
+        row.sop_instance_uid: row
+        for row in by_uid(
+            connection,
+            select(
+                instance.c.sop_instance_uid,
+                instance.c.digest,
+                instance.c.study_instance_uid,
+                instance.c.series_instance_uid,
+                instance.c.sop_class_uid,
+                instance.c.ward,
+            ),
+            instance.c.sop_instance_uid,
+            uids,
+        )  # fmt: skip
+    }
+    others = {
+        (row.sop_instance_uid, bytes(row.digest))
+        for row in by_uid(
+            connection,
+            select(conflict.c.sop_instance_uid, conflict.c.digest),
+            conflict.c.sop_instance_uid,
+            uids,
+        )
+    }
+    changes, early = _Changes(), []
+    copies: list[tuple[Mapping[str, Any], str]] = []
+    for fact in facts:
+        content = (fact.sop_instance_uid, fact.digest)
+        row = live.get(fact.sop_instance_uid)
+        if row is not None and bytes(row.digest) == fact.digest:
+            changes.note(content, fact)
+            if fact.kind is FactKind.COPY and fact.ward != row.ward:
+                copies.append((row._mapping, fact.ward))
+        elif content in others:
+            changes.note(content, fact)
+        else:
+            early.append(fact)
+    changes.write(connection)
+    _hold(connection, copies)
+    _keep_early(connection, early)
+
+
+def _hold(connection: Connection, copies: Sequence[tuple[Mapping[str, Any], str]]) -> None:
+    """Copies at other wards of instances that are here; a ward that is known to hold one is not counted
+    again."""
+    if not copies:
+        return
+    uids = {row["sop_instance_uid"] for row, _ in copies}
+    query = select(holding.c.sop_instance_uid, holding.c.ward)
+    known = {tuple(row) for row in by_uid(connection, query, holding.c.sop_instance_uid, uids)}
+    keys = {(row["study_instance_uid"], row["series_instance_uid"]) for row, _ in copies}
+    studies, all_series, wards = _rows_behind(connection, keys)
+    added: list[Row] = []
+    for row, ward in copies:
+        if (row["sop_instance_uid"], ward) in known:
+            continue
+        known.add((row["sop_instance_uid"], ward))
+        added.append(holding_row(row, ward))
+        key = (row["study_instance_uid"], row["series_instance_uid"])
+        count_in_ward(wards, studies[key[0]], all_series[key], ward, row["sop_class_uid"])
+    if added:
+        connection.execute(insert(holding), added)
+        update_some(connection, study, ("study_instance_uid",), ("wards",), list(studies.values()))
+        update_some(connection, series, SERIES_KEY, ("wards",), list(all_series.values()))
+        write_wards(connection, wards)
+
+
+def _rows_behind(
+    connection: Connection, keys: set[SeriesKey]
+) -> tuple[dict[str, Row], dict[SeriesKey, Row], dict[WardKey, WardCount]]:
+    uids = {study_uid for study_uid, _ in keys}
+    studies = {
+        row.study_instance_uid: dict(row._mapping)
+        for row in by_uid(connection, select(study), study.c.study_instance_uid, uids)
+    }
+    all_series = {
+        (row.study_instance_uid, row.series_instance_uid): dict(row._mapping)
+        for row in by_uid(connection, select(series), series.c.study_instance_uid, uids)
+    }
+    wards = {
+        (row.study_instance_uid, row.series_instance_uid, row.ward): WardCount(dict(row._mapping), new=False)
+        for row in by_uid(connection, select(series_ward), series_ward.c.study_instance_uid, uids)
+    }
+    return studies, {key: all_series[key] for key in keys}, wards
+
+
+@dataclass(slots=True)
+class _Changes:
+    """What facts change of contents that are here, the last word of each."""
+
+    receipts: dict[Content, int] = field(default_factory=dict)
+    damaged: set[Content] = field(default_factory=set)
+    set_aside: dict[Content, str | None] = field(default_factory=dict)
+
+    def note(self, content: Content, fact: Fact) -> None:
+        if fact.kind is FactKind.RECEIPT:
+            self.receipts.setdefault(content, fact.at_us)
+        elif fact.kind is FactKind.DAMAGE:
+            self.damaged.add(content)
+        elif fact.kind is FactKind.SET_ASIDE:
+            self.set_aside[content] = fact.detail
+        elif fact.kind is FactKind.RETRY:
+            self.set_aside[content] = None
+
+    def write(self, connection: Connection) -> None:
+        for table in (instance, conflict):
+            here = (table.c.sop_instance_uid == bindparam("b_uid"), table.c.digest == bindparam("b_digest"))
+            if self.receipts:
+                statement = (
+                    update(table).where(*here, table.c.receipt_us == 0).values(receipt_us=bindparam("b_at"))
+                )
+                rows = [{"b_uid": u, "b_digest": d, "b_at": at} for (u, d), at in self.receipts.items()]
+                connection.execute(statement, rows)
+            if self.damaged:
+                connection.execute(
+                    update(table).where(*here).values(damaged=True),
+                    [{"b_uid": uid, "b_digest": digest} for uid, digest in self.damaged],
+                )
+        queued = (outbox.c.sop_instance_uid == bindparam("b_uid"), outbox.c.digest == bindparam("b_digest"))
+        if self.set_aside:
+            statement = update(outbox).where(*queued)
+            connection.execute(
+                statement.values(set_aside=bindparam("b_aside"), detail=bindparam("b_detail"), tries=0),
+                [
+                    {
+                        "b_uid": uid,
+                        "b_digest": digest,
+                        "b_aside": detail is not None,
+                        "b_detail": detail or "",
+                    }
+                    for (uid, digest), detail in self.set_aside.items()
+                ],
+            )
+        if self.receipts:
+            rows = [{"b_uid": uid, "b_digest": digest} for uid, digest in self.receipts]
+            connection.execute(delete(outbox).where(*queued), rows)
+
+
+def _keep_early(connection: Connection, facts: Sequence[Fact]) -> None:
+    """Facts about what is not here yet, the first of a kind; RETRY takes back SET_ASIDE, and the last word of
+    that pair counts."""
+    if not facts:
+        return
+    key = (early_fact.c.sop_instance_uid, early_fact.c.digest, early_fact.c.kind, early_fact.c.ward)
+    known = {
+        (row[0], bytes(row[1]), row[2], row[3])
+        for row in by_uid(
+            connection, select(*key), early_fact.c.sop_instance_uid, {fact.sop_instance_uid for fact in facts}
+        )
+    }
+    rows: dict[tuple[str, bytes, str, str], Row] = {}
+    gone: set[tuple[str, bytes, str, str]] = set()
+    for fact in facts:
+        ward = fact.ward if fact.kind is FactKind.COPY else ""
+        kind = FactKind.SET_ASIDE if fact.kind is FactKind.RETRY else fact.kind
+        place = (fact.sop_instance_uid, fact.digest, kind.value, ward)
+        if fact.kind in (FactKind.SET_ASIDE, FactKind.RETRY):
+            rows.pop(place, None)
+            gone |= {place} & known
+        if fact.kind is FactKind.RETRY or (place in known and place not in gone):
+            continue
+        rows.setdefault(place, dict(zip(_EARLY_COLUMNS, (*place, fact.at_us, fact.detail), strict=True)))
+    if gone:
+        condition = [column == bindparam(f"b{number}") for number, column in enumerate(key)]
+        connection.execute(
+            delete(early_fact).where(*condition),
+            [{f"b{number}": value for number, value in enumerate(place)} for place in gone],
+        )
+    if rows:
+        connection.execute(insert(early_fact), list(rows.values()))
+
+
+_EARLY_COLUMNS = ("sop_instance_uid", "digest", "kind", "ward", "at_us", "detail")

@@ -1,0 +1,42 @@
+"""How people's names are compared: without case and without accents (PS3.4 C.2.2.2.1 allows both for PN).
+
+A stored name becomes its component groups (alphabetic, ideographic, phonetic; PS3.5 6.2.1), of every value,
+folded and set between `=`: `=rossi^maria=`. A pattern is folded the same way. Nothing else is folded: every
+other VR compares as it stands.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+
+SEPARATOR = "="
+
+# Letters that have no decomposition in Unicode, as people type them on another keyboard.
+_LETTERS = str.maketrans(
+    {"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "ŋ": "n"}
+)
+_MARKS = dict.fromkeys(range(0x0300, 0x0370))  # combining marks of alphabets; kana and others keep theirs
+
+
+@lru_cache(maxsize=4096)
+def fold(text: str) -> str:
+    """`text` without case, accents and outer spaces."""
+    if text.isascii():
+        return text.strip().lower()
+    plain = unicodedata.normalize("NFKD", text.casefold()).translate(_MARKS).translate(_LETTERS)
+    # Compatibility forms may fold once more (a full-width letter); NFC puts Hangul and kana together again.
+    return unicodedata.normalize("NFC", plain.casefold()).strip()
+
+
+def fold_group(group: str) -> str:
+    """One component group, folded, without empty components at its end."""
+    return fold(group).rstrip("^ ")
+
+
+def folded_name(value: str) -> str:
+    """A stored value (several names are joined by a backslash) in the form that patterns are compared
+    with."""
+    groups = [fold_group(group) for name in value.split("\\") for group in name.split(SEPARATOR)]
+    kept = [group for group in groups if group]
+    return SEPARATOR + SEPARATOR.join(kept) + SEPARATOR if kept else ""

@@ -1,0 +1,156 @@
+"""The index: what is in the packs, findable. Derived from packs and facts, disposable, never the only copy.
+
+One class over the database; what it does lies in the modules it calls: `apply.py` and `effects.py` write,
+`queries.py` searches, `outbox.py` says what is pending. On SQLite it commits with synchronous=NORMAL: a power
+cut may take back its last commits, but the position of the logs stands in the same transaction, so what is
+missing is read from the packs again. Several processes may have it open; readers see whole batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+
+from archive import outbox as backlog
+from archive.apply import apply_entries
+from archive.database import Database
+from archive.effects import apply_facts
+from archive.model import (
+    START,
+    ConflictRow,
+    Fact,
+    IndexEntry,
+    Known,
+    PendingInstance,
+    PendingStudy,
+    PendingSummary,
+    Position,
+    Totals,
+)
+from archive.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, instance, patient, study
+from archive.statements import move_position, read_positions
+from archive.stored import conflict_of
+
+CONFLICTS_MAX = 10_000
+
+_LOOKUP = "SELECT digest, study_instance_uid, series_instance_uid FROM instance WHERE sop_instance_uid = ?"
+_HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ?"
+_HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ?"
+
+
+class Index:
+    """An open index. Safe to use from any thread."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    def open(cls, url: str, *, read_only: bool = False) -> Index:
+        """Open the index at `url`; a writer makes its tables or brings them forward. SchemaTooNew when a
+        newer release made them."""
+        return cls(Database(url, name="index", steps=STEPS, read_only=read_only, durable=False))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def positions(self) -> tuple[Position, Position]:
+        """How far the packs and the fact log have been applied."""
+        packs, facts = self._database.read(read_positions)
+        return packs or START, facts or START
+
+    def apply(self, entries: Sequence[IndexEntry], position: Position, *, outbox: bool) -> None:
+        """Apply records up to `position` in one transaction; applying them again changes nothing."""
+
+        def work(connection: Any) -> None:
+            apply_entries(connection, entries, into_outbox=outbox)
+            move_position(connection, "packs", position)
+
+        self._database.write(work)
+
+    def apply_facts(self, facts: Sequence[Fact], position: Position) -> None:
+        """Apply facts up to `position` in one transaction."""
+
+        def work(connection: Any) -> None:
+            apply_facts(connection, facts)
+            move_position(connection, "facts", position)
+
+        self._database.write(work)
+
+    def lookup(self, sop_instance_uid: str) -> Known | None:
+        """The live content with this UID; microseconds on SQLite, as intake asks it of every instance."""
+        row = self._database.quick(_LOOKUP, (sop_instance_uid,))
+        return None if row is None else Known(bytes(row[0]), row[1], row[2])
+
+    def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
+        """Whether this very content is here, live or as a conflict."""
+        content = (sop_instance_uid, digest)
+        return any(
+            self._database.quick(question, content) is not None for question in (_HAS_LIVE, _HAS_CONFLICT)
+        )
+
+    def pending(self, limit: int) -> list[PendingInstance]:
+        """What to offer to the region next: urgent first, then the newest; not what was set aside."""
+        return self._database.read(lambda connection: backlog.pending(connection, limit))
+
+    def mark_urgent(self, study_uid: str, sop_instance_uid: str | None = None) -> int:
+        """A reader waits for this; how many pending instances it concerns."""
+        return self._database.write(lambda c: backlog.mark_urgent(c, study_uid, sop_instance_uid))
+
+    def note_try(self, sop_instance_uid: str, digest: bytes) -> int:
+        """Count one more try of a pending instance, and say how many there were."""
+        return self._database.write(lambda c: backlog.note_try(c, sop_instance_uid, digest))
+
+    def pending_summary(self) -> PendingSummary:
+        return self._database.read(backlog.summary)
+
+    def pending_studies(self, limit: int = 100) -> list[PendingStudy]:
+        """The backlog by study, the oldest first."""
+        return self._database.read(lambda connection: backlog.studies(connection, limit))
+
+    def set_aside(self, limit: int = 100) -> list[tuple[str, bytes, str]]:
+        """What replication gave up on: UID, digest, reason."""
+        return self._database.read(lambda connection: backlog.set_aside(connection, limit))
+
+    def conflicts(self, limit: int = 100) -> list[ConflictRow]:
+        """Contents that lost to an earlier one with the same UID, newest first."""
+        query = (
+            select(conflict, instance.c.digest.label("kept"))
+            .select_from(
+                conflict.outerjoin(instance, conflict.c.sop_instance_uid == instance.c.sop_instance_uid)
+            )
+            .order_by(conflict.c.received_at_us.desc(), conflict.c.sop_instance_uid, conflict.c.digest)
+            .limit(min(limit, CONFLICTS_MAX))
+        )
+        rows = self._database.read(lambda connection: connection.execute(query).fetchall())
+        return [conflict_of(row, bytes(row.kept or b"")) for row in rows]
+
+    def totals(self) -> Totals:
+        """How much there is; from the studies' own counts."""
+        sums = [func.coalesce(func.sum(column), 0) for column in
+                (study.c.series_count, study.c.instance_count, study.c.bytes)]  # fmt: skip
+        query = select(
+            select(func.count()).select_from(patient).scalar_subquery(),
+            func.count(),
+            *sums,
+            select(func.count()).select_from(conflict).scalar_subquery(),
+        ).select_from(study)
+        row = self._database.read(lambda connection: connection.execute(query).one())
+        return Totals(*(int(value) for value in row))
+
+    def dump(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Everything that derives from packs and facts, in an order of its own: equal for equal logs."""
+
+        def work(connection: Any) -> dict[str, list[tuple[Any, ...]]]:
+            content: dict[str, list[tuple[Any, ...]]] = {}
+            for table in DERIVED:
+                columns = [column for column in table.c if column.name not in UNDERIVED_COLUMNS]
+                rows = connection.execute(select(*columns))
+                content[table.name] = sorted(
+                    tuple(bytes(value) if isinstance(value, memoryview) else value for value in row)
+                    for row in rows
+                )
+            return content
+
+        return self._database.read(work)

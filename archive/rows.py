@@ -1,0 +1,130 @@
+"""Attributes as rows of the index: the catalogue's columns, cleaned, bounded, and first come first kept.
+
+Cleaning touches only what neither database could hold or compare: NUL and lone surrogates, the dots and
+colons of dates and times from before DICOM 3.0 (PS3.5 6.2), and leading zeros of integer strings. The bytes
+of the instance are not touched by any of it. It knows no database connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from archive.catalog import Indexed, at_level
+from archive.database import storable
+from archive.folding import folded_name
+from archive.model import Fields, Level
+from archive.schema import folded_column
+
+VALUE_CHARS_MAX = 4096
+# PostgreSQL's B-tree takes no more than 2,704 bytes; a longer value breaks its VR sixteen times over.
+KEY_CHARS_MAX = 256
+NUMBER_UNKNOWN = 2**31 - 1  # sorts last
+
+_KEYS = frozenset(
+    {
+        "PatientID",
+        "AccessionNumber",
+        "StudyDate",
+        "StudyTime",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "Modality",
+    }
+)
+
+Row = dict[str, Any]
+
+
+def clean_date(value: str) -> str:
+    """YYYY.MM.DD, the form of ACR-NEMA, as YYYYMMDD."""
+    return value.replace(".", "") if len(value) == 10 and value[4] == value[7] == "." else value
+
+
+def clean_time(value: str) -> str:
+    """HH:MM:SS as HHMMSS."""
+    return value.replace(":", "")
+
+
+def clean_integer(value: str) -> str:
+    """An integer string as Python writes the number, so that 007 is found as 7; anything else as it is."""
+    try:
+        return str(int(value)) if len(value) <= 16 else value
+    except ValueError:
+        return value
+
+
+_CLEANERS: dict[str, Callable[[str], str]] = {"DA": clean_date, "TM": clean_time, "IS": clean_integer}
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    keyword: str
+    column: str
+    clean: Callable[[str], str] | None
+    chars_max: int
+    folded: str | None
+
+
+def _field(entry: Indexed) -> _Field:
+    chars_max = KEY_CHARS_MAX if entry.keyword in _KEYS else VALUE_CHARS_MAX
+    return _Field(entry.keyword, entry.column, _CLEANERS.get(entry.vr), chars_max, folded_column(entry))
+
+
+_FIELDS: dict[Level, tuple[_Field, ...]] = {
+    level: tuple(_field(entry) for entry in at_level(level)) for level in Level
+}
+_COLUMNS: dict[Level, dict[str, str]] = {
+    level: {field.column: field.keyword for field in fields} for level, fields in _FIELDS.items()
+}
+
+
+def row_of(level: Level, fields: Fields) -> Row:
+    """The columns of one level."""
+    row: Row = {}
+    for field in _FIELDS[level]:
+        value = fields.get(field.keyword)
+        if value:
+            if field.clean is not None:
+                value = field.clean(value)
+            value = storable(value[: field.chars_max])
+        row[field.column] = value or ""
+        if field.folded is not None:
+            row[field.folded] = folded_name(value) if value else ""
+    return row
+
+
+def fields_of(level: Level, row: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of one level, those that are known."""
+    return {keyword: row[column] for column, keyword in _COLUMNS[level].items() if row[column]}
+
+
+def fill(row: Row, level: Level, other: Row) -> bool:
+    """Give `row` the values of `other` where it has none: the first that comes is kept. True when one was
+    given."""
+    changed = False
+    for field in _FIELDS[level]:
+        if not row[field.column] and other[field.column]:
+            row[field.column] = other[field.column]
+            if field.folded is not None:
+                row[field.folded] = other[field.folded]
+            changed = True
+    return changed
+
+
+def number_of(text: str) -> int:
+    """An integer string as a number to sort by."""
+    try:
+        return max(-(2**31), min(int(text), NUMBER_UNKNOWN)) if len(text) <= 16 else NUMBER_UNKNOWN
+    except ValueError:
+        return NUMBER_UNKNOWN
+
+
+def joined(values: set[str]) -> str:
+    """Several values in one column, in an order of their own."""
+    return "\\".join(sorted(values))
+
+
+def split(text: str) -> tuple[str, ...]:
+    return tuple(text.split("\\")) if text else ()

@@ -1,0 +1,219 @@
+"""The index's tables, generated from the catalogue, and the steps that bring an older schema forward.
+
+Patient, Study, Series and Image (instance) hold the catalogue's columns of their level; a study also holds
+its patient's, so that a study is found in one table. Absent and empty are both the empty string. Keys are
+UIDs and hashes, never a sequence, and each holds its shard key (the study, or the instance). All of it
+derives from packs and facts. This module says what the tables are; `apply.py` alone writes the derived
+ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    text,
+)
+from sqlalchemy.types import TypeEngine
+
+from archive.catalog import CATALOG, Indexed
+from archive.database import Characters, Step
+from archive.model import Level, PatientKey
+
+metadata = MetaData()
+
+# A study's columns whose `*x*` is answered by trigrams; names by their folded form.
+SEARCHED = ("patient_name_folded", "patient_id", "accession_number", "study_description",
+            "referring_physician_name_folded")  # fmt: skip
+STUDY_TEXT = "study_text"
+
+
+def folded_column(entry: Indexed) -> str | None:
+    """The column that holds the folded form of a person's name."""
+    return f"{entry.column}_folded" if entry.vr == "PN" else None
+
+
+def patient_hash(key: PatientKey, study_uid: str) -> bytes:
+    """The patient's key. Without a Patient ID the study stands alone: such patients are never merged."""
+    named = bool(key.patient_id)
+    parts = ("patient", key.issuer, key.patient_id) if named else ("study", study_uid, "")
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
+
+
+def text_id(study_uid: str) -> int:
+    """The row of a study in the trigram table: a hash, so that it needs no sequence and a rebuild makes it
+    again. Two of a million studies share one with a chance of 1 in 10 million; the older would miss
+    wildcard searches."""
+    return int.from_bytes(hashlib.blake2b(study_uid.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _catalogued(*levels: Level) -> list[Column[Any]]:
+    columns: list[Column[Any]] = []
+    for entry in CATALOG:
+        if entry.level in levels:
+            columns.append(Column(entry.column, Characters(), nullable=False, server_default=""))
+            folded = folded_column(entry)
+            if folded is not None:
+                columns.append(Column(folded, Characters(), nullable=False, server_default=""))
+    return columns
+
+
+def _columns(kind: TypeEngine[Any] | type[TypeEngine[Any]], *names: str) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=False) for name in names]
+
+
+def _stored() -> list[Column[Any]]:
+    """Where an instance came from, where its payload lies, and what facts say of it."""
+    return [
+        *_columns(Characters(), "transfer_syntax_uid", "ward", "issuer", "device", "calling_ae", "pack"),
+        *_columns(BigInteger, "received_at_us", "payload_offset", "payload_length", "receipt_us"),
+        *_columns(Integer, "dataset_offset"),
+        *_columns(Boolean, "damaged"),
+    ]
+
+
+patient = Table(
+    "patient",
+    metadata,
+    *_columns(LargeBinary, "patient_hash"),
+    *_catalogued(Level.PATIENT),
+    PrimaryKeyConstraint("patient_hash"),
+)
+
+study = Table(
+    "study",
+    metadata,
+    *_catalogued(Level.STUDY, Level.PATIENT),
+    *_columns(LargeBinary, "patient_hash"),
+    *_columns(BigInteger, "text_id", "bytes"),
+    *_columns(Integer, "series_count", "instance_count"),
+    *_columns(Characters(), "modalities", "sop_classes", "wards"),
+    PrimaryKeyConstraint("study_instance_uid"),
+)
+Index("study_patient", study.c.patient_hash)
+Index("study_patient_id", study.c.patient_id)
+Index("study_accession_number", study.c.accession_number)
+
+series = Table(
+    "series",
+    metadata,
+    *_columns(Characters(), "study_instance_uid"),
+    *_catalogued(Level.SERIES),
+    *_columns(Integer, "number", "instance_count"),
+    *_columns(Characters(), "sop_classes", "wards"),
+    PrimaryKeyConstraint("study_instance_uid", "series_instance_uid"),
+)
+Index("series_uid", series.c.series_instance_uid)
+
+# What each ward has of a series: its own instances and the copies that it holds of others'.
+series_ward = Table(
+    "series_ward",
+    metadata,
+    *_columns(Characters(), "study_instance_uid", "series_instance_uid", "ward", "sop_classes"),
+    *_columns(Integer, "instance_count"),
+    PrimaryKeyConstraint("study_instance_uid", "series_instance_uid", "ward"),
+    sqlite_with_rowid=False,
+)
+
+instance = Table(
+    "instance",
+    metadata,
+    *_columns(Characters(), "study_instance_uid", "series_instance_uid"),
+    *_catalogued(Level.IMAGE),
+    *_columns(LargeBinary, "digest"),
+    *_columns(Integer, "number"),
+    *_stored(),
+    PrimaryKeyConstraint("sop_instance_uid"),
+)
+Index("instance_series", instance.c.study_instance_uid, instance.c.series_instance_uid)
+
+conflict = Table(
+    "conflict",
+    metadata,
+    *_columns(Characters(), "sop_instance_uid", "study_instance_uid", "series_instance_uid", "sop_class_uid"),
+    *_columns(LargeBinary, "digest"),
+    *_stored(),
+    PrimaryKeyConstraint("sop_instance_uid", "digest"),
+)
+
+# `urgent` and `tries` derive from nothing: a rebuilt index starts with none.
+outbox = Table(
+    "outbox",
+    metadata,
+    *_columns(
+        Characters(), "sop_instance_uid", "study_instance_uid", "series_instance_uid", "ward", "detail"
+    ),
+    *_columns(LargeBinary, "digest"),
+    *_columns(BigInteger, "received_at_us", "bytes"),
+    *_columns(Integer, "tries"),
+    *_columns(Boolean, "conflict", "urgent", "set_aside"),
+    PrimaryKeyConstraint("sop_instance_uid", "digest"),
+    sqlite_with_rowid=False,
+)
+Index("outbox_order", outbox.c.set_aside, outbox.c.urgent, outbox.c.received_at_us)
+Index("outbox_study", outbox.c.study_instance_uid)
+
+holding = Table(
+    "holding",
+    metadata,
+    *_columns(Characters(), "study_instance_uid", "series_instance_uid", "sop_instance_uid", "ward"),
+    PrimaryKeyConstraint("sop_instance_uid", "ward"),
+    sqlite_with_rowid=False,
+)
+Index("holding_study", holding.c.study_instance_uid)
+
+# Facts about an instance that is not here yet: a rebuild reads one log after the other.
+early_fact = Table(
+    "early_fact",
+    metadata,
+    *_columns(Characters(), "sop_instance_uid", "kind", "ward", "detail"),
+    *_columns(LargeBinary, "digest"),
+    *_columns(BigInteger, "at_us"),
+    PrimaryKeyConstraint("sop_instance_uid", "digest", "kind", "ward"),
+    sqlite_with_rowid=False,
+)
+
+position = Table(
+    "position",
+    metadata,
+    *_columns(Characters(), "log"),
+    *_columns(BigInteger, "file", "place"),
+    PrimaryKeyConstraint("log"),
+)
+
+DERIVED = (patient, study, series, series_ward, instance, conflict, outbox, holding, early_fact)
+UNDERIVED_COLUMNS = frozenset({"urgent", "tries"})
+
+
+def _first(connection: Connection) -> None:
+    metadata.create_all(connection)
+    if connection.dialect.name == "sqlite":
+        # With the modalities in it, a study list of a rare modality is read from this index alone.
+        connection.execute(text(
+            "CREATE INDEX study_order ON study (study_date, study_time, study_instance_uid, modalities)"
+        ))  # fmt: skip
+        connection.execute(text("CREATE INDEX study_text_id ON study (text_id)"))
+        connection.execute(text(
+            f"CREATE VIRTUAL TABLE {STUDY_TEXT} USING fts5({', '.join(SEARCHED)}, tokenize='trigram')"
+        ))  # fmt: skip
+        return
+    connection.execute(text("CREATE INDEX study_order ON study (study_date, study_time, study_instance_uid)"))
+    connection.execute(text("CREATE EXTENSION IF NOT EXISTS pg_trgm"))
+    for column in SEARCHED:
+        connection.execute(text(
+            f"CREATE INDEX study_{column}_trigrams ON study USING gin ({column} gin_trgm_ops)"
+        ))  # fmt: skip
+
+
+STEPS: tuple[Step, ...] = (_first,)
