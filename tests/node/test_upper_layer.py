@@ -325,7 +325,7 @@ def test_mutated_pdus_neither_crash_nor_hang(tmp_path: Path) -> None:
             for _ in range(chance.randint(1, 8)):
                 octets[chance.randrange(len(octets))] = chance.randrange(256)
             with Raw(served.port) as raw:
-                raw.send(octets[:chance.randint(1, len(octets))])
+                raw.send(bytes(octets)[:chance.randint(1, len(octets))])
                 raw.sock.shutdown(socket.SHUT_WR)
                 while raw.sock.recv(65536):
                     pass

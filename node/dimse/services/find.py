@@ -1,0 +1,127 @@
+"""Owns C-FIND (PS3.4 C.4.1) over the node's own archive: it reads the identifier, holds the query to its
+model's hierarchy, and sends the matches one by one until it is cancelled. It never matches anything itself:
+the archive does, with the engine that QIDO-RS uses too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, TypeVar
+
+from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_dataset
+from pydicom.filewriter import write_dataset
+
+from archive import attributes
+from archive.catalog import BY_KEYWORD
+from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
+from archive.model import Level, Query
+from federation.policy import Act, Principal, Role, require
+from node.dimse.acceptor import Exchange
+from node.dimse.association import Context
+from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE, PATIENT_ROOT_FIND
+from node.dimse.messages import Command
+from node.dimse.status import CANCELLED, PENDING, PENDING_UNSUPPORTED_KEYS, SUCCESS
+
+if TYPE_CHECKING:
+    from archive.archive import Archive
+
+IDENTIFIER_BYTES_MAX = 1 << 20
+
+UNIQUE_KEYS = {
+    Level.PATIENT: "PatientID",
+    Level.STUDY: "StudyInstanceUID",
+    Level.SERIES: "SeriesInstanceUID",
+    Level.IMAGE: "SOPInstanceUID",
+}
+T = TypeVar("T")
+_ORDER = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """C-FIND SCP, Study Root and Patient Root, hierarchical."""
+
+    archive: Archive
+    ward: str
+    ae_title: str
+    responses_max: int
+
+    def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
+        association = exchange.association
+        if not command.has_dataset:
+            raise CannotUnderstand("a C-FIND without an identifier")
+        identifier = read_identifier(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
+                                     context.transfer_syntax)
+        level, keys, wanted, unsupported = _understand(identifier)
+        require_hierarchy(context.abstract_syntax, level, keys)
+        # A device sees what its ward's technicians see.
+        principal = Principal(exchange.caller.ae_title, Role.TECHNICIAN, self.ward)
+        query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
+        matches = self.archive.search(query)
+        status = PENDING_UNSUPPORTED_KEYS if unsupported else PENDING
+        for match in matches[:self.responses_max]:
+            if association.cancelled(command.message_id):
+                exchange.respond(context, command, CANCELLED)
+                return
+            answer = attributes.to_dataset(match, wanted, level=level, retrieve_ae=self.ae_title)
+            exchange.respond(context, command, status,
+                             dataset=write_identifier(answer, context.transfer_syntax))
+        if len(matches) > self.responses_max:
+            raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
+        exchange.respond(context, command, SUCCESS)
+
+
+def read_identifier(octets: bytes, transfer_syntax_uid: str) -> Dataset:
+    """Decode an identifier; whatever pydicom finds wrong with it is CannotUnderstand."""
+    implicit, little = transfer_syntax_uid == IMPLICIT_LITTLE, transfer_syntax_uid != EXPLICIT_BIG
+    return _careful(lambda: read_dataset(BytesIO(octets), implicit, little))
+
+
+def write_identifier(identifier: Dataset, transfer_syntax_uid: str) -> bytes:
+    """Encode an identifier."""
+    buffer = DicomBytesIO()
+    buffer.is_implicit_VR = transfer_syntax_uid == IMPLICIT_LITTLE
+    buffer.is_little_endian = transfer_syntax_uid != EXPLICIT_BIG
+    write_dataset(buffer, identifier)
+    return buffer.getvalue()
+
+
+def _understand(
+    identifier: Dataset,
+) -> tuple[Level, tuple[tuple[str, str], ...], Sequence[str], Sequence[str]]:
+    return _careful(lambda: attributes.query_from_dataset(identifier))
+
+
+def _careful(read: Callable[[], T]) -> T:
+    """Hostile values surface as any kind of exception, and late: pydicom decodes them when they are looked
+    at."""
+    try:
+        return read()
+    except MissError:
+        raise
+    except Exception as error:
+        raise CannotUnderstand(f"the identifier can't be read ({type(error).__name__})") from None
+
+
+def require_hierarchy(sop_class_uid: str, level: Level, keys: Sequence[tuple[str, str]]) -> None:
+    """Hold a query without negotiated extensions to PS3.4 C.4.1.2.1: below its top level it names one value
+    of each higher unique key, and asks nothing else of the higher levels. A Patient ID beside a Study
+    Instance UID passes: many a workstation sends it."""
+    patient_root = sop_class_uid == PATIENT_ROOT_FIND
+    top = Level.PATIENT if patient_root else Level.STUDY
+    if _ORDER.index(level) < _ORDER.index(top):
+        raise InvalidQuery("Study Root has no PATIENT level (PS3.4 C.6.2.1)")
+    given = dict(keys)
+    higher = _ORDER[_ORDER.index(top):_ORDER.index(level)]
+    for above in higher:
+        value = given.get(UNIQUE_KEYS[above], "")
+        if not value or "\\" in value or (above is Level.PATIENT and ("*" in value or "?" in value)):
+            raise InvalidQuery(f"a {level.value} query needs one {UNIQUE_KEYS[above]} (PS3.4 C.4.1.2.1)")
+    foreign = {Level.PATIENT, *higher} if higher else set()
+    for keyword, value in keys:
+        entry = BY_KEYWORD.get(keyword)
+        if value and entry is not None and entry.level in foreign and keyword not in UNIQUE_KEYS.values():
+            raise InvalidQuery(f"{keyword} is no key of the {level.value} level")
