@@ -1,0 +1,121 @@
+"""Makes what a region, a node and a portal need on disk before they can run: the authority, the ledger, settings
+files with every value written out, identities by invite. Runs nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from archive.database import sqlite_url
+from archive.errors import InvalidInput, SettingsError
+from archive.ledger import Ledger
+from archive.settings import render_toml
+from certs.authority import Authority
+from certs.identity import Identity
+from certs.invites import create_invite
+from certs.joining import enrol
+from certs.profiles import Profile
+from miss import configuration
+from miss.configuration import Process
+from miss.ledgers import LEDGER
+
+if TYPE_CHECKING:
+    from federation.settings import HubSettings
+    from node.settings import NodeSettings
+    from portal.settings import PortalSettings
+
+AUTHORITY = "ca"
+IDENTITY = "identity"
+AE_LENGTH_MAX = 16
+
+
+def create_region(folder: Path, region: str, *, host: str, port: int, enrol_port: int,
+                  listen_host: str = "0.0.0.0", passphrase: str | None = None) -> Authority:
+    """The region's folder: `ca/`, the ledger, hub.toml. An existing region is never overwritten."""
+    from federation.settings import HubSettings
+
+    settings = folder / Process.HUB.file
+    if settings.exists():
+        raise SettingsError(f"{settings} is there already: a region is never overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    authority = Authority.init(folder / AUTHORITY, region, passphrase)
+    ledger_url = sqlite_url((folder / LEDGER).absolute())
+    Ledger.open(ledger_url).close()
+    write_settings(settings, HubSettings(
+        state=Path("."), ca=Path(AUTHORITY), ledger_url=ledger_url, host=listen_host, port=port,
+        enrolment_host=listen_host, enrolment_port=enrol_port, public_host=host))
+    return authority
+
+
+def make_invite(ledger: Ledger, state: Path, *, hospital: str = "", ward: str = "", issuer: str = "",
+                portal: str = "", life_s: int, who: str) -> str:
+    """The line of a one-time invite for a ward's node, or for a portal."""
+    settings = hub_settings(state)
+    return create_invite(
+        ledger, profile=Profile.PORTAL if portal else Profile.NODE, hospital=hospital, ward=portal or ward,
+        issuer=issuer, address=f"{settings.public_host}:{settings.enrolment_port}",
+        pin=Authority.open(settings.ca).pin, life_s=life_s, who=who)
+
+
+def enrol_node(invite: str, state: Path, *, ae_title: str = "", host: str = "0.0.0.0", port: int = 11112,
+               replace: bool = False, private_classes: bool = False) -> Identity:
+    """A node's folder: identity/, node.toml (kept when it is there). Safe to repeat until it returns."""
+    from node.settings import DimseSettings, NodeSettings
+
+    state.mkdir(parents=True, exist_ok=True)
+    os.chmod(state, 0o700)
+    identity = enrol(invite, state / IDENTITY, replace=replace)
+    if identity.profile is not Profile.NODE:
+        raise InvalidInput(f"the invite was for {identity.uri}: use `miss portal enrol`")
+    settings = state / Process.NODE.file
+    if not settings.exists():
+        write_settings(settings, NodeSettings(
+            state=Path("."), dimse=DimseSettings(
+                host=host, port=port, ae_title=ae_title or default_ae_title(identity),
+                accept_private_classes=private_classes)))
+    return identity
+
+
+def enrol_portal(invite: str, state: Path, region: Path, *, port: int = 8080,
+                 basic_auth: bool = False) -> Identity:
+    """A portal's folder: identity/ and portal.toml over the regional store in `region`."""
+    from portal.settings import ListenSettings, PortalSettings, RegionSettings, SignInSettings
+
+    state.mkdir(parents=True, exist_ok=True)
+    os.chmod(state, 0o700)
+    hub = hub_settings(region)
+    identity = enrol(invite, state / IDENTITY)
+    if identity.profile is not Profile.PORTAL:
+        raise InvalidInput(f"the invite was for {identity.uri}: use `miss node enrol`")
+    settings = state / Process.PORTAL.file
+    if not settings.exists():
+        write_settings(settings, PortalSettings(
+            ledger_url=hub.ledger_url, listen=ListenSettings(port=port),
+            sign_in=SignInSettings(basic_auth=basic_auth),
+            region=RegionSettings(state=hub.state, index_url=hub.index_url, identity=Path(IDENTITY))))
+    return identity
+
+
+def hub_settings(state: Path) -> HubSettings:
+    return configuration.hub(configuration.found(state / Process.HUB.file, Process.HUB))
+
+
+def default_ae_title(identity: Identity) -> str:
+    """SM-RADIOLOGY of San Martino's Radiology: the initials of a hospital of several words, else its start."""
+    words = identity.hospital.split()
+    hospital = "".join(word[0] for word in words) if len(words) > 1 else identity.hospital[:4]
+    plain = "".join(char if char.isascii() and char.isalnum() else "-"
+                    for char in f"{hospital}-{identity.ward_name}".upper())
+    return plain[:AE_LENGTH_MAX].strip("-")
+
+
+def write_settings(path: Path, settings: HubSettings | NodeSettings | PortalSettings) -> None:
+    """Every value with what it means, readable by its owner alone: URLs may hold passwords."""
+    staged = path.with_suffix(".new")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(render_toml(settings))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(staged, path)
