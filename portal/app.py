@@ -1,0 +1,160 @@
+"""Composes the portal: settings, source and ledger become one ASGI application, and `run` serves it. It
+owns the order of the layers (headers, room, gate, routes) and holds no logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from archive.errors import MissError
+from archive.ledger import Ledger
+from federation.policy import Act
+from federation.source import Source
+from portal import problems
+from portal.access import Gate, is_dicomweb
+from portal.assets import ASSETS
+from portal.audit import Audit
+from portal.context import Context
+from portal.dicomweb import allow
+from portal.frames import Frames
+from portal.health import local_zone
+from portal.metadata import Metadata
+from portal.negotiate import NotAcceptable
+from portal.pages import Pages
+from portal.qido import Qido
+from portal.rendered import Rendered
+from portal.retrieve import Retrieve
+from portal.security import SecurityHeaders
+from portal.settings import PortalSettings
+from portal.signin import SignIn
+from portal.viewer import Viewer
+from portal.workers import Workers
+
+log = logging.getLogger(__name__)
+
+ROOT = "/dicom-web"
+BOUND_ROOT = "/dicom-web/for/{opened}"
+
+
+def clock_us() -> int:
+    return time.time_ns() // 1_000
+
+
+def create_app(
+    settings: PortalSettings,
+    source: Source,
+    ledger: Ledger,
+    *,
+    clock: Callable[[], int] = clock_us,
+    site: str = "regional archive",
+) -> Starlette:
+    """The application. `site` is what the header calls it: the region, or the ward of a node."""
+    ledger_work = Workers("ledger", 4, settings.waiting_max)
+    sign_in = SignIn(ledger, settings.sign_in, ledger_work, clock)
+    context = Context(
+        settings,
+        source,
+        ledger,
+        sign_in,
+        Audit(ledger, ledger_work, clock),
+        search=Workers("search", settings.threads, settings.waiting_max),
+        read=Workers("read", settings.threads, settings.waiting_max),
+        clock=clock,
+        zone=local_zone(),
+        site=site,
+    )
+    assets = settings.assets or ASSETS
+    pages, viewer = Pages(context, assets), Viewer(assets)
+    if not viewer.installed:
+        log.warning("the viewer is not installed: run `python -m portal.assets`")
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        if is_dicomweb(request.url.path) or isinstance(error, NotAcceptable):
+            return problems.from_error(error)
+        if isinstance(error, HTTPException):
+            return problems.from_error(error)
+        return pages.error(request, error)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        for part in (sign_in, context.search, context.read, ledger_work):
+            part.close()
+
+    app = Starlette(
+        routes=[*pages.routes(), *viewer.routes(), *dicomweb_routes(context)],
+        middleware=[
+            Middleware(SecurityHeaders, https=settings.listen.https),
+            Middleware(Room, requests_max=settings.listen.requests_at_once_max),
+            Middleware(Gate, settings=settings, sign_in=sign_in),
+        ],
+        exception_handlers={
+            MissError: on_error,
+            NotAcceptable: on_error,
+            HTTPException: on_error,
+            Exception: on_error,
+        },
+        lifespan=lifespan,
+    )
+    app.state.context = context
+    return app
+
+
+def dicomweb_routes(context: Context) -> list[BaseRoute]:
+    """Every DICOMweb service, at its root and once more below the root that is bound to an opened study."""
+    services = (Qido(context), Rendered(context), Frames(context), Metadata(context), Retrieve(context))
+    routes: list[BaseRoute] = []
+    for root in (ROOT, BOUND_ROOT):
+        routes += [Route(root + path, store, methods=["POST"]) for path in ("/studies", "/studies/{study}")]
+        for service in services:
+            routes += service.routes(root)
+    return routes
+
+
+async def store(request: Request) -> Response:
+    """STOW-RS is not served by this release; the viewer shows these words when somebody saves a
+    measurement."""
+    context: Context = request.app.state.context
+    await allow(context, request, Act.READ, "store by DICOMweb", {"refused": "not served"})
+    return problems.problem(
+        HTTPStatus.FORBIDDEN,
+        "nothing can be stored by DICOMweb yet: images come in by C-STORE at their ward's node",
+    )
+
+
+class Room:
+    """Bounds the requests that are served at once; those past the bound are answered at once."""
+
+    def __init__(self, app: ASGIApp, *, requests_max: int) -> None:
+        self._app = app
+        self._requests_max = requests_max
+        self._served = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._served >= self._requests_max:
+            busy = problems.problem(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "too many requests at once",
+                {"Retry-After": str(problems.RETRY_AFTER_S)},
+            )
+            await busy(scope, receive, send)
+            return
+        self._served += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._served -= 1

@@ -1,0 +1,31 @@
+"""What every handler is given, composed once in `app.py`: no handler opens or configures anything itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import tzinfo
+
+from archive.ledger import Ledger
+from federation.source import Source
+from portal.audit import Audit
+from portal.settings import PortalSettings
+from portal.signin import SignIn
+from portal.workers import Workers
+
+
+@dataclass(frozen=True)
+class Context:
+    """`search` may wait for wards; `read` reads from the disk: a ward that hangs does not stop images that
+    are here. `clock` gives microseconds since 1970; `site` is what the header calls this portal."""
+
+    settings: PortalSettings
+    source: Source
+    ledger: Ledger
+    sign_in: SignIn
+    audit: Audit
+    search: Workers
+    read: Workers
+    clock: Callable[[], int]
+    zone: tzinfo
+    site: str

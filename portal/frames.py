@@ -1,0 +1,118 @@
+"""WADO-RS frames (PS3.18 10.4.1.1.6): single frames of an image, as they are stored wherever the client takes
+that. A viewer decodes by itself; only a client that insists on uncompressed octets has them decoded here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from archive import frames
+from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
+from archive.model import StoredInstance
+from portal import multipart, pixels, transcode
+from portal.context import Context
+from portal.dicomweb import locate
+from portal.negotiate import OCTETS, MediaRange, NotAcceptable, accepted, forbid_mixture
+from portal.transcode import EXPLICIT
+
+PATH = "/studies/{study}/series/{series}/instances/{instance}/frames/{frames}"
+FRAMES_MAX = 1_000
+FRAME_LIST_CHARS_MAX = 8_000
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Frames ready to send, all of one media type and transfer syntax."""
+
+    media_type: str
+    transfer_syntax: str
+    frames: Sequence[bytes]
+
+    @property
+    def content_type(self) -> str:
+        # The parameter is what a viewer goes by: a media type alone does not tell one codec from another.
+        return f"{self.media_type}; transfer-syntax={self.transfer_syntax}"
+
+
+class Frames:
+    """The route below `root`."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def routes(self, root: str) -> list[BaseRoute]:
+        return [Route(root + PATH, self.frames)]
+
+    async def frames(self, request: Request) -> Response:
+        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        forbid_mixture(r for r in ranges if not r.media.startswith("image/"))
+        numbers = frame_numbers(request.path_params["frames"])
+        _, found = await locate(self._context, request, "view")
+        chosen, encoded = await self._context.read.run(self._encode, found[0], numbers, ranges)
+        if not chosen.is_multipart and len(encoded.frames) == 1:
+            return Response(encoded.frames[0], media_type=encoded.content_type)
+        mark = multipart.boundary()
+        parts = [multipart.Part(encoded.content_type, [frame]) for frame in encoded.frames]
+        body = b"".join(multipart.body(parts, mark))
+        return Response(
+            body, media_type=multipart.content_type(encoded.media_type, mark, encoded.transfer_syntax)
+        )
+
+    def _encode(
+        self, stored: StoredInstance, numbers: Sequence[int], ranges: Sequence[MediaRange]
+    ) -> tuple[MediaRange, Encoded]:
+        with self._context.source.open_payload(stored) as payload:
+            found = frames.read(payload, numbers)
+            as_stored = Encoded(found.media_type, found.transfer_syntax_uid, found.frames)
+            for accepted_range in ranges:
+                if not accepted_range.is_multipart and len(numbers) > 1:
+                    continue
+                if takes_stored(accepted_range, as_stored):
+                    return accepted_range, as_stored
+                if wants_octets(accepted_range):
+                    decoded = self._decoded(stored, numbers)
+                    if decoded is not None:
+                        return accepted_range, decoded
+        raise NotAcceptable(
+            f"these frames are stored as {as_stored.media_type} in {as_stored.transfer_syntax}: accept "
+            f"multipart/related; type={OCTETS}; transfer-syntax=* to have them as they are"
+        )
+
+    def _decoded(self, stored: StoredInstance, numbers: Sequence[int]) -> Encoded | None:
+        bytes_max = self._context.settings.dicomweb.decoded_bytes_max
+        if not transcode.can_be_explicit(stored, bytes_max):
+            return None
+        with self._context.source.open_payload(stored) as payload:
+            try:
+                return Encoded(OCTETS, EXPLICIT, pixels.decoded_frames(payload, stored, numbers))
+            except (CannotUnderstand, TooLarge):
+                return None
+
+
+def takes_stored(accepted_range: MediaRange, stored: Encoded) -> bool:
+    """Whether the frames may go as they are. `application/octet-stream; transfer-syntax=*` is how viewers
+    ask for whatever there is; a media type without a transfer syntax takes any that it can hold."""
+    wanted = accepted_range.transfer_syntax
+    if stored.media_type == OCTETS:
+        return accepted_range.takes(OCTETS) and wanted in ("", "*", stored.transfer_syntax)
+    if accepted_range.wanted == OCTETS:
+        return wanted in ("*", stored.transfer_syntax)
+    return accepted_range.takes(stored.media_type) and wanted in ("", "*", stored.transfer_syntax)
+
+
+def wants_octets(accepted_range: MediaRange) -> bool:
+    return accepted_range.takes(OCTETS) and accepted_range.transfer_syntax in ("", EXPLICIT)
+
+
+def frame_numbers(text: str) -> list[int]:
+    """The list of a path: numbers from 1, comma between (PS3.18 10.4.1.1.6)."""
+    parts = text.split(",") if len(text) <= FRAME_LIST_CHARS_MAX else []
+    if not 0 < len(parts) <= FRAMES_MAX:
+        raise InvalidQuery(f"a list of 1 to {FRAMES_MAX} frames is needed")
+    if not all(part.isascii() and part.isdigit() and len(part) <= 9 and int(part) > 0 for part in parts):
+        raise InvalidQuery("frames are numbered from 1")
+    return [int(part) for part in parts]

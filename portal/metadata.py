@@ -1,0 +1,133 @@
+"""WADO-RS metadata and bulk data (PS3.18 10.4.1.1.2): whole data sets as DICOM JSON or XML, with pixel data
+and other large binaries behind URIs that return their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from archive import dicomjson
+from archive.model import StoredInstance
+from portal import dicomxml, multipart
+from portal.context import Context
+from portal.dicomweb import LEVEL, accepts_gzip, base_url, locate
+from portal.negotiate import (
+    DICOM_JSON,
+    DICOM_XML,
+    OCTETS,
+    NotAcceptable,
+    accepted,
+    first,
+    forbid_mixture,
+)
+from portal.retrieve import PATHS
+
+BULK = "/studies/{study}/series/{series}/instances/{instance}/bulk/{path:path}"
+
+
+class Metadata:
+    """The routes below `root`."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def routes(self, root: str) -> list[BaseRoute]:
+        return [
+            *(Route(f"{root}{path}/metadata", self.metadata) for path in PATHS),
+            Route(root + BULK, self.bulk),
+        ]
+
+    async def metadata(self, request: Request) -> Response:
+        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        forbid_mixture(ranges)
+        chosen = first(ranges, [(DICOM_JSON, True), ("application/json", True), (DICOM_XML, False)])
+        if chosen is None:
+            raise NotAcceptable(f'metadata are {DICOM_JSON} or multipart/related; type="{DICOM_XML}"')
+        _, found = await locate(self._context, request, "view")
+        tag = etag(found)
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
+        datasets = self._datasets(found, base_url(request))
+        headers = {"ETag": tag, "Vary": "Accept, Accept-Encoding"}
+        if chosen[1]:
+            media_type, body = DICOM_JSON, multipart.gather(json_array(datasets))
+            if accepts_gzip(request):
+                headers["Content-Encoding"] = "gzip"
+                body = gzipped(body)
+        else:
+            mark = multipart.boundary()
+            media_type = multipart.content_type(DICOM_XML, mark)
+            body = multipart.body(
+                (multipart.Part(DICOM_XML, [dicomxml.document(dataset)]) for dataset in datasets), mark
+            )
+        return StreamingResponse(self._context.read.stream(body), headers=headers, media_type=media_type)
+
+    def _datasets(self, found: Sequence[StoredInstance], base: str) -> Iterator[dict[str, Any]]:
+        for stored in found:
+            root = (
+                f"{base}/dicom-web/studies/{stored.study_uid}/series/{stored.series_uid}"
+                f"/instances/{stored.head.sop_instance_uid}/bulk/"
+            )
+            with self._context.source.open_payload(stored) as payload:
+                yield dicomjson.metadata(
+                    payload,
+                    bulk_uri=lambda path, root=root: root + "/".join(path),
+                    issuer=stored.head.provenance.issuer,
+                )
+
+    async def bulk(self, request: Request) -> Response:
+        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        chosen = first(ranges, [(OCTETS, None)])
+        if chosen is None:
+            raise NotAcceptable(f"bulk data are {OCTETS}, alone or in multipart/related")
+        _, found = await locate(self._context, request, "view")
+        chunks = self._bulk_chunks(found[0], request.path_params["path"])
+        # The first piece is read before the answer begins: what is not there must be a 404.
+        head = await self._context.read.run(next, chunks, b"")
+        if not chosen[0].is_multipart:
+            return StreamingResponse(self._context.read.stream(rejoined(head, chunks)), media_type=OCTETS)
+        mark = multipart.boundary()
+        body = multipart.body([multipart.Part(OCTETS, rejoined(head, chunks))], mark)
+        return StreamingResponse(
+            self._context.read.stream(body), media_type=multipart.content_type(OCTETS, mark)
+        )
+
+    def _bulk_chunks(self, stored: StoredInstance, path: str) -> Iterator[bytes]:
+        with self._context.source.open_payload(stored) as payload:
+            yield from dicomjson.bulk(payload, path)
+
+
+def rejoined(head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield head
+    yield from rest
+
+
+def json_array(datasets: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    """The data sets as one JSON array, one at a time in memory."""
+    start = b"["
+    for dataset in datasets:
+        text = json.dumps(dataset, ensure_ascii=False, separators=(",", ":"))
+        yield start + text.encode("utf-8", "replace")
+        start = b","
+    yield b"]" if start == b"," else b"[]"
+
+
+def gzipped(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    stream = zlib.compressobj(LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    for chunk in chunks:
+        if smaller := stream.compress(chunk):
+            yield smaller
+    yield stream.flush()
+
+
+def etag(found: Sequence[StoredInstance]) -> str:
+    """Of the contents, in the order in which they are answered."""
+    return f'W/"{hashlib.sha256(b"".join(stored.digest for stored in found)).hexdigest()[:32]}"'
