@@ -184,7 +184,7 @@ class Log:
             log.error("%s: both copies of its header are damaged", name)
             self._ends[number] = size
             self._previous = self._acknowledged = Position(number, size)
-            total = sum(self._storage.size(self._name(number)) for number in self._numbers)
+            total = sum(self._storage.size(self.name_of(number)) for number in self._numbers)
             self._sequence = total // RECORD_BYTES_MIN + 1  # beyond whatever those files can hold
             return
         outside = promised.offset if promised.file == number else 0
@@ -429,7 +429,7 @@ class Log:
             self._purpose, number, writer=self.writer, previous=self._previous, first_sequence=self._sequence,
             created_us=time.time_ns() // 1000,
         )  # fmt: skip
-        name = self._name(number)
+        name = self.name_of(number)
         try:
             file = self._storage.create(name)
         except OSError as error:
@@ -549,7 +549,7 @@ class Log:
 
     def _missing_before(self, number: int, numbers: Sequence[int], start: Position) -> Iterator[Damage]:
         """The file that this one says it followed, when it is not there."""
-        header = self._read_header(self._name(number))
+        header = self._read_header(self.name_of(number))
         if (
             header is not None
             and header.previous.file
@@ -561,7 +561,7 @@ class Log:
     def _read_file(
         self, number: int, start: int, end: int | None, check: bool
     ) -> Iterator[FoundRecord | Damage]:
-        name = self._name(number)
+        name = self.name_of(number)
         start = max(start, FILE_HEADER_BYTES)
         try:
             header = self._read_header(name)
@@ -596,7 +596,7 @@ class Log:
                 files[int(stem)] = name
         return files
 
-    def _name(self, number: int) -> str:
+    def name_of(self, number: int) -> str:
         return f"{self._folder}/{number:08d}.{self._suffix}"
 
 
