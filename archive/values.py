@@ -33,7 +33,7 @@ _SPECIAL = frozenset(b"\\\x1b\0")
 RawValue = tuple[bytes, bool, bytes, TextDecoder]
 
 
-def text_of(raw: RawValue, dictionary_vr: str) -> str:
+def text_of(raw: RawValue, dictionary_vr: str, *, chars_max: int = SHORT_CHARS_MAX) -> str:
     """The value's string form. Past the stated bounds it is cut and ends in 16 hex digits of its SHA-256,
     so that two long identifiers stay two."""
     own_vr, big, value, decode = raw
@@ -44,12 +44,12 @@ def text_of(raw: RawValue, dictionary_vr: str) -> str:
         return _numbers(value, big, *_NUMBERS[vr])
     text = value.decode("ascii", "replace") if dictionary_vr in _ASCII_VRS else decode(value)
     if dictionary_vr in _LONG_TEXT_VRS:
-        return _cut(text.rstrip(" \0"), LONG_CHARS_MAX)
+        return _cut(text.rstrip(" \0"), max(chars_max, LONG_CHARS_MAX))
     if "\\" in text:
         text = "\\".join(part.strip(" \0") for part in text.split("\\"))
     else:
         text = text.strip(" \0")
-    return _cut(text, SHORT_CHARS_MAX)
+    return _cut(text, chars_max)
 
 
 def _cut(text: str, chars_max: int) -> str:
