@@ -267,8 +267,8 @@ class EnrolmentServer:
         config = uvicorn.Config(
             enrolment_app(self._enrolment, Failures(FAILURES_PER_MINUTE)), http="h11", ws="none",
             lifespan="off", loop="none", log_config=None, access_log=False, proxy_headers=False,
-            server_header=False, limit_concurrency=CONNECTIONS_MAX, timeout_keep_alive=5, timeout_graceful_shutdown=5,
-            h11_max_incomplete_event_size=BODY_BYTES_MAX,
+            server_header=False, limit_concurrency=CONNECTIONS_MAX, timeout_keep_alive=5,
+            timeout_graceful_shutdown=5, h11_max_incomplete_event_size=BODY_BYTES_MAX,
             ssl_certfile=self._identity.chain_path,
             ssl_context_factory=lambda config, default: _reloading_context(self._identity),
         )

@@ -142,7 +142,7 @@ def latest(held: Identity) -> Identity:
     return _load(held.folder, _current(held.folder))
 
 
-def pending_key(folder: Path, purpose: str) -> ec.EllipticCurvePrivateKey:
+def pending_key(folder: Path, purpose: str = "first") -> ec.EllipticCurvePrivateKey:
     """The key that waits for a certificate for this purpose: the same one until it is installed or dropped.
 
     One that waited for another purpose (an invite that was never answered) is dropped for a new one.
@@ -166,11 +166,8 @@ def pending_key(folder: Path, purpose: str) -> ec.EllipticCurvePrivateKey:
 
 
 def drop_pending(folder: Path) -> None:
-    """Forgets the pending key. Renamed first, so that half of it is never found."""
-    with contextlib.suppress(FileNotFoundError):
-        dropped = folder / f".pending.{secrets.token_hex(4)}"
-        os.rename(folder / "pending", dropped)
-        shutil.rmtree(dropped, ignore_errors=True)
+    """Forgets the pending key."""
+    _drop(folder / "pending", folder / f".pending.{secrets.token_hex(4)}")
 
 
 def stage(folder: Path, issued: Issued) -> Identity:
@@ -179,8 +176,9 @@ def stage(folder: Path, issued: Issued) -> Identity:
     if _leaf(issued.chain_pem).spki != spki_fingerprint(_read_key(pair).public_key()):
         raise InvalidInput("the certificate is not for the key that asked for it")
     for name in _generations(folder):  # asked again for the same key, the hub gave the same certificate again
-        if (known := _load(folder, name)).chain_pem == issued.chain_pem:
-            return known
+        with contextlib.suppress(SettingsError):
+            if (known := _load(folder, name)).chain_pem == issued.chain_pem:
+                return known
     generations = folder / "generations"
     keyfiles.make_private_folder(generations)
     staging = folder / f".generation.{secrets.token_hex(4)}"
@@ -207,7 +205,7 @@ def switch(staged: Identity, *, drop_older: bool) -> Identity:
     if drop_older:
         for old in _generations(folder):
             if old != name:
-                shutil.rmtree(folder / "generations" / old, ignore_errors=True)
+                _drop(folder / "generations" / old, folder / f".generation.{secrets.token_hex(4)}")
     _sweep(folder)
     return staged
 
@@ -288,6 +286,13 @@ def _read_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SettingsError("a member's key is on the curve P-256")
     return key
+
+
+def _drop(path: Path, aside: Path) -> None:
+    """Removes a folder. Renamed first, so that half of it is never found under its name."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
