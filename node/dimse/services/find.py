@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 
 IDENTIFIER_BYTES_MAX = 1 << 20
 
-UNIQUE_KEYS = {
-    Level.PATIENT: "PatientID",
-    Level.STUDY: "StudyInstanceUID",
-    Level.SERIES: "SeriesInstanceUID",
-    Level.IMAGE: "SOPInstanceUID",
-}
+_UNIQUE_KEYS = frozenset(("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
 T = TypeVar("T")
 _ORDER = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
 
@@ -55,8 +50,10 @@ class Find:
             raise CannotUnderstand("a C-FIND without an identifier")
         identifier = read_identifier(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
                                      context.transfer_syntax)
-        level, keys, wanted, unsupported = _understand(identifier)
-        require_hierarchy(context.abstract_syntax, level, keys)
+        patient_root = context.abstract_syntax == PATIENT_ROOT_FIND
+        level, keys, wanted, unsupported = _careful(
+            lambda: attributes.query_from_dataset(identifier, patient_root=patient_root))
+        refuse_foreign_keys(level, keys, patient_root=patient_root)
         # A device sees what its ward's technicians see.
         principal = Principal(exchange.caller.ae_title, Role.TECHNICIAN, self.ward)
         query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
@@ -89,12 +86,6 @@ def write_identifier(identifier: Dataset, transfer_syntax_uid: str) -> bytes:
     return buffer.getvalue()
 
 
-def _understand(
-    identifier: Dataset,
-) -> tuple[Level, tuple[tuple[str, str], ...], Sequence[str], Sequence[str]]:
-    return _careful(lambda: attributes.query_from_dataset(identifier))
-
-
 def _careful(read: Callable[[], T]) -> T:
     """Hostile values surface as any kind of exception, and late: pydicom decodes them when they are looked
     at."""
@@ -106,22 +97,14 @@ def _careful(read: Callable[[], T]) -> T:
         raise CannotUnderstand(f"the identifier can't be read ({type(error).__name__})") from None
 
 
-def require_hierarchy(sop_class_uid: str, level: Level, keys: Sequence[tuple[str, str]]) -> None:
-    """Hold a query without negotiated extensions to PS3.4 C.4.1.2.1: below its top level it names one value
-    of each higher unique key, and asks nothing else of the higher levels. A Patient ID beside a Study
-    Instance UID passes: many a workstation sends it."""
-    patient_root = sop_class_uid == PATIENT_ROOT_FIND
-    top = Level.PATIENT if patient_root else Level.STUDY
-    if _ORDER.index(level) < _ORDER.index(top):
-        raise InvalidQuery("Study Root has no PATIENT level (PS3.4 C.6.2.1)")
-    given = dict(keys)
-    higher = _ORDER[_ORDER.index(top):_ORDER.index(level)]
-    for above in higher:
-        value = given.get(UNIQUE_KEYS[above], "")
-        if not value or "\\" in value or (above is Level.PATIENT and ("*" in value or "?" in value)):
-            raise InvalidQuery(f"a {level.value} query needs one {UNIQUE_KEYS[above]} (PS3.4 C.4.1.2.1)")
-    foreign = {Level.PATIENT, *higher} if higher else set()
-    for keyword, value in keys:
+def refuse_foreign_keys(level: Level, keys: Sequence[tuple[str, str]], *, patient_root: bool) -> None:
+    """Below its top level a query without negotiated extensions asks nothing of the higher levels but their
+    unique keys (PS3.4 C.4.1.2.1). A Patient ID beside a Study Instance UID passes: many a workstation sends
+    it."""
+    above = {Level.PATIENT, *_ORDER[:_ORDER.index(level)]}
+    if level is Level.PATIENT or (level is Level.STUDY and not patient_root):
+        return  # the top; Study Root's STUDY level holds the patient's keys too (C.6.2.1)
+    for keyword, _ in keys:
         entry = BY_KEYWORD.get(keyword)
-        if value and entry is not None and entry.level in foreign and keyword not in UNIQUE_KEYS.values():
+        if entry is not None and entry.level in above and keyword not in _UNIQUE_KEYS:
             raise InvalidQuery(f"{keyword} is no key of the {level.value} level")

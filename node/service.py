@@ -1,0 +1,137 @@
+"""Owns the node as one process: it composes archive, ledger, DICOM listener and uplink, starts them in the
+order in which they need each other and stops them in the other. It holds no logic of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+from archive.archive import Archive
+from archive.errors import SettingsError
+from archive.ledger import Ledger
+from certs import identity as identities
+from certs.identity import Identity
+from certs.profiles import Profile
+from federation.uplink import Uplink
+from node.admission import Admission
+from node.dimse.acceptor import Services
+from node.dimse.contexts import Offer, ServiceName
+from node.dimse.messages import Field
+from node.dimse.server import DimseServer
+from node.dimse.services.echo import Echo
+from node.dimse.services.find import Find
+from node.dimse.services.store import Store
+from node.settings import NodeSettings
+
+log = logging.getLogger(__name__)
+
+DESCRIPTORS_BESIDE = 512  # of packs, databases and the uplink, beside one for each connection
+
+
+class Node:
+    """A running ward node. `ready` is set when it listens; `dicom_port` is what was bound."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.settings = settings
+        self.ready = threading.Event()
+        self._end = threading.Event()
+        self._parts = contextlib.ExitStack()
+        self._server: DimseServer | None = None
+        self.archive: Archive
+        self.ledger: Ledger
+        self.identity: Identity
+        self.uplink: Uplink | None = None
+
+    @property
+    def dicom_port(self) -> int:
+        if self._server is None:
+            raise RuntimeError("the node is not started")
+        return self._server.port
+
+    def start(self) -> Self:
+        """Open everything and listen. Raises SettingsError when the node is not enrolled."""
+        settings = self.settings
+        ae_title = settings.require_ae_title()
+        self.identity = load_identity(settings)
+        _allow_descriptors(settings.dimse.associations_max + DESCRIPTORS_BESIDE)
+        with contextlib.ExitStack() as parts:
+            self.ledger = Ledger.open(settings.ledger_url)
+            parts.callback(self.ledger.close)
+            self.archive = Archive.open(settings.archive_settings(), outbox=True)
+            parts.callback(self.archive.close)
+            server = self._listen(ae_title)
+            parts.callback(server.stop, settings.dimse.stop_grace_s)
+            if settings.uplink.enabled:
+                self.uplink = Uplink(self.archive, self.identity, settings.uplink)
+                self.uplink.start()
+                parts.callback(self.uplink.stop)
+            server.start()
+            self._server = server
+            self._parts = parts.pop_all()
+        log.info("%s listens as %s on %s:%d", self.identity.ward, ae_title, settings.dimse.host, server.port)
+        self.ready.set()
+        return self
+
+    def stop(self) -> None:
+        """Answer what is under way, then close everything; a second call does nothing."""
+        self.ready.clear()
+        self._end.set()
+        self._parts.close()
+
+    def run(self) -> None:
+        """Start, serve until SIGTERM or SIGINT, stop."""
+
+        def end(signum: int, frame: FrameType | None) -> None:
+            self._end.set()
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with self:
+                self._end.wait()
+                log.info("stopping")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _listen(self, ae_title: str) -> DimseServer:
+        dimse, ward = self.settings.dimse, self.identity.ward
+        gate = Admission(self.ledger, ae_title, associations_max=dimse.associations_max,
+                         associations_per_device_max=dimse.associations_per_device_max)
+        services = Services(Offer(dimse.accept_private_classes), {
+            Field.C_ECHO: (ServiceName.ECHO, Echo()),
+            Field.C_STORE: (ServiceName.STORE, Store(self.archive.intake, ward, self.identity.issuer)),
+            Field.C_FIND: (ServiceName.FIND, Find(self.archive, ward, ae_title, dimse.find_responses_max)),
+        })
+        return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits())
+
+
+def load_identity(settings: NodeSettings) -> Identity:
+    """Who this node is: the ward and the issuer of its Patient IDs come from its certificate's folder."""
+    if not identities.exists(settings.identity):
+        raise SettingsError(f"{settings.identity} holds no certificate: this node belongs to no region yet; "
+                            "enrol it with `miss node enrol INVITE`")
+    identity = Identity.load(settings.identity)
+    if identity.profile is not Profile.NODE or not identity.ward:
+        raise SettingsError(f"{settings.identity} is not the identity of a node")
+    return identity
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise the soft limit, which is often 1,024: every association is a descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < count:
+        log.warning("only %d open files are allowed: associations beyond them are not taken", wanted)
