@@ -28,7 +28,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where; made when it is not there.",
                                            show_default=False)],
     region: Annotated[str, typer.Option(help="The region's name, in every certificate.", show_default=False)],
-    host: Annotated[str, typer.Option(help="The name or address by which nodes reach the hub.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The name or address where nodes find the hub.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The hub's port for nodes and portals (gRPC).")] = 7443,
     enrol_port: Annotated[int, typer.Option(help="The hub's port where new members enrol (HTTPS).")] = 7444,
     passphrase: Annotated[bool, typer.Option(
@@ -47,7 +47,8 @@ def init(
 
     secret = None
     if passphrase:
-        secret = typer.prompt("Passphrase of the root key", hide_input=True, confirmation_prompt=True, err=True)
+        secret = typer.prompt("Passphrase of the root key", hide_input=True, confirmation_prompt=True,
+                              err=True)
     authority = create_region(folder, region, host=host, port=port, enrol_port=enrol_port, passphrase=secret)
     err.print(f"the region {authority.region} is in {folder}", style="green", markup=False)
     err.print(f"next: miss hub run --settings {folder / Process.HUB.file}", markup=False)
@@ -133,7 +134,7 @@ def show(
     from certs.authority import Authority
 
     if not name:
-        authority = Authority.open(configuration.hub(state / Process.HUB.file).authority)
+        authority = Authority.open(configuration.hub(state / Process.HUB.file).ca)
         for label, certificate in (("root", authority.root), ("issuing CA", authority.issuing)):
             out.print(f"{label}: {certificate.subject.rfc4514_string()}\n"
                       f"  serial {certificate.serial_number:x}, until "

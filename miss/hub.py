@@ -24,8 +24,8 @@ def run(settings: SettingsFile = None, overrides: Overrides = None, log_level: L
       miss hub run --settings region/hub.toml
       miss hub run --settings region/hub.toml --set port=8443 --log-level DEBUG
     """
-    from federation.hub import run as run_hub
+    from federation.hub import Hub
 
     effective = configuration.hub(configuration.found(settings, Process.HUB), overrides)
     set_up_logging(log_level.upper())
-    run_hub(effective)
+    Hub(effective).run()

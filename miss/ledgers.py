@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from archive.database import sqlite_url
 from archive.errors import InvalidInput, SettingsError
 from archive.ledger import Ledger
 from miss import configuration
@@ -28,9 +27,9 @@ def open_ledger(state: Path) -> Iterator[Ledger]:
 def ledger_url(state: Path) -> str:
     hub, node = state / Process.HUB.file, state / Process.NODE.file
     if hub.exists():
-        return configuration.hub(hub).ledger_url or sqlite_url(state / LEDGER)
+        return configuration.hub(hub).ledger
     if node.exists():
-        return sqlite_url(configuration.node(node).state / LEDGER)
+        return configuration.node(node).ledger_url
     raise SettingsError(f"{state} holds neither {Process.HUB.file} nor {Process.NODE.file}: give "
                         "--state DIR, the region's folder or the node's")
 

@@ -29,7 +29,7 @@ def enrol(
     host: Annotated[str, typer.Option(help="The address that modalities connect to.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="The port that modalities connect to.")] = 11112,
     replace: Annotated[bool, typer.Option(
-        "--replace", help="Take a new identity where there is one, for a ward that was revoked or lapsed.")] = False,
+        "--replace", help="Take a new identity in place of one that was revoked or lapsed.")] = False,
     state: State = Path("."),
 ) -> None:
     """Makes the node's key, trades the invite for a certificate and writes a node.toml.
@@ -91,8 +91,8 @@ def status(
         return
     grid = table("", "")
     grid.add_row("ward", f"{found.ward}, AE title {found.ae_title}")
-    grid.add_row("running", f"yes, port {found.port} answers" if found.listening else "no: nothing answers at "
-                 f"port {found.port}")
+    grid.add_row("running", f"yes, port {found.port} answers" if found.listening
+                 else f"no: nothing answers at port {found.port}")
     grid.add_row("holds", f"{found.instances} instances of {found.studies} studies, {size(found.bytes)}")
     grid.add_row("pending", found.words)
     grid.add_row("set aside", str(found.set_aside))
@@ -104,7 +104,8 @@ def status(
 @app.command()
 def log(
     refused: Annotated[bool, typer.Option("--refused", help="Only callers that were turned away.")] = False,
-    limit: Annotated[int, typer.Option("-n", "--limit", help="How many, newest first.", min=1, max=100_000)] = 20,
+    limit: Annotated[int, typer.Option("-n", "--limit", help="How many, newest first.", min=1,
+                                       max=100_000)] = 20,
     state: State = Path("."),
 ) -> None:
     """Shows who connected, and of who was refused why, with the line that would admit them.

@@ -1,5 +1,5 @@
-"""Makes what a region, a node and a portal need on disk before they can run: the authority, the ledger, settings
-files with every value written out, identities by invite. Runs nothing."""
+"""Makes what a region, a node and a portal need on disk before they can run: the authority, the ledger,
+settings files with every value written out, identities by invite. Runs nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from archive.ledger import Ledger
 from archive.settings import render_toml
 from certs.authority import Authority
 from certs.identity import Identity
-from certs.invites import create_invite
+from certs.invites import create_invite, split_address
 from certs.joining import enrol
 from certs.profiles import Profile
 from miss import configuration
@@ -33,6 +33,7 @@ AE_LENGTH_MAX = 16
 def create_region(folder: Path, region: str, *, host: str, port: int, enrol_port: int,
                   listen_host: str = "0.0.0.0", passphrase: str | None = None) -> Authority:
     """The region's folder: `ca/`, the ledger, hub.toml. An existing region is never overwritten."""
+    from certs.settings import EnrolmentSettings
     from federation.settings import HubSettings
 
     settings = folder / Process.HUB.file
@@ -40,11 +41,11 @@ def create_region(folder: Path, region: str, *, host: str, port: int, enrol_port
         raise SettingsError(f"{settings} is there already: a region is never overwritten")
     folder.mkdir(parents=True, exist_ok=True)
     authority = Authority.init(folder / AUTHORITY, region, passphrase)
-    ledger_url = sqlite_url((folder / LEDGER).absolute())
-    Ledger.open(ledger_url).close()
+    Ledger.open(sqlite_url(folder.absolute() / LEDGER)).close()
     write_settings(settings, HubSettings(
-        state=Path("."), ca=Path(AUTHORITY), ledger_url=ledger_url, host=listen_host, port=port,
-        enrolment_host=listen_host, enrolment_port=enrol_port, public_host=host))
+        state=Path("."), ca=Path(AUTHORITY), host=listen_host, port=port,
+        enrolment=EnrolmentSettings(
+            host=listen_host, port=enrol_port, hub_addresses=[join_address(host, port)])))
     return authority
 
 
@@ -54,7 +55,7 @@ def make_invite(ledger: Ledger, state: Path, *, hospital: str = "", ward: str = 
     settings = hub_settings(state)
     return create_invite(
         ledger, profile=Profile.PORTAL if portal else Profile.NODE, hospital=hospital, ward=portal or ward,
-        issuer=issuer, address=f"{settings.public_host}:{settings.enrolment_port}",
+        issuer=issuer, address=enrolment_address(settings),
         pin=Authority.open(settings.ca).pin, life_s=life_s, who=who)
 
 
@@ -91,9 +92,10 @@ def enrol_portal(invite: str, state: Path, region: Path, *, port: int = 8080,
     settings = state / Process.PORTAL.file
     if not settings.exists():
         write_settings(settings, PortalSettings(
-            ledger_url=hub.ledger_url, listen=ListenSettings(port=port),
+            ledger_url=hub.ledger, listen=ListenSettings(port=port),
             sign_in=SignInSettings(basic_auth=basic_auth),
-            region=RegionSettings(state=hub.state, index_url=hub.index_url, identity=Path(IDENTITY))))
+            region=RegionSettings(state=hub.state, index_url=hub.index_url, hub_address=hub_address(hub),
+                                  identity=Path(IDENTITY))))
     return identity
 
 
@@ -101,8 +103,24 @@ def hub_settings(state: Path) -> HubSettings:
     return configuration.hub(configuration.found(state / Process.HUB.file, Process.HUB))
 
 
+def hub_address(settings: HubSettings) -> str:
+    """Where the hub is dialled, as whoever enrols is told."""
+    if not settings.enrolment.hub_addresses:
+        raise SettingsError("enrolment.hub_addresses is empty: nobody could be told where the hub is")
+    return settings.enrolment.hub_addresses[0]
+
+
+def enrolment_address(settings: HubSettings) -> str:
+    """Where invites are redeemed: the hub's own name, at the enrolment port."""
+    return join_address(split_address(hub_address(settings))[0], settings.enrolment.port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def default_ae_title(identity: Identity) -> str:
-    """SM-RADIOLOGY of San Martino's Radiology: the initials of a hospital of several words, else its start."""
+    """SM-RADIOLOGY of San Martino's Radiology: the initials of a hospital of several words, or its start."""
     words = identity.hospital.split()
     hospital = "".join(word[0] for word in words) if len(words) > 1 else identity.hospital[:4]
     plain = "".join(char if char.isascii() and char.isalnum() else "-"

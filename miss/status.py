@@ -1,0 +1,161 @@
+"""`miss status`: the whole region at a glance, from the ledger, the regional index and, for nodes on this
+machine, their own disks. Needs no process to run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archive.errors import MissError, SettingsError
+from archive.model import Totals
+from miss import configuration
+from miss.configuration import Process, State
+from miss.console import err, out, size, table, when
+from miss.ledgers import open_ledger
+from miss.processes import listening
+
+if TYPE_CHECKING:
+    from federation.coverage import WardStatus
+    from miss.backlog import Backlog
+
+DEMO = "demo.json"
+DEMO_STATE = "demo-state"
+REGION = "region"
+
+
+def status(
+    state: State = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+) -> None:
+    """Shows the region: is the hub there, which wards are attached, what is missing and since when.
+
+    DIR is the region's folder, a demo's, or a node's. With the hub stopped it says what is known as of when;
+    the backlog of nodes on this machine is read from their own disks.
+
+    \b
+    Examples:
+      miss status --state region
+      miss status --state demo-state --json
+    """
+    from miss.backlog import node_backlog
+
+    folder = _folder(state)
+    if (folder / DEMO).exists():
+        region = folder / REGION
+        nodes = [Path(ward["settings"]).parent for ward in json.loads((folder / DEMO).read_text())["wards"]]
+    elif (folder / Process.NODE.file).exists():
+        from miss.node import status as node_status
+
+        node_status(folder, as_json)
+        return
+    else:
+        region, nodes = folder, []
+    report = Report(region)
+    backlogs = [node_backlog(node) for node in nodes]
+    if as_json:
+        out.print_json(json.dumps(report.as_dict() | {"nodes": [backlog.as_dict() for backlog in backlogs]}))
+        return
+    report.show()
+    if backlogs:
+        _show_backlogs(backlogs)
+
+
+class Report:
+    """What `miss status` knows of a region."""
+
+    def __init__(self, region: Path) -> None:
+        from certs.invites import split_address
+        from federation.coverage import status_of
+        from miss.region import hub_address
+
+        settings = configuration.hub(region / Process.HUB.file)
+        self.now_us = int(time.time() * 1e6)
+        self.hub = hub_address(settings)
+        self.hub_answers = listening(*split_address(self.hub)) is not None
+        with open_ledger(region) as ledger:
+            states = ledger.ward_states()
+            self.wards = [status_of(ward, states.get(ward.id), self.now_us) for ward in ledger.wards()]
+        self.totals = _totals(settings.archive_settings())
+
+    def as_dict(self) -> dict[str, Any]:
+        from federation.coverage import plain_words
+
+        return {
+            "hub": {"address": self.hub, "answers": self.hub_answers},
+            "held": None if self.totals is None else {
+                "patients": self.totals.patients, "studies": self.totals.studies,
+                "instances": self.totals.instances, "bytes": self.totals.bytes,
+                "conflicts": self.totals.conflicts},
+            "wards": [{
+                "ward": ward.coverage.ward, "hospital": ward.coverage.hospital, "name": ward.coverage.name,
+                "issuer": ward.issuer, "attached": self._attached(ward), "state": ward.coverage.state.value,
+                "words": plain_words(ward.coverage, self.now_us), "pending": ward.coverage.pending,
+                "set_aside": ward.coverage.set_aside, "complete_to_us": ward.coverage.complete_to_us,
+                "seen_at_us": ward.coverage.seen_at_us, "version": ward.version,
+            } for ward in self.wards],
+        }
+
+    def show(self) -> None:
+        from federation.coverage import plain_words
+
+        out.print(f"hub {self.hub}: " + ("[green]answers[/]" if self.hub_answers else
+                                         "[red]does not answer: what follows is as of its last word[/]"))
+        if self.totals is not None:
+            held = self.totals
+            out.print(f"the region holds {held.instances} instances of {held.studies} studies of "
+                      f"{held.patients} patients, {size(held.bytes)}, {held.conflicts} conflicts\n")
+        grid = table("ward", "link", "in the region", ">pending", ">set aside", "last seen", "version")
+        for ward in self.wards:
+            coverage = ward.coverage
+            grid.add_row(coverage.ward, "[green]attached[/]" if self._attached(ward) else "[yellow]away[/]",
+                         plain_words(coverage, self.now_us, _zone()), str(coverage.pending),
+                         str(coverage.set_aside), when(coverage.seen_at_us or 0), ward.version or "-")
+        out.print(grid)
+        if not self.wards:
+            err.print("no ward was invited yet: miss ca invite --help")
+
+    def _attached(self, ward: WardStatus) -> bool:
+        return ward.attached and self.hub_answers
+
+
+def _folder(state: Path) -> Path:
+    """`state`, or the demo's folder in it when that is what a person in the repository means."""
+    known = (DEMO, Process.HUB.file, Process.NODE.file)
+    for folder in (state, state / DEMO_STATE):
+        if any((folder / name).exists() for name in known):
+            return folder
+    raise SettingsError(f"{state} holds no region, no demo and no node: give --state DIR")
+
+
+def _totals(settings: Any) -> Totals | None:
+    """What the regional index counts; None when it can't be read now (the wards are shown all the same)."""
+    from archive.archive import Archive
+
+    try:
+        archive = Archive.open(settings, outbox=False, read_only=True)
+    except MissError as error:
+        err.print(f"the regional index can't be read: {error}", style="yellow", markup=False)
+        return None
+    try:
+        return archive.index.totals()
+    finally:
+        archive.close()
+
+
+def _show_backlogs(backlogs: list[Backlog]) -> None:
+    grid = table("node on this machine", "running", ">holds", "the region lacks", ">conflicts",
+                 title="\nfrom the nodes' own disks")
+    for backlog in backlogs:
+        grid.add_row(f"{backlog.ward} ({backlog.ae_title})", "yes" if backlog.listening else "[red]no[/]",
+                     str(backlog.instances), backlog.words, str(backlog.conflicts))
+    out.print(grid)
+
+
+def _zone() -> Any:
+    from datetime import datetime
+
+    return datetime.now().astimezone().tzinfo
