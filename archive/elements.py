@@ -189,7 +189,9 @@ class _Walker:
             end = None if length == UNDEFINED else self._bounded(level, self._at + length)
             self._push(_Level(False, end, encoding, level.visible))
             return _ITEM_BEGIN if level.visible else None
-        if tag == SEQUENCE_END and level.end is None:
+        if tag == SEQUENCE_END:
+            # Within a defined length too: such is UN that was copied from a sequence of undefined length.
+            self._at = self._at if level.end is None else level.end
             self._levels.pop()
             return _SEQUENCE_END if level.visible else None
         raise CannotUnderstand("a sequence holds something that is not an item")
@@ -223,7 +225,9 @@ class _Walker:
         if level.end is not None and end > level.end:
             raise CannotUnderstand("an element reaches beyond its item")
         if vr == "SQ":
-            return self._begin(level, Element(tag, vr, offset, length, encoding), end)
+            if not length or self._is_item(offset, encoding):
+                return self._begin(level, Element(tag, vr, offset, length, encoding), end)
+            vr = "UN"  # met in the field: a value of another VR under the tag of a sequence
         if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
             creator = self._window.at(offset, min(length, 64)).decode("ascii", "replace").strip(" \0")
             level.creators[tag] = creator
@@ -233,6 +237,10 @@ class _Walker:
             raise CannotUnderstand("the data set ends inside a value")
         self._at = end
         return (Kind.ELEMENT, Element(tag, vr, offset, length, encoding)) if level.visible else None
+
+    def _is_item(self, offset: int, encoding: Encoding) -> bool:
+        start = self._window.at(offset, 4)
+        return len(start) == 4 and _TAG[encoding.big_endian].unpack(start) == (0xFFFE, 0xE000)
 
     def _element_head(self, level: _Level, head: bytes) -> tuple[str, int, int]:
         """VR ("" when it is not there), length, and the size of the element's head."""

@@ -349,6 +349,8 @@ class _Scanner:
             tag, _, item_length, at = self._inner(at, encoding)
             if tag == SEQUENCE_END and end is None:
                 return at
+            if tag != ITEM and end is not None:
+                return end  # met in the field: a value of another VR under the tag of a sequence
             if tag != ITEM:
                 raise CannotUnderstand("a sequence holds something that is not an item")
             item_end = None if item_length == UNDEFINED else at + item_length
