@@ -113,7 +113,11 @@ class Node:
             Field.C_STORE: (ServiceName.STORE, Store(self.archive.intake, ward, self.identity.issuer)),
             Field.C_FIND: (ServiceName.FIND, Find(self.archive, ward, ae_title, dimse.find_responses_max)),
         })
-        return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits())
+        try:
+            return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits())
+        except OSError as error:
+            place = f"{dimse.host}:{dimse.port}"
+            raise SettingsError(f"dimse.host, dimse.port: {place} can't be had ({error.strerror})") from None
 
 
 def load_identity(settings: NodeSettings) -> Identity:

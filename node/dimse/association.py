@@ -31,7 +31,8 @@ from node.dimse.wire import TICK_S, Buffer, Wire
 
 EMPTY_FRAGMENTS_MAX = 1_000    # in a row: they are legal and carry nothing
 WAITING_COMMANDS_MAX = 8       # requests that came while another was answered; none may without a window
-SEND_BATCH_BYTES = 1 << 20     # of one sendmsg, so that memory stays flat whatever the object's size
+SEND_BATCH_BYTES = 1 << 20     # gathered before they are sent: memory stays flat whatever the object's size
+SEND_BATCH_BUFFERS = 256
 CONTROL_PDU_BYTES_MAX = 1024   # of an A-RELEASE or A-ABORT, which have four octets
 
 _HEADER = struct.Struct(">BxI")
@@ -72,8 +73,10 @@ class Association:
         self.limits = limits
         self._requestor = requestor
         bound = limits.send_pdu_bytes_max
-        # A peer that asks for less than a PDV header and two octets is given them all the same.
-        self._send_pdu_bytes = max(min(peer_max_pdu_bytes, bound) if peer_max_pdu_bytes else bound, 8)
+        pdu_bytes = min(peer_max_pdu_bytes, bound) if peer_max_pdu_bytes else bound
+        # Fragments have an even length (PS3.8 Annex E.1): DCMTK aborts on an odd one. A peer that asks for
+        # less than a header and two octets is given them all the same.
+        self._fragment_bytes = max(pdu_bytes - PDV_HEADER_BYTES, 2) & ~1
         self._pdu_left = 0
         self._pdv_left = 0
         self._pdv_last = True
@@ -243,25 +246,30 @@ class Association:
     def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:
         """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they
         end."""
+        step = self._fragment_bytes
         vector: list[Buffer] = list(self._pdus(context.id, COMMAND_FRAGMENT, command))
-        step = self._send_pdu_bytes - PDV_HEADER_BYTES
-        gathered = 0
-        pending: Buffer = b""
+        fragment: list[Buffer] = []
+        filled = gathered = 0
         for chunk in chunks:
             view = memoryview(chunk)
-            for at in range(0, len(view), step):
-                if len(pending):
-                    vector += (data_header(context.id, 0, len(pending)), pending)
-                    gathered += len(pending)
-                pending = view[at:at + step]
-                if gathered >= SEND_BATCH_BYTES:
-                    self.wire.send_vector(vector)
-                    vector, gathered = [], 0
-        vector += (data_header(context.id, LAST_FRAGMENT, len(pending)), pending)
+            at = 0
+            while at < len(view):
+                if filled == step:  # only now it is known that this fragment is not the last
+                    vector += (data_header(context.id, 0, filled), *fragment)
+                    gathered += filled
+                    fragment, filled = [], 0
+                    if gathered >= SEND_BATCH_BYTES or len(vector) >= SEND_BATCH_BUFFERS:
+                        self.wire.send_vector(vector)
+                        vector, gathered = [], 0
+                piece = view[at:at + step - filled]
+                fragment.append(piece)
+                filled += len(piece)
+                at += len(piece)
+        vector += (data_header(context.id, LAST_FRAGMENT, filled), *fragment)
         self.wire.send_vector(vector)
 
     def _pdus(self, context_id: int, kind: int, octets: bytes) -> Iterator[bytes]:
-        step = self._send_pdu_bytes - PDV_HEADER_BYTES
+        step = self._fragment_bytes
         for at in range(0, len(octets) or 1, step):
             fragment = octets[at:at + step]
             last = LAST_FRAGMENT if at + step >= len(octets) else 0

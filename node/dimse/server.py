@@ -45,7 +45,9 @@ class DimseServer:
         self._associated: dict[_Connection, None] = {}
         self._cut: dict[_Connection, None] = {}        # their threads are about to end
         self._stopping = threading.Event()
-        self._listener = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG,
+                                              dualstack_ipv6=host == "::")
         self.port: int = self._listener.getsockname()[1]
         self._accepting = threading.Thread(target=self._accept, name="dimse-accept", daemon=True)
 
