@@ -28,7 +28,7 @@ class Watermark:
 
     def __init__(self, view: mmap.mmap, writer: bytes, turn: int) -> None:
         self._view = view
-        self._writer = writer
+        self.writer = writer
         self._turn = turn
 
     @classmethod
@@ -46,11 +46,11 @@ class Watermark:
     @property
     def position(self) -> Position:
         _, writer, position = _newest(self._view)
-        return position if writer == self._writer else START
+        return position if writer == self.writer else START
 
     def publish(self, position: Position) -> None:
         self._turn += 1
-        slot = _SLOT.pack(_MAGIC, self._turn, self._writer, position.file, position.offset)
+        slot = _SLOT.pack(_MAGIC, self._turn, self.writer, position.file, position.offset)
         start = (self._turn % 2) * _SLOT_BYTES
         self._view[start : start + _SLOT.size + _CHECK.size] = slot + _CHECK.pack(zlib.crc32(slot))
 

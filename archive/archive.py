@@ -1,0 +1,312 @@
+"""An archive: what a ward and the region both are. Composes packs, facts, index, indexer and intake of one
+state folder, and is the one door through which the rest of MISS stores, finds and reads instances.
+
+One process opens it to write; others (a portal) open it to read, and wait by the watermark for what the
+writer has acknowledged.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from archive.budget import ByteBudget
+from archive.database import sqlite_url
+from archive.errors import MissError, Unavailable
+from archive.facts import FactLog
+from archive.index import Index
+from archive.indexer import Indexer
+from archive.intake import Intake, IntakeLimits
+from archive.log import Log, LogLimits
+from archive.model import (
+    EVERYTHING,
+    START,
+    Fact,
+    Location,
+    Match,
+    Position,
+    Query,
+    Scope,
+    StoredInstance,
+)
+from archive.packs import FOLDER, SUFFIX, Packs
+from archive.recent import Recent
+from archive.storage import FileStorage, Storage
+from archive.watermark import Watermark, read_watermark
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "index.db"
+_WATERMARK_FILE = "watermark"
+_LOCK_FILE = "writer.lock"
+_INDEX_WAIT_S = 10.0
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveSettings:
+    """Where an archive lies and what bounds it. An empty `index_url` is an SQLite file in `state`."""
+
+    state: Path
+    index_url: str = ""
+    pack_bytes_max: int = 1 << 30
+    pack_age_s_max: float = 24 * 3600.0
+    small_object_bytes_max: int = 1 << 20
+    object_bytes_max: int = 1 << 40
+    memory_budget_bytes: int = 256 << 20
+    free_bytes_min: int = 1 << 30
+    index_lag_records_max: int = 10_000
+    index_lag_s_max: float = 30.0
+
+    @property
+    def database_url(self) -> str:
+        return self.index_url or sqlite_url(self.state / INDEX_FILE)
+
+    @property
+    def intake_limits(self) -> IntakeLimits:
+        return IntakeLimits(
+            small_object_bytes_max=self.small_object_bytes_max,
+            object_bytes_max=self.object_bytes_max,
+            free_bytes_min=self.free_bytes_min,
+            index_lag_records_max=self.index_lag_records_max,
+            index_lag_s_max=self.index_lag_s_max,
+        )
+
+    @property
+    def log_limits(self) -> LogLimits:
+        return LogLimits(file_bytes_max=self.pack_bytes_max, file_age_s_max=self.pack_age_s_max)
+
+
+class Writing:
+    """The parts of an archive that only its one writer has, and the lock that says who that is."""
+
+    def __init__(self, settings: ArchiveSettings, storage: Storage, index: Index, *, outbox: bool) -> None:
+        self._lock = lock_state(settings.state)
+        try:
+            self._open(settings, storage, index, outbox)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, settings: ArchiveSettings, storage: Storage, index: Index, outbox: bool) -> None:
+        packs_read, facts_read = index.positions()
+        self.packs, self.facts, self.watermark = open_logs(settings, storage, packs_read, facts_read)
+        self.recent = Recent()
+        self.indexer = Indexer(index, self.packs, self.facts, self.recent, outbox=outbox, on_idle=self._idle)
+        try:
+            self.indexer.start()
+        except BaseException:
+            self._close_logs()
+            raise
+        self._publish()
+        self.packs.on_durable(self._durable)
+        self.intake = Intake(
+            self.packs,
+            index,
+            self.indexer,
+            self.recent,
+            ByteBudget(settings.memory_budget_bytes),
+            storage,
+            settings.intake_limits,
+        )
+
+    def _durable(self) -> None:
+        self._publish()
+        self.indexer.wake()
+
+    def _publish(self) -> None:
+        self.watermark.publish(self.packs.log.acknowledged)
+
+    def _idle(self) -> None:
+        """Nothing came for a moment: promise the last group too, so that no crash can take it for a torn
+        tail."""
+        try:
+            self.packs.log.mark()
+            self.facts.mark()
+        except MissError as error:
+            log.warning("no mark in the log: %s", error)
+
+    def close(self) -> None:
+        self.indexer.close()
+        self._close_logs()
+        os.close(self._lock)
+
+    def _close_logs(self) -> None:
+        self.packs.close()
+        self.facts.close()
+        self.watermark.close()
+
+
+class Archive:
+    """See the module's docstring. Safe to use from any thread."""
+
+    def __init__(
+        self, settings: ArchiveSettings, storage: Storage, index: Index, packs: Packs, writing: Writing | None
+    ) -> None:
+        self.settings = settings
+        self.index = index
+        self.packs = packs
+        self._storage = storage
+        self._writing = writing
+
+    @classmethod
+    def open(
+        cls,
+        settings: ArchiveSettings,
+        *,
+        outbox: bool,
+        read_only: bool = False,
+        storage: Storage | None = None,
+    ) -> Archive:
+        """Open an archive; `outbox` on a node, whose instances wait for receipts.
+
+        A writer brings the index up to the logs before this returns. Raises Unavailable when the database
+        does not answer or another process writes, SchemaTooNew when a newer release wrote the state.
+        """
+        if not read_only:
+            settings.state.mkdir(mode=0o750, parents=True, exist_ok=True)
+        storage = storage if storage is not None else FileStorage(settings.state)
+        index = Index.open(settings.database_url, read_only=read_only)
+        if read_only:
+            return cls(settings, storage, index, Packs.open_to_read(storage), None)
+        try:
+            writing = Writing(settings, storage, index, outbox=outbox)
+        except BaseException:
+            index.close()
+            raise
+        return cls(settings, storage, index, writing.packs, writing)
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Everything durable is in the index and promised by a mark, then all is let go."""
+        if self._writing is not None:
+            self._writing.close()
+        self.index.close()
+        self._storage.close()
+
+    @property
+    def intake(self) -> Intake:
+        return self._writer().intake
+
+    @property
+    def facts(self) -> FactLog:
+        return self._writer().facts
+
+    @property
+    def epoch(self) -> bytes:
+        """Stands for this disk: random, made with the first pack, gone with it. Empty before that."""
+        return self.packs.writer
+
+    def _writer(self) -> Writing:
+        if self._writing is None:
+            raise Unavailable("this archive is open to read")
+        return self._writing
+
+    # Finding
+
+    def search(self, query: Query) -> list[Match]:
+        """The matches, in the order that `Query` states; whatever was acknowledged before is among them."""
+        self.wait_indexed()
+        return self.index.search(query)
+
+    def count(self, query: Query) -> int:
+        """How many matches there are in all."""
+        self.wait_indexed()
+        return self.index.count(query)
+
+    def instances(
+        self,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+        *,
+        scope: Scope = EVERYTHING,
+    ) -> list[StoredInstance]:
+        """The live instances of a study, a series, or one of them."""
+        self.wait_indexed()
+        return self.index.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+
+    def wait_indexed(self, timeout_s: float = _INDEX_WAIT_S) -> None:
+        """Return when everything acknowledged so far is in the index; Unavailable when that takes too
+        long."""
+        if self._writing is not None:
+            self._writing.indexer.wait(self._writing.packs.log.acknowledged, timeout_s)
+            return
+        target = read_watermark(self.settings.state / _WATERMARK_FILE)
+        if target == START:
+            return
+        deadline = time.monotonic() + timeout_s
+        while self.index.positions()[0] < target:
+            if time.monotonic() > deadline:
+                raise Unavailable("the index has not caught up yet")
+            time.sleep(_POLL_S)
+
+    # Reading
+
+    def open_payload(self, location: Location) -> BinaryIO:
+        """A seekable reader over exactly one Part 10 stream. Raises NotFound, Corrupt."""
+        return self.packs.open_payload(location)
+
+    def dataset_chunks(
+        self, location: Location, *, offset: int = 0, chunk_bytes: int = 1 << 20
+    ) -> Iterator[bytes]:
+        """The data set without group 2, from `offset` on. Raises NotFound, Corrupt."""
+        return self.packs.dataset_chunks(location, offset=offset, chunk_bytes=chunk_bytes)
+
+    def verify(self, instance: StoredInstance) -> None:
+        """Raises Corrupt unless the stored bytes are those that came."""
+        self.packs.verify(instance.head, instance.digest, instance.location)
+
+    # Facts and room
+
+    def record_facts(self, facts: Sequence[Fact]) -> None:
+        """Synced and applied to the index when this returns. Raises SyncFailed or OutOfResources when they
+        are not recorded; Unavailable when they are, and the index will have them later."""
+        if facts:
+            self._writer().indexer.record_facts(facts)
+
+    def free_bytes(self) -> int:
+        return self._storage.free_bytes()
+
+
+def lock_state(state: Path) -> int:
+    """The lock of an archive's one writer; it goes with the process."""
+    fd = os.open(state / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise Unavailable("another process writes to this archive") from error
+    return fd
+
+
+def open_logs(
+    settings: ArchiveSettings, storage: Storage, packs_read: Position, facts_read: Position
+) -> tuple[Packs, FactLog, Watermark]:
+    """Packs and facts as the last crash left them; what an index has read of them was promised."""
+    writer = Log.writer_of(storage, FOLDER, SUFFIX)
+    watermark = Watermark.open(settings.state / _WATERMARK_FILE, writer)
+    try:
+        promised = max(packs_read, watermark.position)
+        packs = Packs.open(storage, promised=promised, limits=settings.log_limits)
+        try:
+            facts = FactLog.open(storage, promised=facts_read, writer=packs.writer)
+        except BaseException:
+            packs.close()
+            raise
+    except BaseException:
+        watermark.close()
+        raise
+    watermark.writer = packs.writer
+    return packs, facts, watermark
