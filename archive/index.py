@@ -14,19 +14,25 @@ from typing import Any
 from sqlalchemy import func, select
 
 from archive import outbox as backlog
+from archive import queries
 from archive.apply import apply_entries
 from archive.database import Database
 from archive.effects import apply_facts
 from archive.model import (
+    EVERYTHING,
     START,
     ConflictRow,
     Fact,
     IndexEntry,
     Known,
+    Match,
     PendingInstance,
     PendingStudy,
     PendingSummary,
     Position,
+    Query,
+    Scope,
+    StoredInstance,
     Totals,
 )
 from archive.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, instance, patient, study
@@ -88,6 +94,29 @@ class Index:
         content = (sop_instance_uid, digest)
         return any(
             self._database.quick(question, content) is not None for question in (_HAS_LIVE, _HAS_CONFLICT)
+        )
+
+    def search(self, query: Query) -> list[Match]:
+        """The rows that match (PS3.4 C.2.2.2), as far as the query's scope allows. InvalidQuery when it is
+        not a question that can be asked here."""
+        return self._database.read(lambda connection: queries.search(connection, query))
+
+    def count(self, query: Query) -> int:
+        """How many rows match, whatever the limit and the offset."""
+        return self._database.read(lambda connection: queries.count(connection, query))
+
+    def instances(
+        self,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+        *,
+        scope: Scope = EVERYTHING,
+    ) -> list[StoredInstance]:
+        """The instances of a study, a series or one instance, by series, number and UID; none looks like none
+        that the scope allows."""
+        return self._database.read(
+            lambda connection: queries.instances(connection, study_uid, series_uid, sop_instance_uid, scope)
         )
 
     def pending(self, limit: int) -> list[PendingInstance]:

@@ -21,7 +21,18 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 MR = "1.2.840.10008.5.1.4.1.1.4"
 EXPLICIT = "1.2.840.10008.1.2.1"
 
-_FAMILIES = ("Rossi", "Smith", "Müller", "Bianchi", "Goldsmith", "Nguyen", "O'Brien", "Di Marco", "Şahin", "Weiß")
+_FAMILIES = (
+    "Rossi",
+    "Smith",
+    "Müller",
+    "Bianchi",
+    "Goldsmith",
+    "Nguyen",
+    "O'Brien",
+    "Di Marco",
+    "Şahin",
+    "Weiß",
+)
 _GIVEN = ("Maria", "John", "Anna", "Luca", "Zoë", "Pietro", "Giulia", "Håkon")
 _DESCRIPTIONS = ("CT Thorax", "MR Brain 3T", "US Abdomen", "CT Brain w/o contrast", "100% rest_stress", "")
 
@@ -48,12 +59,20 @@ def entry(
     head = InstanceHead(sop_class, uid, EXPLICIT, head.provenance)
     digest = hashlib.sha256(f"{uid}/{content}".encode()).digest()
     offset = sequence * 4096
-    record = Record(kind, sequence, head, digest, Location("p1", offset, 1000, 400), Position(1, offset + 4096))
+    record = Record(
+        kind, sequence, head, digest, Location("p1", offset, 1000, 400), Position(1, offset + 4096)
+    )
     attributes = Attributes(
-        patient={"PatientName": "Rossi^Maria", "PatientID": "123"} if patient_fields is None else patient_fields,
+        patient={"PatientName": "Rossi^Maria", "PatientID": "123"}
+        if patient_fields is None
+        else patient_fields,
         study={"StudyInstanceUID": study, **(study_fields or {"StudyDate": "20260102", "StudyTime": "1030"})},
         series={"SeriesInstanceUID": series, **(series_fields or {"Modality": "CT", "SeriesNumber": "1"})},
-        instance={"SOPClassUID": sop_class, "SOPInstanceUID": uid, **(instance_fields or {"InstanceNumber": "1"})},
+        instance={
+            "SOPClassUID": sop_class,
+            "SOPInstanceUID": uid,
+            **(instance_fields or {"InstanceNumber": "1"}),
+        },
     )
     return IndexEntry(record, attributes)
 
