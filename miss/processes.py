@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from archive.errors import Unavailable
+from archive.settings import ENVIRONMENT_PREFIX
 
 PARENT_VARIABLE = "MISS_PARENT_FD"
 STOP_TIMEOUT_S = 20.0
@@ -47,7 +48,7 @@ class Child:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "miss", *self.arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[reading],
-                    env=os.environ | {PARENT_VARIABLE: str(reading)},
+                    env=_environment() | {PARENT_VARIABLE: str(reading)},
                     # A session of its own: the terminal's Ctrl-C reaches us alone, and we stop them in order.
                     start_new_session=True,
                 )
@@ -111,6 +112,11 @@ class Child:
                 return log.read().decode("utf-8", "replace").strip()
         except OSError:
             return ""
+
+
+def _environment() -> dict[str, str]:
+    """Ours without our settings: a child has a file of its own, and refuses what is not its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
 
 
 def wait_until(

@@ -62,41 +62,51 @@ def make_invite(ledger: Ledger, state: Path, *, hospital: str = "", ward: str = 
 def enrol_node(invite: str, state: Path, *, ae_title: str = "", host: str = "0.0.0.0", port: int = 11112,
                replace: bool = False, private_classes: bool = False) -> Identity:
     """A node's folder: identity/, node.toml (kept when it is there). Safe to repeat until it returns."""
-    from node.settings import DimseSettings, NodeSettings
-
     state.mkdir(parents=True, exist_ok=True)
     os.chmod(state, 0o700)
     identity = enrol(invite, state / IDENTITY, replace=replace)
     if identity.profile is not Profile.NODE:
         raise InvalidInput(f"the invite was for {identity.uri}: use `miss portal enrol`")
-    settings = state / Process.NODE.file
-    if not settings.exists():
-        write_settings(settings, NodeSettings(
-            state=Path("."), dimse=DimseSettings(
-                host=host, port=port, ae_title=ae_title or default_ae_title(identity),
-                accept_private_classes=private_classes)))
+    if not (state / Process.NODE.file).exists():
+        write_node_settings(identity, state, ae_title=ae_title, host=host, port=port,
+                            private_classes=private_classes)
     return identity
+
+
+def write_node_settings(identity: Identity, state: Path, *, ae_title: str = "", host: str, port: int,
+                        private_classes: bool) -> None:
+    """The node.toml of a ward that has its identity."""
+    from node.settings import DimseSettings, NodeSettings
+
+    write_settings(state / Process.NODE.file, NodeSettings(
+        state=Path("."), dimse=DimseSettings(
+            host=host, port=port, ae_title=ae_title or default_ae_title(identity),
+            accept_private_classes=private_classes)))
 
 
 def enrol_portal(invite: str, state: Path, region: Path, *, port: int = 8080,
                  basic_auth: bool = False) -> Identity:
     """A portal's folder: identity/ and portal.toml over the regional store in `region`."""
-    from portal.settings import ListenSettings, PortalSettings, RegionSettings, SignInSettings
-
     state.mkdir(parents=True, exist_ok=True)
     os.chmod(state, 0o700)
-    hub = hub_settings(region)
     identity = enrol(invite, state / IDENTITY)
     if identity.profile is not Profile.PORTAL:
         raise InvalidInput(f"the invite was for {identity.uri}: use `miss node enrol`")
-    settings = state / Process.PORTAL.file
-    if not settings.exists():
-        write_settings(settings, PortalSettings(
-            ledger_url=hub.ledger, listen=ListenSettings(port=port),
-            sign_in=SignInSettings(basic_auth=basic_auth),
-            region=RegionSettings(state=hub.state, index_url=hub.index_url, hub_address=hub_address(hub),
-                                  identity=Path(IDENTITY))))
+    if not (state / Process.PORTAL.file).exists():
+        write_portal_settings(state, region, port=port, basic_auth=basic_auth)
     return identity
+
+
+def write_portal_settings(state: Path, region: Path, *, port: int, basic_auth: bool) -> None:
+    """The portal.toml of a portal over the region in `region`."""
+    from portal.settings import ListenSettings, PortalSettings, RegionSettings, SignInSettings
+
+    hub = hub_settings(region)
+    write_settings(state / Process.PORTAL.file, PortalSettings(
+        ledger_url=hub.ledger, listen=ListenSettings(port=port),
+        sign_in=SignInSettings(basic_auth=basic_auth),
+        region=RegionSettings(state=hub.state, index_url=hub.index_url, hub_address=hub_address(hub),
+                              identity=Path(IDENTITY))))
 
 
 def hub_settings(state: Path) -> HubSettings:
