@@ -240,7 +240,10 @@ class _Walker:
 
     def _is_item(self, offset: int, encoding: Encoding) -> bool:
         start = self._window.at(offset, 4)
-        return len(start) == 4 and _TAG[encoding.big_endian].unpack(start) == (0xFFFE, 0xE000)
+        if len(start) < 4:
+            return False
+        group, number = _TAG[encoding.big_endian].unpack(start)
+        return (group << 16 | number) in (ITEM, SEQUENCE_END)
 
     def _element_head(self, level: _Level, head: bytes) -> tuple[str, int, int]:
         """VR ("" when it is not there), length, and the size of the element's head."""

@@ -70,6 +70,8 @@ def is_no_vr(vr: bytes) -> bool:
 @lru_cache(maxsize=16384)
 def known_vr(tag: int) -> str | None:
     """The dictionary's VR of a public tag ("US or SS" and so on included), None when it is not known."""
+    if tag >> 16 & 1:
+        return None
     try:
         return dictionary_VR(tag)
     except KeyError:
