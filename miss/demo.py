@@ -46,10 +46,10 @@ def demo(
         "--state", "-d", metavar="DIR", file_okay=False,
         help="Where everything is kept; a second start finds it again.")] = STATE,
     port_base: Annotated[int | None, typer.Option(
-        help=f"The first port: portal, hub, and ten further on the nodes. 0 takes free ones.  [default: "
-             f"{PORT_BASE}, later what the first start took]", min=0, max=65_000, show_default=False)] = None,
+        help=f"The first port: portal, hub, and ten further on the nodes; 0 takes free ones (at first "
+             f"{PORT_BASE}, later those of the first start)", min=0, max=65_000, show_default=False)] = None,
     wards: Annotated[int | None, typer.Option(
-        help=f"How many wards.  [default: {WARDS}, later as many as there are]", min=1, max=WARDS_MAX,
+        help=f"How many wards (at first {WARDS}, later as many as there are)", min=1, max=WARDS_MAX,
         show_default=False)] = None,
     load: Annotated[Path | None, typer.Option(
         metavar="DIR", exists=True, file_okay=False, show_default=False,
@@ -260,20 +260,21 @@ class _Demo:
         if self.as_json:
             out.print_json(json.dumps(contents))
         loaded = contents["loaded"]
-        screen.print(f"\n[bold green]The region is ready[/] after {seconds:.0f} s: {loaded['sent']} instances "
-                     f"sent, {loaded['failed']} failed, {loaded['skipped']} files skipped.\n")
+        screen.print(f"\n[bold green]The region is ready[/] after {seconds:.0f} s: "
+                     f"{loaded['sent']} instances sent, {loaded['failed']} failed, "
+                     f"{loaded['skipped']} files skipped.\n")
         for kind in ("skipped", "failed"):
             for reason, count in loaded[f"{kind}_by_reason"].items():
                 screen.print(f"  {kind} {count}: {reason}", markup=False)
         grid = table("what", "where", "log", title="\n[bold]What runs[/]")
-        grid.add_row("portal", self.region.url, str(self.region.portal.log))
+        grid.add_row("portal", self.region.url, str(self.region.portals[0].log))
         grid.add_row("hub", self.region.hub_address, str(self.region.hub.log))
         for ward in self.region.wards:
             grid.add_row(f"node of {ward.plan.hospital} {ward.plan.name}",
-                         f"{ward.ae_title}@{ward.node and '127.0.0.1'}:{ward.port}", str(ward.node.log))
+                         f"{ward.ae_title}@127.0.0.1:{ward.port}", str(ward.node.log))
         first = self.region.wards[0].plan
         grid.add_row(f"ward portal, {first.hospital} {first.name} alone", contents["ward_portal"]["url"],
-                     str(self.region.ward_portal.log if self.region.ward_portal else ""))
+                     str(self.region.portals[-1].log))
         screen.print(grid)
         grid = table("name", "password", "role", "ward", title="\n[bold]Sign in[/]")
         for user in contents["portal"]["users"]:

@@ -107,7 +107,8 @@ class LocalRegion:
     """The region in `state`: `start` makes what is missing and runs everything, `stop` ends it in order."""
 
     def __init__(self, state: Path, name: str, wards: Sequence[WardPlan], ports: Ports, *,
-                 basic_auth: bool = False, ward_portal: bool = False, log_level: str = "INFO") -> None:
+                 basic_auth: bool = False, portal: bool = True, ward_portal: bool = False,
+                 log_level: str = "INFO") -> None:
         self.state = state.absolute()
         self.name = name
         self.ports = ports
@@ -115,7 +116,8 @@ class LocalRegion:
         self._log_level = log_level
         self.folder = self.state / REGION
         self.hub = self._child("hub", ["hub", "run", "--settings", str(self.hub_toml)])
-        self.portal = self._child("portal", ["portal", "run", "--settings", str(self.portal_toml)])
+        self.portal = self._child("portal", ["portal", "run", "--settings", str(self.portal_toml)]
+                                  ) if portal else None
         self.wards = [self._ward(plan, port) for plan, port in zip(wards, ports.dimse, strict=True)]
         self.ward_portal = self._ward_portal(self.wards[0]) if ward_portal else None
 
@@ -138,8 +140,11 @@ class LocalRegion:
     @property
     def children(self) -> list[Child]:
         """Everything that runs, in the order in which it is started."""
-        extra = [self.ward_portal] if self.ward_portal else []
-        return [self.hub, *(ward.node for ward in self.wards), self.portal, *extra]
+        return [self.hub, *(ward.node for ward in self.wards), *self.portals]
+
+    @property
+    def portals(self) -> list[Child]:
+        return [child for child in (self.portal, self.ward_portal) if child is not None]
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -161,10 +166,10 @@ class LocalRegion:
                 self._prepare_ward(ward)
                 ward.node.start()
             progress("portal")
-            self._prepare_portal()
-            self.portal.start()
-            if self.ward_portal is not None:
-                self.ward_portal.start()
+            if self.portal is not None:
+                self._prepare_portal()
+            for portal in self.portals:
+                portal.start()
             self.await_ready()
         except BaseException:
             self.stop()
@@ -175,7 +180,8 @@ class LocalRegion:
         self._await_ports(self.hub, self.ports.hub, self.ports.enrolment)
         for ward in self.wards:
             self._await_ports(ward.node, ward.port)
-        self._await_ports(self.portal, self.ports.portal)
+        if self.portal is not None:
+            self._await_ports(self.portal, self.ports.portal)
         if self.ward_portal is not None:
             self._await_ports(self.ward_portal, self.ports.ward_portal)
         self.await_attached()
@@ -196,8 +202,7 @@ class LocalRegion:
 
     def stop(self) -> None:
         """Portals first, then nodes, then the hub: nobody loses whom they talk to."""
-        first = [self.portal, *([self.ward_portal] if self.ward_portal else [])]
-        for group in (first, [ward.node for ward in self.wards], [self.hub]):
+        for group in (self.portals, [ward.node for ward in self.wards], [self.hub]):
             for child in group:
                 child.ask_to_stop()
             for child in group:
@@ -246,7 +251,9 @@ class LocalRegion:
             "region.state": hub.state, "ledger_url": hub.ledger})
 
     def _all_enrolled(self) -> bool:
-        folders = [*(ward.state for ward in self.wards), self.portal_toml.parent]
+        folders = [ward.state for ward in self.wards]
+        if self.portal is not None:
+            folders.append(self.portal_toml.parent)
         return all(identities.exists(folder / region.IDENTITY) for folder in folders)
 
     def _ward(self, plan: WardPlan, port: int) -> LocalWard:
