@@ -1,0 +1,69 @@
+"""A server over a real archive for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from archive.archive import Archive, ArchiveSettings
+from archive.model import StoredInstance, Totals
+from node.dimse.association import Limits
+from node.dimse.contexts import ServiceName
+from node.dimse.messages import Field
+from node.dimse.pdu import ProposedContext
+from node.dimse.requestor import Requestor
+from node.dimse.services.echo import Echo
+from node.dimse.services.find import Find
+from node.dimse.services.store import Store
+from tests.datasets import Instance
+from tests.node.serving import AE_TITLE, QUICK, Serving, serving
+
+WARD = "san-martino/radiology"
+ISSUER = "SANMARTINO"
+
+
+@dataclass(frozen=True)
+class Storing(Serving):
+    """A running server whose services are a node's."""
+
+    archive: Archive
+
+    def stored(self, instance: Instance) -> list[StoredInstance]:
+        self.archive.wait_indexed()
+        return self.archive.instances(instance.study_uid, instance.series_uid, instance.sop_instance_uid)
+
+    def totals(self) -> Totals:
+        self.archive.wait_indexed()
+        return self.archive.index.totals()
+
+    def dataset(self, stored: StoredInstance) -> bytes:
+        return b"".join(self.archive.dataset_chunks(stored.location))
+
+    def send(self, *instances: Instance, calling_ae: str = "CT1") -> list[int]:
+        """C-STORE each over one association: the statuses."""
+        pairs = dict.fromkeys((one.sop_class_uid, one.transfer_syntax_uid) for one in instances)
+        proposed = [ProposedContext(2 * n + 1, pair[0], (pair[1],)) for n, pair in enumerate(pairs)]
+        with Requestor.connect(self.peer, calling_ae, proposed, limits=QUICK) as requestor:
+            return [store(requestor, one) for one in instances]
+
+
+def store(requestor: Requestor, instance: Instance, chunks: Sequence[bytes] | None = None) -> int:
+    context = requestor.context(instance.sop_class_uid, instance.transfer_syntax_uid)
+    assert context is not None, "the context was refused"
+    return requestor.store(context, instance.sop_instance_uid, chunks or [instance.dataset])
+
+
+@contextmanager
+def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, responses_max: int = 1000,
+            **archive_settings: int) -> Iterator[Storing]:
+    settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
+    with Archive.open(settings, outbox=True) as archive:
+        table = {
+            Field.C_ECHO: (ServiceName.ECHO, Echo()),
+            Field.C_STORE: (ServiceName.STORE, Store(archive.intake, WARD, ISSUER)),
+            Field.C_FIND: (ServiceName.FIND, Find(archive, WARD, AE_TITLE, responses_max)),
+        }
+        with serving(folder, table=table, limits=limits, private=private) as served:
+            yield Storing(served.server, served.ledger, served.admission, archive)
