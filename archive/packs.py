@@ -43,7 +43,7 @@ class Packs:
     """The packs of one archive. One process opens them to write; any number read by location."""
 
     def __init__(self, storage: Storage, records: Log | None) -> None:
-        self._storage = storage
+        self.storage = storage
         self._log = records
 
     @classmethod
@@ -68,7 +68,7 @@ class Packs:
     @property
     def writer(self) -> bytes:
         """Who wrote these packs: random, made with the first of them, so it stands for this disk's life."""
-        return self.log.writer if self._log is not None else Log.writer_of(self._storage, FOLDER, SUFFIX)
+        return self.log.writer if self._log is not None else Log.writer_of(self.storage, FOLDER, SUFFIX)
 
     # Writing
 
@@ -91,7 +91,7 @@ class Packs:
         """A pack for one large instance; it counts once `append_own` has referred to it."""
         records = self.log
         return OwnPack(
-            self._storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence
+            self.storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence
         )
 
     def append_own(self, kind: RecordKind, head: InstanceHead, own: OwnPack) -> Written:
@@ -109,7 +109,7 @@ class Packs:
     def wait_durable(self, written: Written, timeout_s: float = 30.0) -> None:
         self.log.wait_durable(written.appended, timeout_s)
         if written.record.location.pack.startswith(large.FOLDER):
-            large.settle(self._storage, written.record.location.pack)
+            large.settle(self.storage, written.record.location.pack)
 
     def on_durable(self, callback: Callable[[], None]) -> None:
         self.log.on_durable(callback)
@@ -179,11 +179,11 @@ class Packs:
         if not _LOCATION.fullmatch(location.pack):
             raise NotFound("no such pack")
         with contextlib.suppress(FileNotFoundError):
-            return self._storage.reader(location.pack)
+            return self.storage.reader(location.pack)
         with contextlib.suppress(FileNotFoundError):
-            return self._storage.reader(large.part_name(location.pack))
+            return self.storage.reader(large.part_name(location.pack))
         try:
-            return self._storage.reader(location.pack)  # it got its lasting name between the two
+            return self.storage.reader(location.pack)  # it got its lasting name between the two
         except FileNotFoundError as error:
             raise NotFound("no such pack") from error
 
