@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pydicom
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, encapsulate_extended
@@ -302,3 +303,24 @@ def make_study(
         )
         for i in range(instances)
     ]
+
+
+SHIPPED = Path(pydicom.__file__).parent / "data"
+
+
+def shipped_files(*, identified: bool = True) -> list[Path]:
+    """The real Part 10 files that the pydicom package installs; `identified`: only those that are
+    instances."""
+    found = []
+    for path in sorted([*SHIPPED.glob("test_files/*.dcm"), *SHIPPED.glob("charset_files/*.dcm")]):
+        with path.open("rb") as file:
+            if file.read(132)[128:] != b"DICM":
+                continue
+        dataset = dcmread(path, stop_before_pixels=True)
+        uids = [dataset.get(name) for name in _IDENTITY]
+        if not identified or ("TransferSyntaxUID" in dataset.file_meta and all(uids)):
+            found.append(path)
+    return found
+
+
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
