@@ -108,12 +108,13 @@ class LocalRegion:
 
     def __init__(self, state: Path, name: str, wards: Sequence[WardPlan], ports: Ports, *,
                  basic_auth: bool = False, portal: bool = True, ward_portal: bool = False,
-                 log_level: str = "INFO") -> None:
+                 node_overrides: Sequence[str] = (), log_level: str = "INFO") -> None:
         self.state = state.absolute()
         self.name = name
         self.ports = ports
         self._basic_auth = basic_auth
         self._log_level = log_level
+        self._node_overrides = [part for override in node_overrides for part in ("--set", override)]
         self.folder = self.state / REGION
         self.hub = self._child("hub", ["hub", "run", "--settings", str(self.hub_toml)])
         self.portal = self._child("portal", ["portal", "run", "--settings", str(self.portal_toml)]
@@ -258,7 +259,8 @@ class LocalRegion:
 
     def _ward(self, plan: WardPlan, port: int) -> LocalWard:
         state = self.state / WARDS / plan.folder
-        node = self._child(plan.folder, ["node", "run", "--settings", str(state / Process.NODE.file)])
+        node = self._child(plan.folder, ["node", "run", "--settings", str(state / Process.NODE.file),
+                                         *self._node_overrides])
         return LocalWard(plan, state, port, node)
 
     def _ward_portal(self, ward: LocalWard) -> Child:
