@@ -102,7 +102,7 @@ class Enrolment:
         member = member_of(invite, self.authority.region)
         if invite.certificate_serial is None:
             issued = self.authority.issue(member, key, life_s=self.life_s)
-            row = self.ledger.complete_invite(invite_id, registry.row_of(issued))
+            row = self.ledger.complete_invite(invite_id, registry.row_of(issued, clock=self.clock))
         else:
             row = self._again(invite)
         registry.audit(self.ledger, act="enrol", subject=f"{invite_id} {row.identity} {row.serial}",
@@ -208,6 +208,9 @@ def enrolment_app(enrolment: Enrolment, failures: Failures) -> Starlette:
             headers = {"retry-after": "60"} if refused.code == "too-many-tries" else None
             return JSONResponse({"code": refused.code, "message": str(refused)},
                                 _STATUS[refused.code], headers)
+        except Exception:  # the ledger's disk is full, its database is away: nothing was given out
+            log.exception("enrolment failed")
+            return JSONResponse({"code": "unavailable", "message": "the hub can't enrol now"}, 503)
         return JSONResponse(reply)
 
     return Starlette(routes=[Route("/bundle", bundle), Route("/enrol", enrol, methods=["POST"])])

@@ -17,14 +17,15 @@ ACTIVE, REVOKED, SUPERSEDED = "active", "revoked", "superseded"
 SECURITY_ALERT = "security alert"  # DICOM PS3.15 A.5.3.12 has the event of the same name
 
 
-def row_of(certificate: Certificate) -> CertificateRow:
-    """The registry's row of a certificate that was just issued."""
+def row_of(certificate: Certificate, *, clock: Clock = clock_us) -> CertificateRow:
+    """The registry's row of a certificate that was just issued: to the microsecond, where a certificate
+    itself says when to the second, so that of two the later is known."""
     member = certificate.member
     return CertificateRow(
         serial=certificate.serial, fingerprint=certificate.fingerprint, spki=certificate.spki,
         identity=member.uri, profile=member.profile.value, ward=member.ward,
         not_before_us=certificate.not_before_us, not_after_us=certificate.not_after_us, state=ACTIVE,
-        issued_us=certificate.issued_us, reason="", der=certificate.der,
+        issued_us=clock(), reason="", der=certificate.der,
     )
 
 

@@ -73,7 +73,7 @@ class CertificatesServicer(uplink_pb2_grpc.CertificatesServicer):
             return known
         self._check_number(caller)
         issued = self._authority.issue(Member.parse(caller.uri), key, life_s=self._life_s)
-        row = registry.row_of(issued)
+        row = registry.row_of(issued, clock=self._clock)
         self._ledger.add_certificate(row)
         try:
             self._admitted(caller)

@@ -179,6 +179,11 @@ class RenewalThread:
         return self._identity
 
     @property
+    def failures(self) -> int:
+        """Failed tries in a row."""
+        return self._renewal.failures
+
+    @property
     def health(self) -> Health:
         return health(self._identity, self._clock())
 
