@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from sqlalchemy import Connection, Engine, Text, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
@@ -33,6 +33,7 @@ from archive.errors import MissError, OutOfResources, SchemaTooNew, SettingsErro
 T = TypeVar("T")
 Step = Callable[[Connection], None]
 
+_SQLITE = "sqlite:///"
 POOL_CONNECTIONS_MAX = 8
 POOL_WAIT_S_MAX = 30.0
 BUSY_WAIT_S_MAX = 30.0
@@ -51,8 +52,8 @@ def Characters() -> TypeEngine[str]:
 
 
 def sqlite_url(path: Path) -> str:
-    """The URL of an SQLite file."""
-    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    """The URL of an SQLite file; what a URL would read otherwise is escaped."""
+    return f"{_SQLITE}{quote(str(path))}"
 
 
 def storable(value: str) -> str:
@@ -299,6 +300,8 @@ class _RawConnection(sqlite3.Connection):
 
 
 def _normalise(url: str) -> URL:
+    if url.startswith(_SQLITE):
+        return URL.create("sqlite", database=unquote(url[len(_SQLITE) :]))  # SQLAlchemy would not unescape it
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -306,8 +309,6 @@ def _normalise(url: str) -> URL:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
-    if backend == "sqlite":
-        return parsed
     raise SettingsError(f"a database URL is sqlite:///path or postgresql://..., not {backend}")
 
 

@@ -106,7 +106,7 @@ def load(
         if key not in leaves:
             raise SettingsError(f"flags: unknown setting {key!r}")
         if value is not None:
-            values[key] = _convert(leaves[key], value, f"flag {key}", Path.cwd())
+            values[key] = _convert(leaves[key], value, f"flag {key}", Path.cwd(), lenient=True)
     base = path.parent.absolute() if path is not None else Path.cwd()
     return cast(T, _build(cls, "", values, str(path) if path is not None else "the settings", base))
 
@@ -210,7 +210,7 @@ def _from_file(leaves: Mapping[str, _Leaf], sections: set[str], path: Path) -> d
     for key, value in _flatten(document, "", sections):
         if key not in leaves:
             raise SettingsError(f"{path}: unknown setting {key!r}")
-        values[key] = _convert(leaves[key], value, f"{path}: {key}", path.parent)
+        values[key] = _convert(leaves[key], value, f"{path}: {key}", path.parent, lenient=False)
     return values
 
 
@@ -231,13 +231,14 @@ def _from_environment(leaves: Mapping[str, _Leaf], environment: Mapping[str, str
         leaf = by_name.get(name)
         if leaf is None:
             raise SettingsError(f"environment: unknown setting {name}")
-        values[leaf.key] = _convert(leaf, text, f"environment: {name}", Path.cwd())
+        values[leaf.key] = _convert(leaf, text, f"environment: {name}", Path.cwd(), lenient=True)
     return values
 
 
-def _convert(leaf: _Leaf, value: object, where: str, base: Path) -> Any:
+def _convert(leaf: _Leaf, value: object, where: str, base: Path, *, lenient: bool) -> Any:
+    """The value as the setting's type; `lenient` reads it from text, since variables and flags are text."""
     kind = leaf.type
-    if isinstance(value, str) and kind is not str:
+    if isinstance(value, str) and (kind is Path or (lenient and kind is not str)):
         value = _parse(kind, value, where)
     if kind is float and type(value) is int:
         value = float(value)
