@@ -17,6 +17,7 @@ from archive.encoding import BINARY_VRS, DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PI
 from archive.errors import CannotUnderstand, MissError, NotFound, TooLarge
 from archive.jsonvalues import DECIMAL_VRS, SINGLE_VALUED_VRS, json_value
 from archive.part10 import Payload
+from archive.values import DEFAULT_CHARSET_VRS
 
 BulkUri = Callable[[tuple[str, ...]], str]
 
@@ -265,7 +266,7 @@ def _element(vr: str, value: bytes, decode: TextDecoder) -> dict[str, Any]:
         words = Struct(f"<{len(value) // 4 * 2}H").unpack_from(value)
         values = [f"{words[i]:04X}{words[i + 1]:04X}" for i in range(0, len(words), 2)]
     else:
-        text = decode(value)
+        text = value.decode("latin-1") if vr in DEFAULT_CHARSET_VRS else decode(value)
         if vr in SINGLE_VALUED_VRS:
             values = [text.rstrip(" \0")]
         else:

@@ -164,7 +164,7 @@ class _Walker:
     def _require_end(self, rest: bytes) -> None:
         if len(self._levels) > 1:
             raise CannotUnderstand("the data set ends inside a sequence")
-        if rest.strip(b"\0"):
+        if rest:
             raise CannotUnderstand("the data set ends inside an element")
 
     def _push(self, level: _Level) -> None:

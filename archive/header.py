@@ -231,7 +231,7 @@ class _Scanner:
         sender can still be told. Only pixel data may be cut short: such images are met and are kept as they
         came."""
         self._elements, self._elements_max = 0, self._limits.tail_elements_max
-        tag, encoding = 0, self._encoding
+        tag, encoding = 1, self._encoding
         try:
             while at + 8 <= self._size:
                 tag, vr, length, value = self._inner(at, encoding)
@@ -245,14 +245,13 @@ class _Scanner:
                     at = value + length
                     if at > self._size:
                         raise _Truncated("the data set ends inside a value")
+            if tag and at < self._size:
+                raise _Truncated("the data set ends inside an element")
         except TooLarge:
             return
         except _Truncated:
-            if tag >> 16 == 0x7FE0:
-                return
-            raise
-        if bytes(self._view[at : at + 8]).strip(b"\0"):
-            raise _Truncated("the data set ends inside an element")
+            if tag >> 16 != 0x7FE0:
+                raise
 
     def _step_over_stray(self, at: int, tag: int) -> int:
         """An item whose sequence has no head is met in the field; DCMTK refuses it, pydicom steps over it."""

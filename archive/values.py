@@ -20,11 +20,15 @@ _NUMBERS = {
     "US": ("H", 2), "SS": ("h", 2), "UL": ("I", 4), "SL": ("i", 4),
     "UV": ("Q", 8), "SV": ("q", 8), "FL": ("f", 4), "FD": ("d", 8),
 }  # fmt: skip
-_ASCII_VRS = frozenset({"AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"})
+# These are not subject to Specific Character Set (PS3.5 6.1.2.3); Latin-1 keeps whatever bytes they hold
+# apart.
+DEFAULT_CHARSET_VRS = frozenset({"AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI", "UR"})
 _LONG_TEXT_VRS = frozenset({"LT", "ST", "UT", "UR"})
 
 # The usual value: short ASCII without backslash, escape or NUL.
 _PLAIN_VRS = frozenset({b"CS", b"DA", b"TM", b"LO", b"SH", b"PN", b"IS", b"DS", b"AE", b"AS"})
+# Empty components at the end of a name, and their delimiters, mean nothing (PS3.5 6.2.1).
+_NAME_ENDS = "^= \0"
 _SPECIAL = frozenset(b"\\\x1b\0")
 
 
@@ -38,17 +42,19 @@ def text_of(raw: RawValue, dictionary_vr: str, *, chars_max: int = SHORT_CHARS_M
     so that two long identifiers stay two."""
     own_vr, big, value, decode = raw
     if len(value) <= 64 and own_vr in _PLAIN_VRS and value.isascii() and _SPECIAL.isdisjoint(value):
-        return value.decode("ascii").strip(" ")
+        text = value.decode("ascii").strip(" ")
+        return text.rstrip(_NAME_ENDS) if dictionary_vr == "PN" else text
     vr = dictionary_vr if own_vr in (b"", b"UN") else own_vr.decode("latin-1")
     if vr in _NUMBERS:
         return _numbers(value, big, *_NUMBERS[vr])
-    text = value.decode("ascii", "replace") if dictionary_vr in _ASCII_VRS else decode(value)
+    text = value.decode("latin-1") if dictionary_vr in DEFAULT_CHARSET_VRS else decode(value)
     if dictionary_vr in _LONG_TEXT_VRS:
         return _cut(text.rstrip(" \0"), max(chars_max, LONG_CHARS_MAX))
+    ends = _NAME_ENDS if dictionary_vr == "PN" else " \0"
     if "\\" in text:
-        text = "\\".join(part.strip(" \0") for part in text.split("\\"))
+        text = "\\".join(part.strip(" \0").rstrip(ends) for part in text.split("\\"))
     else:
-        text = text.strip(" \0")
+        text = text.strip(" \0").rstrip(ends)
     return _cut(text, chars_max)
 
 
