@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,6 +35,7 @@ from portal.frames import Frames
 from portal.health import local_zone
 from portal.metadata import Metadata
 from portal.negotiate import NotAcceptable
+from portal.opening import open_source
 from portal.pages import Pages
 from portal.qido import Qido
 from portal.rendered import Rendered
@@ -45,6 +50,10 @@ log = logging.getLogger(__name__)
 
 ROOT = "/dicom-web"
 BOUND_ROOT = "/dicom-web/for/{opened}"
+
+KEEP_ALIVE_S = 30
+SHUTDOWN_S = 5
+REQUEST_HEAD_BYTES_MAX = 128 << 10  # a list of a thousand UIDs fits
 
 
 def clock_us() -> int:
@@ -131,6 +140,42 @@ async def store(request: Request) -> Response:
         HTTPStatus.FORBIDDEN,
         "nothing can be stored by DICOMweb yet: images come in by C-STORE at their ward's node",
     )
+
+
+def run(settings: PortalSettings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    with contextlib.ExitStack() as stack:
+        opened = open_source(settings, stack)
+        app = create_app(settings, opened.source, opened.ledger, site=opened.site)
+        serve(app, settings)
+
+
+def serve(app: Starlette, settings: PortalSettings) -> None:
+    listen = settings.listen
+    config = uvicorn.Config(
+        app,
+        host=listen.host,
+        port=listen.port,
+        ssl_certfile=listen.tls_certificate,
+        ssl_keyfile=listen.tls_key,
+        proxy_headers=bool(listen.trusted_proxies),
+        forwarded_allow_ips=list(listen.trusted_proxies),
+        log_config=None,
+        access_log=False,  # a query string holds names: who asked what is in the audit log
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        h11_max_incomplete_event_size=REQUEST_HEAD_BYTES_MAX,
+    )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn ends on these and then raises them once more: by then everything is to be closed in order.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    log.info("portal on %s://%s:%d", "https" if listen.https else "http", listen.host, listen.port)
+    uvicorn.Server(config).run()
 
 
 class Room:

@@ -3,15 +3,16 @@ that. A viewer decodes by itself; only a client that insists on uncompressed oct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from archive import frames
-from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
+from archive.errors import CannotUnderstand, InvalidQuery, NotFound, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, pixels, transcode
 from portal.context import Context
@@ -21,6 +22,7 @@ from portal.transcode import EXPLICIT
 
 PATH = "/studies/{study}/series/{series}/instances/{instance}/frames/{frames}"
 FRAMES_MAX = 1_000
+BATCH_FRAMES = 16
 FRAME_LIST_CHARS_MAX = 8_000
 
 
@@ -38,6 +40,16 @@ class Encoded:
         return f"{self.media_type}; transfer-syntax={self.transfer_syntax}"
 
 
+@dataclass(frozen=True, slots=True)
+class First:
+    """The first batch of an answer, and what decided its form."""
+
+    accepted: MediaRange
+    encoded: Encoded
+    layout: frames.Layout
+    decode: bool
+
+
 class Frames:
     """The route below `root`."""
 
@@ -45,42 +57,75 @@ class Frames:
         self._context = context
 
     def routes(self, root: str) -> list[BaseRoute]:
-        return [Route(root + PATH, self.frames)]
+        return [Route(root + PATH, self.answer)]
 
-    async def frames(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
         forbid_mixture(r for r in ranges if not r.media.startswith("image/"))
         numbers = frame_numbers(request.path_params["frames"])
         _, found = await locate(self._context, request, "view")
-        chosen, encoded = await self._context.read.run(self._encode, found[0], numbers, ranges)
-        if not chosen.is_multipart and len(encoded.frames) == 1:
-            return Response(encoded.frames[0], media_type=encoded.content_type)
+        batches = [numbers[at : at + BATCH_FRAMES] for at in range(0, len(numbers), BATCH_FRAMES)]
+        # The first batch is read before the answer begins: what is not there, or not acceptable, must say so.
+        first = await self._context.read.run(self._first, found[0], numbers, batches[0], ranges)
+        if not first.accepted.is_multipart and len(numbers) == 1:
+            return Response(first.encoded.frames[0], media_type=first.encoded.content_type)
         mark = multipart.boundary()
-        parts = [multipart.Part(encoded.content_type, [frame]) for frame in encoded.frames]
-        body = b"".join(multipart.body(parts, mark))
-        return Response(
-            body, media_type=multipart.content_type(encoded.media_type, mark, encoded.transfer_syntax)
-        )
+        content_type = multipart.content_type(first.encoded.media_type, mark, first.encoded.transfer_syntax)
+        body = multipart.body(self._parts(found[0], first, batches[1:]), mark)
+        if len(batches) == 1:
+            return Response(b"".join(body), media_type=content_type)
+        return StreamingResponse(self._context.read.stream(body), media_type=content_type)
 
-    def _encode(
-        self, stored: StoredInstance, numbers: Sequence[int], ranges: Sequence[MediaRange]
-    ) -> tuple[MediaRange, Encoded]:
+    def _first(
+        self,
+        stored: StoredInstance,
+        numbers: Sequence[int],
+        batch: Sequence[int],
+        ranges: Sequence[MediaRange],
+    ) -> First:
+        """The first batch in the best form that the client takes, and where the others lie."""
         with self._context.source.open_payload(stored) as payload:
-            found = frames.read(payload, numbers)
-            as_stored = Encoded(found.media_type, found.transfer_syntax_uid, found.frames)
-            for accepted_range in ranges:
-                if not accepted_range.is_multipart and len(numbers) > 1:
-                    continue
-                if takes_stored(accepted_range, as_stored):
-                    return accepted_range, as_stored
-                if wants_octets(accepted_range):
-                    decoded = self._decoded(stored, numbers)
-                    if decoded is not None:
-                        return accepted_range, decoded
+            layout = frames.layout(payload)
+            if max(numbers) > (1 if layout.is_video else layout.number_of_frames):
+                raise NotFound("no such frame")
+            as_stored = self._stored(payload, batch, layout)
+        for accepted_range in ranges:
+            if not accepted_range.is_multipart and len(numbers) > 1:
+                continue
+            if takes_stored(accepted_range, as_stored):
+                return First(accepted_range, as_stored, layout, decode=False)
+            if wants_octets(accepted_range):
+                decoded = self._decoded(stored, batch)
+                if decoded is not None:
+                    return First(accepted_range, decoded, layout, decode=True)
         raise NotAcceptable(
             f"these frames are stored as {as_stored.media_type} in {as_stored.transfer_syntax}: accept "
             f"multipart/related; type={OCTETS}; transfer-syntax=* to have them as they are"
         )
+
+    def _parts(
+        self, stored: StoredInstance, first: First, batches: Sequence[Sequence[int]]
+    ) -> Iterator[multipart.Part]:
+        """Batch after batch, so that a list of a thousand frames takes no more memory than one of sixteen."""
+        for frame in first.encoded.frames:
+            yield multipart.Part(first.encoded.content_type, [frame])
+        for batch in batches:
+            encoded = (
+                self._decoded(stored, batch) if first.decode else self._again(stored, batch, first.layout)
+            )
+            if encoded is None:
+                raise CannotUnderstand("a frame can't be decoded")  # the answer has begun: it ends cut short
+            for frame in encoded.frames:
+                yield multipart.Part(encoded.content_type, [frame])
+
+    def _again(self, stored: StoredInstance, batch: Sequence[int], layout: frames.Layout) -> Encoded:
+        with self._context.source.open_payload(stored) as payload:
+            return self._stored(payload, batch, layout)
+
+    def _stored(self, payload: BinaryIO, batch: Sequence[int], layout: frames.Layout) -> Encoded:
+        bytes_max = self._context.settings.dicomweb.decoded_bytes_max
+        found = frames.read(payload, batch, known=layout, bytes_max=bytes_max)
+        return Encoded(found.media_type, found.transfer_syntax_uid, found.frames)
 
     def _decoded(self, stored: StoredInstance, numbers: Sequence[int]) -> Encoded | None:
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max

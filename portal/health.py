@@ -64,7 +64,7 @@ class Health:
 
 
 def ward_row(ward: WardCoverage, now_us: int, zone: tzinfo) -> WardRow:
-    line = ward_line(ward, now_us, zone)
+    line = ward_line(ward, now_us, zone, named=False)
     return WardRow(
         ward.hospital,
         ward.name,
@@ -118,7 +118,7 @@ def _row(
     now_us: int,
     zone: tzinfo,
 ) -> HealthRow:
-    line = ward_line(ward, now_us, zone)
+    line = ward_line(ward, now_us, zone, named=False)
     report = report_in(state) if state is not None else None
     present = state is not None and is_present(state, now_us)
     link = "connected" if present else f"away since {clock_words(ward.seen_at_us, now_us, zone)}"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -78,9 +79,7 @@ class Metadata:
             )
             with self._context.source.open_payload(stored) as payload:
                 yield dicomjson.metadata(
-                    payload,
-                    bulk_uri=lambda path, root=root: root + "/".join(path),
-                    issuer=stored.head.provenance.issuer,
+                    payload, bulk_uri=partial(bulk_uri, root), issuer=stored.head.provenance.issuer
                 )
 
     async def bulk(self, request: Request) -> Response:
@@ -103,6 +102,10 @@ class Metadata:
     def _bulk_chunks(self, stored: StoredInstance, path: str) -> Iterator[bytes]:
         with self._context.source.open_payload(stored) as payload:
             yield from dicomjson.bulk(payload, path)
+
+
+def bulk_uri(root: str, path: tuple[str, ...]) -> str:
+    return root + "/".join(path)
 
 
 def rejoined(head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

@@ -87,6 +87,7 @@ class NodeSettings:
     """One ward's node, when the portal serves its pages alone (`miss portal run --node`)."""
 
     state: Path | None = setting(None, "the node's state folder; set it to serve this one ward and no region")
+    identity: Path | None = setting(None, "folder of the node's certificate; empty: identity in state")
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Listing:
     """A page of results. `whole` is false when the answer is known to lack something."""
 
     rows: tuple[Row, ...]
-    wards: tuple[WardLine, ...]
+    covered: tuple[WardLine, ...]
     missing: tuple[WardLine, ...]
     caption: str
     previous: str
@@ -146,6 +146,10 @@ class Listing:
     def whole(self) -> bool:
         return not self.missing
 
+    @property
+    def wards(self) -> tuple[WardLine, ...]:
+        return self.covered + self.missing
+
 
 def listing(answer: Answer, search: Search, now_us: int, zone: tzinfo) -> Listing:
     wards = {ward.ward: ward for ward in answer.coverage}
@@ -153,7 +157,7 @@ def listing(answer: Answer, search: Search, now_us: int, zone: tzinfo) -> Listin
     more = len(answer.matches) > PAGE_ROWS
     return Listing(
         rows=tuple(_row(match, wards) for match in matches),
-        wards=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage),
+        covered=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if ward.covered),
         missing=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if not ward.covered),
         caption=_caption(len(matches), search, more),
         previous=replace(search, page=search.page - 1).url() if search.page else "",
@@ -161,9 +165,11 @@ def listing(answer: Answer, search: Search, now_us: int, zone: tzinfo) -> Listin
     )
 
 
-def ward_line(ward: WardCoverage, now_us: int, zone: tzinfo) -> WardLine:
+def ward_line(ward: WardCoverage, now_us: int, zone: tzinfo, *, named: bool = True) -> WardLine:
+    """The ward's part of an answer; without its name where a table gives it already."""
     tones = {CoverageState.ANSWERED: "good", CoverageState.UP_TO_DATE: "good", CoverageState.AS_OF: "aware"}
-    return WardLine(plain_words(ward, now_us, zone), tones.get(ward.state, "bad"))
+    words = plain_words(ward, now_us, zone)
+    return WardLine(words if named else words.removeprefix(ward.title).strip(), tones.get(ward.state, "bad"))
 
 
 def _caption(shown: int, search: Search, more: bool) -> str:

@@ -24,7 +24,9 @@ def test_the_viewers_unquoted_type_is_read() -> None:
 
 
 def test_quotes_hold_separators() -> None:
-    header = 'multipart/related; type="application/dicom"; x="a,b;\\"c"; transfer-syntax=1.2, application/json'
+    header = (
+        'multipart/related; type="application/dicom"; x="a,b;\\"c"; transfer-syntax=1.2, application/json'
+    )
     first_range, second = accepted(header)
     assert (first_range.part, first_range.transfer_syntax, second.media) == (DICOM, "1.2", "application/json")
     assert split('a;"b;c";d', ";") == ["a", '"b;c"', "d"]

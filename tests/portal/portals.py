@@ -1,0 +1,162 @@
+"""A portal over a ledger in a file, with three people who may sign in. What it shows comes from the source
+that a test gives it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from archive.archive import Archive
+from archive.errors import NotFound
+from archive.ledger import User
+from archive.model import Level, PatientKey, Provenance, Query, StoredInstance
+from federation.coverage import CoverageState, WardCoverage
+from federation.policy import Act, Principal, require
+from federation.source import Answer
+from portal.passwords import hash_password
+from tests.datasets import Instance
+
+NOW_US = 1_790_000_000_000_000
+WARD = "san-martino/radiology"
+PASSWORD = "a long enough phrase"
+# One hash for everybody: making one takes 0.2 s on purpose.
+HASH = hash_password(PASSWORD)
+USERS = (
+    User("tech", "Tina Tech", "ward technician", WARD),
+    User("doc", "Dr. Dora", "regional physician"),
+    User("it", "Ivo IT", "regional IT"),
+)
+
+
+@dataclass
+class Clock:
+    """A clock that a test turns."""
+
+    now_us: int = NOW_US
+
+    def __call__(self) -> int:
+        return self.now_us
+
+    def pass_s(self, seconds: float) -> None:
+        self.now_us += int(seconds * 1e6)
+
+
+@dataclass
+class EmptySource:
+    """An archive that holds nothing, of wards in the states that a test wants to see on a page."""
+
+    wards: tuple[WardCoverage, ...] = (
+        WardCoverage(WARD, "San Martino", "Radiology", CoverageState.UP_TO_DATE, NOW_US, seen_at_us=NOW_US),
+    )
+    searches: int = 0
+
+    def search(self, principal: Principal, query: Query) -> Answer:
+        require(principal, Act.SEARCH)
+        self.searches += 1
+        return Answer([], list(self.wards), 0)
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance]:
+        require(principal, Act.READ)
+        raise NotFound("nothing is here")
+
+    def open_payload(self, instance: StoredInstance) -> BinaryIO:
+        raise NotFound("nothing is here")
+
+    def coverage(self) -> list[WardCoverage]:
+        return list(self.wards)
+
+    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
+        return None
+
+
+AppMaker = Callable[..., Starlette]
+
+
+def client_of(app: Starlette, address: str = "127.0.0.1", base_url: str = "http://127.0.0.1") -> TestClient:
+    return TestClient(
+        app,
+        base_url=base_url,
+        client=(address, 50_000),
+        follow_redirects=False,
+        raise_server_exceptions=False,
+    )
+
+
+def form_token(html: str) -> str:
+    found = re.search(r'name="csrf" value="([^"]+)"', html)
+    assert found is not None
+    return found.group(1)
+
+
+def sign_in(client: TestClient, name: str, password: str = PASSWORD, next_page: str = "") -> Any:
+    token = form_token(client.get("/login").text)
+    return client.post("/login", data={"csrf": token, "name": name, "password": password, "next": next_page})
+
+
+def signed_in(app: Starlette, name: str, address: str = "127.0.0.1") -> TestClient:
+    client = client_of(app, address)
+    assert sign_in(client, name).status_code == 303
+    return client
+
+
+@dataclass
+class ArchiveSource:
+    """One archive as a source: what a node's portal asks, with the decision and nothing federated."""
+
+    archive: Archive
+    wards: tuple[WardCoverage, ...] = EmptySource().wards
+
+    def search(self, principal: Principal, query: Query) -> Answer:
+        asked = replace(query, scope=require(principal, Act.SEARCH))
+        matches = self.archive.search(asked)
+        after = self.archive.count(replace(asked, limit=None, offset=0)) - query.offset - len(matches)
+        return Answer(matches, list(self.wards), max(0, after))
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance]:
+        scope = require(principal, Act.READ)
+        found = self.archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+        if not found:
+            raise NotFound("nothing is here")
+        return found
+
+    def open_payload(self, instance: StoredInstance) -> BinaryIO:
+        return self.archive.open_payload(instance.location)
+
+    def coverage(self) -> list[WardCoverage]:
+        return list(self.wards)
+
+    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
+        query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), scope=require(principal, Act.SEARCH))
+        found = self.archive.search(query)
+        return PatientKey(found[0].issuer, found[0].patient.get("PatientID", "")) if found else None
+
+
+def provenance(ward: str = WARD, issuer: str = "SANMARTINO") -> Provenance:
+    return Provenance(ward, issuer, "CT1", "CT1", NOW_US)
+
+
+def take_in(archive: Archive, instances: Iterable[Instance], origin: Provenance | None = None) -> None:
+    """Stores as C-STORE does; in the index when this returns."""
+    for instance in instances:
+        reception = archive.intake.begin(instance.head(origin or provenance()))
+        reception.write(instance.dataset)
+        ticket = reception.commit()
+        ticket.wait_durable()
+        ticket.wait_indexed()
