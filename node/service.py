@@ -8,6 +8,7 @@ import logging
 import resource
 import signal
 import threading
+import warnings
 from types import FrameType
 from typing import Self
 
@@ -59,6 +60,9 @@ class Node:
         ae_title = settings.require_ae_title()
         self.identity = load_identity(settings)
         _allow_descriptors(settings.dimse.associations_max + DESCRIPTORS_BESIDE)
+        # Its warnings quote values of data sets, and no log of ours may (design: invariant 9).
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module="pydicom")
         with contextlib.ExitStack() as parts:
             self.ledger = Ledger.open(settings.ledger_url)
             parts.callback(self.ledger.close)
@@ -67,7 +71,7 @@ class Node:
             server = self._listen(ae_title)
             parts.callback(server.stop, settings.dimse.stop_grace_s)
             if settings.uplink.enabled:
-                self.uplink = Uplink(self.archive, self.identity, settings.uplink)
+                self.uplink = Uplink(self.archive, self.identity, settings.uplink, ae_title=ae_title)
                 self.uplink.start()
                 parts.callback(self.uplink.stop)
             server.start()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from archive.archive import Archive, ArchiveSettings
 from archive.model import StoredInstance, Totals
+from node.dimse.acceptor import Service
 from node.dimse.association import Limits
 from node.dimse.contexts import ServiceName
 from node.dimse.messages import Field
@@ -60,7 +61,7 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
             **archive_settings: int) -> Iterator[Storing]:
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
-        table = {
+        table: dict[int, tuple[ServiceName, Service]] = {
             Field.C_ECHO: (ServiceName.ECHO, Echo()),
             Field.C_STORE: (ServiceName.STORE, Store(archive.intake, WARD, ISSUER)),
             Field.C_FIND: (ServiceName.FIND, Find(archive, WARD, AE_TITLE, responses_max)),

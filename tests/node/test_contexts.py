@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pynetdicom.sop_class as known
 import pytest
-from pydicom.uid import AllTransferSyntaxes, UID_dictionary
+from pydicom._uid_dict import UID_dictionary
+from pydicom.uid import AllTransferSyntaxes
 
 from node.dimse import contexts, pdu
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, Offer, ServiceName

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import dcmread
@@ -55,7 +56,7 @@ def find(served: Storing, query: Dataset, *, root: str = STUDY_ROOT_FIND, syntax
             [read_identifier(octets, syntax) for _, octets in answers if octets is not None])
 
 
-def study(served: Storing, count: int = 1, **elements: str) -> str:
+def study(served: Storing, count: int = 1, **elements: Any) -> str:
     """Store a study of one series; its UID."""
     first = make_instance(number=1, **elements)
     rest = [make_instance(number=n, study_uid=first.study_uid, series_uid=first.series_uid, **elements)

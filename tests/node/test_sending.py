@@ -108,7 +108,8 @@ def pynetdicom_scp(statuses: list[int] | None = None, *, syntaxes: tuple[str, ..
     proposals: list[int] = []
 
     def store(event: Event) -> int:
-        got.append(event.request.DataSet.getvalue())
+        request: Any = event.request
+        got.append(request.DataSet.getvalue())
         return statuses.pop(0) if statuses else 0
 
     def requested(event: Event) -> None:
