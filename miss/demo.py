@@ -9,22 +9,26 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from archive.errors import InvalidInput, Unavailable
 from miss.console import EXIT_ERROR, err, out, table
 
+if TYPE_CHECKING:
+    from miss.samples import Plan
+
 STATE = Path("demo-state")
 PORT_BASE = 11100
 WARDS = 3
 WARDS_MAX = 50
 REGION_NAME = "demo"
-JSON, PLAN, LOCK = "demo.json", "demo-plan.json", "lock"
+JSON, PLAN, LOCK, SAMPLES = "demo.json", "demo-plan.json", "lock", "samples"
 PORT_WAIT_S = 30.0   # a demo that was killed outright leaves children that take a moment to stop
 WATCH_S = 0.3
 QUIET_S_MAX = 60.0   # without any progress of replication
@@ -176,27 +180,30 @@ class _Demo:
             return
         with err.status(f"reading {self.load or 'the samples'} ..."):
             count = len(self.region.wards)
-            plan = folder_plan(self.load, count) if self.load else demo_plan(count)
-        account = self._send(plan)
+            plan = folder_plan(self.load, count) if self.load else demo_plan(count, self.state / SAMPLES)
+        sent, failed = self._send(plan)
         self._await_replication()
         self.plan["loaded"] = {
-            "source": source, "sent": account.sent, "failed": account.failed, "skipped": plan.skipped.total(),
-            "failed_by_reason": dict(account.failures), "skipped_by_reason": dict(plan.skipped)}
+            "source": source, "sent": sent, "failed": failed.total(), "skipped": plan.skipped.total(),
+            "failed_by_reason": dict(failed), "skipped_by_reason": dict(plan.skipped)}
         _write_json(self.state / PLAN, self.plan)
 
-    def _send(self, plan: Any) -> Any:
+    def _send(self, plan: Plan) -> tuple[int, Counter[str]]:
+        """Sends the files as modalities would; how many were taken, and why others were not."""
         from miss.local import HOST
-        from miss.progress import sending_bar
-        from miss.sending import Account, send_all
+        from miss.progress import failures, sending_bar
         from node.dimse.requestor import Peer
+        from node.dimse.sending import send_files
 
-        account = Account()
+        sent, failed = 0, Counter[str]()
         with sending_bar(plan.count, "C-STORE to the wards") as show:
             for lot in plan.lots:
                 ward = self.region.wards[lot.ward]
-                send_all(Peer(HOST, ward.port, ward.ae_title), lot.instances(), lot.contexts,
-                         calling_ae=DEVICES[0], progress=show, account=account)
-        return account
+                report = send_files(Peer(HOST, ward.port, ward.ae_title), DEVICES[0], lot.files, show)
+                sent += report.sent
+                failed += failures(report)
+                plan.skipped.update(reason for _, reason in report.skipped)
+        return sent, failed
 
     def _await_replication(self) -> None:
         """Polls the wards' own word in the ledger until each was complete after the last was sent."""

@@ -106,7 +106,7 @@ def echo(
       miss device echo CT1 --state /srv/miss
       miss device echo ORTHANC@10.2.4.20:4242 --state /srv/miss
     """
-    from miss.sending import parse_peer
+    from miss.send import parse_peer
     from node.dimse.requestor import echo as c_echo
 
     peer = parse_peer(device) if "@" in device else _listed(device, state)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from miss.console import err, size
-from miss.sending import Account
+from node.dimse.sending import Progress, SendReport
+from node.dimse.status import CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, is_stored
+
+WORDS = {
+    CLASS_NOT_SUPPORTED: "the peer takes no such SOP class in this transfer syntax",
+    PROCESSING_FAILURE: "the association ended",
+}
 
 
 @contextmanager
-def sending_bar(total: int, title: str) -> Iterator[Callable[[Account], None]]:
-    """A bar for a stretch of sending; call what it gives with the account after each instance."""
+def sending_bar(total: int, title: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar for a stretch of sending; what it gives is called after each file."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[amount]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err) as bar:
+    with Bar(*columns, console=err) as bar:
         task = bar.add_task(title, total=total, amount="")
+        done, failed = 0, 0
 
-        def show(account: Account) -> None:
-            failed = f", {account.failed} failed" if account.failed else ""
-            bar.update(task, completed=account.sent + account.failed, amount=size(account.bytes) + failed)
+        def show(step: Progress) -> None:
+            nonlocal done, failed
+            done += step.bytes
+            failed += step.status is None or not is_stored(step.status)
+            bar.update(task, advance=1, amount=size(done) + (f", {failed} failed" if failed else ""))
 
         yield show
+
+
+def failures(report: SendReport) -> Counter[str]:
+    """What was not taken, by reason."""
+    return Counter(WORDS.get(status, f"refused with status {status:04X}") for _, status in report.failed)

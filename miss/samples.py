@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import pydicom.data
 
@@ -16,34 +15,17 @@ from archive.errors import DatasetMismatch, MissError, TooLarge
 from archive.header import scan
 from miss import phantom
 from miss.files import DicomFile, find
-from miss.phantom import Phantom
 
 PYDICOM_FILES = Path(pydicom.data.__file__).parent
-
-
-class Instance(Protocol):
-    """What can be sent by C-STORE, from a file or from memory."""
-
-    @property
-    def sop_class_uid(self) -> str: ...
-
-    @property
-    def sop_instance_uid(self) -> str: ...
-
-    @property
-    def transfer_syntax_uid(self) -> str: ...
-
-    def dataset(self) -> bytes: ...
+OTHER_HOSPITAL = 1  # the number of a ward of another hospital than the first's (`demo.HOSPITALS`)
 
 
 @dataclass(frozen=True, slots=True)
 class Lot:
-    """What goes to one ward over one stretch: `count` instances that `instances()` gives anew each time."""
+    """Files that go to one ward, by its number."""
 
     ward: int
-    count: int
-    instances: Callable[[], Iterable[Instance]]
-    contexts: Sequence[tuple[str, str]]  # (SOP class, transfer syntax) of all of them, for the negotiation
+    files: Sequence[DicomFile]
 
 
 @dataclass(slots=True)
@@ -55,16 +37,19 @@ class Plan:
 
     @property
     def count(self) -> int:
-        return sum(lot.count for lot in self.lots)
+        return sum(len(lot.files) for lot in self.lots)
 
 
-def demo_plan(wards: int) -> Plan:
-    """pydicom's files spread over the wards by study, the big phantom at the first ward, and Patient ID 123
-    at two hospitals: two people. (The last ward is of another hospital than the first.)"""
+def demo_plan(wards: int, folder: Path) -> Plan:
+    """pydicom's files spread over the wards by study, and phantoms, which are written to `folder`: the big
+    one at the first ward, and Patient ID 123 at two hospitals, where it is two people."""
     plan = folder_plan(PYDICOM_FILES, wards, first_of_each_uid=True)
-    for who, ward in ((phantom.TORSO, 0), (phantom.ANNA_PRIOR, 0), (phantom.ANNA, 0),
-                      (phantom.BRUNO, wards - 1)):
-        plan.lots.append(_phantom_lot(who, ward))
+    placed = [(phantom.TORSO, 0), (phantom.ANNA_PRIOR, 0), (phantom.ANNA, 0)]
+    if wards > 1:  # of one hospital alone the two would be one person
+        placed.append((phantom.BRUNO, OTHER_HOSPITAL))
+    for who, ward in placed:
+        phantom.write(who, folder / who.key)
+        plan.lots.append(Lot(ward, find([folder / who.key]).files))
     return plan
 
 
@@ -89,7 +74,7 @@ def folder_plan(folder: Path, wards: int, *, first_of_each_uid: bool = False) ->
     # In the order of their UIDs, which says nothing of size or kind: a fair spread that no run changes.
     for number, study in enumerate(sorted(studies)):
         by_ward[number % wards] += studies[study]
-    plan.lots += [_file_lot(ward, files) for ward, files in enumerate(by_ward) if files]
+    plan.lots += [Lot(ward, files) for ward, files in enumerate(by_ward) if files]
     return plan
 
 
@@ -103,18 +88,6 @@ def study_of(file: DicomFile) -> str:
         finally:
             dataset.release()
             view.release()
-
-
-def _file_lot(ward: int, files: list[DicomFile]) -> Lot:
-    contexts = dict.fromkeys((file.sop_class_uid, file.transfer_syntax_uid) for file in files)
-    return Lot(ward, len(files), lambda: iter(files), tuple(contexts))
-
-
-def _phantom_lot(who: Phantom, ward: int) -> Lot:
-    def instances() -> Iterator[Instance]:
-        return phantom.instances(who)
-
-    return Lot(ward, who.slices, instances, ((phantom.CT, phantom.EXPLICIT),))
 
 
 def _reason(error: MissError) -> str:

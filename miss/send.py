@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from archive.errors import InvalidInput, Unavailable
+from certs.invites import split_address
 from miss.console import err, out, size
+from miss.device import require_ae_title
+
+if TYPE_CHECKING:
+    from node.dimse.requestor import Peer
+
+CALLING_AE = "MISS-SEND"
 
 
 def send(
@@ -16,34 +24,50 @@ def send(
                                                 help="Files and folders; folders with all below them.")],
     to: Annotated[str, typer.Option("--to", metavar="AE@HOST:PORT", show_default=False,
                                     help="Who is to get them.")],
-    calling: Annotated[str, typer.Option(help="The AE title to call as; the peer knows it.")] = "MISS-SEND",
+    calling: Annotated[str, typer.Option(help="The AE title to call as; the peer knows it.")] = CALLING_AE,
+    associations: Annotated[int, typer.Option(help="How many associations at once.", min=1, max=64)] = 1,
 ) -> None:
-    """Sends DICOM files as they are, in the transfer syntax that they have, over one association.
+    """Sends DICOM files as they are, in the transfer syntax that they have.
 
     What is no DICOM file is skipped and counted. Exit code 1 when an instance was not taken.
 
     \b
     Examples:
       miss send /media/cd --to SM-RADIOLOGY@127.0.0.1:11112
-      miss send study1/ study2/image.dcm --to ORTHANC@10.2.4.20:4242 --calling CT1
+      miss send study1/ study2/image.dcm --to ORTHANC@10.2.4.20:4242 --calling CT1 --associations 4
     """
     from miss.files import find
-    from miss.progress import sending_bar
-    from miss.sending import Account, parse_peer, send_all
+    from miss.progress import failures, sending_bar
+    from node.dimse.sending import send_files
 
     peer = parse_peer(to)
-    found = find(paths)
-    for reason, count in found.skipped.most_common():
-        err.print(f"skipped {count}: {reason}", style="yellow", markup=False)
+    with err.status("looking for files ..."):
+        found = find(paths)
     if not found.files:
+        _say(found.skipped, "skipped")
         raise InvalidInput("there is nothing to send")
-    contexts = list(dict.fromkeys((file.sop_class_uid, file.transfer_syntax_uid) for file in found.files))
-    account = Account()
     with sending_bar(len(found.files), f"to {to}") as show:
-        send_all(peer, found.files, contexts, calling_ae=calling, progress=show, account=account)
-    out.print(f"sent {account.sent} ({size(account.bytes)}), failed {account.failed}, "
+        report = send_files(peer, require_ae_title(calling), found.files, show, associations=associations)
+    found.skipped.update(reason for _, reason in report.skipped)
+    _say(found.skipped, "skipped")
+    _say(failures(report), "failed")
+    out.print(f"sent {report.sent} ({size(report.bytes)}), failed {len(report.failed)}, "
               f"skipped {found.skipped.total()}", markup=False)
-    for reason, count in (account.failures + account.warnings).most_common():
-        err.print(f"{count} x {reason}", style="yellow", markup=False)
-    if account.failed:
-        raise Unavailable(f"{account.failed} of {len(found.files)} instances were not taken")
+    if report.failed:
+        raise Unavailable(f"{len(report.failed)} of {len(found.files)} instances were not taken")
+
+
+def parse_peer(text: str) -> Peer:
+    """AE@HOST:PORT, as DICOM people write an application entity."""
+    from node.dimse.requestor import Peer
+
+    ae_title, at, address = text.rpartition("@")
+    if not at:
+        raise InvalidInput(f"{text!r}: write AE@HOST:PORT, for example MISS@10.2.0.5:11112")
+    host, port = split_address(address)
+    return Peer(host, port, require_ae_title(ae_title))
+
+
+def _say(reasons: Counter[str], what: str) -> None:
+    for reason, count in reasons.most_common():
+        err.print(f"{what} {count}: {reason}", style="yellow", markup=False)

@@ -4,9 +4,8 @@ people, senders and readers, and the ways in which a test breaks things."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from email.message import Message
 from email.parser import BytesHeaderParser
 from pathlib import Path
@@ -21,9 +20,9 @@ from federation.policy import Role
 from miss.backlog import Backlog, node_backlog
 from miss.local import HOST, LocalRegion, LocalWard, Ports, WardPlan
 from miss.processes import listening, wait_until
-from miss.sending import Account, send_all
 from miss.user import create
-from node.dimse.requestor import Peer
+from node.dimse import contexts
+from node.dimse.requestor import Peer, Requestor
 from tests.datasets import Instance
 
 CALLING = "MODALITY"
@@ -32,28 +31,6 @@ RADIOLOGY = WardPlan("San Martino", "Radiology", "SAN-MARTINO")
 GALLIERA = WardPlan("Galliera", "Radiology", "GALLIERA")
 EMERGENCY = WardPlan("San Martino", "Emergency", "SAN-MARTINO")
 SETTLE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Sendable:
-    """An instance of tests/datasets.py as `miss/sending.py` takes it."""
-
-    instance: Instance
-
-    @property
-    def sop_class_uid(self) -> str:
-        return self.instance.sop_class_uid
-
-    @property
-    def sop_instance_uid(self) -> str:
-        return self.instance.sop_instance_uid
-
-    @property
-    def transfer_syntax_uid(self) -> str:
-        return self.instance.transfer_syntax_uid
-
-    def dataset(self) -> bytes:
-        return self.instance.dataset
 
 
 class Cluster:
@@ -86,13 +63,15 @@ class Cluster:
         ward = self.ward(plan)
         return Peer(HOST, ward.port, ward.ae_title)
 
-    def send(self, instances: Iterable[Instance], plan: WardPlan = RADIOLOGY) -> Account:
-        """C-STORE, all of it answered 0000 or the test fails."""
-        sent = [Sendable(instance) for instance in instances]
-        contexts = list(dict.fromkeys((one.sop_class_uid, one.transfer_syntax_uid) for one in sent))
-        account = send_all(self.peer(plan), sent, contexts, calling_ae=CALLING)
-        assert account.failures == {} and account.sent == len(sent)
-        return account
+    def send(self, instances: Sequence[Instance], plan: WardPlan = RADIOLOGY) -> None:
+        """C-STORE, each answered 0000 or the test fails."""
+        for proposed in contexts.plan((one.sop_class_uid, one.transfer_syntax_uid) for one in instances):
+            with Requestor.connect(self.peer(plan), CALLING, proposed) as requestor:
+                for instance in instances:
+                    context = requestor.context(instance.sop_class_uid, instance.transfer_syntax_uid)
+                    if context is not None:
+                        status = requestor.store(context, instance.sop_instance_uid, [instance.dataset])
+                        assert status == 0, f"{status:04X}"
 
     def settle(self, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Returns when the region has receipts for all that the wards hold."""
@@ -127,7 +106,7 @@ class Cluster:
 
     @contextmanager
     def browser(self, user: str = "physician", *, ward_portal: bool = False) -> Iterator[httpx.Client]:
-        """An HTTP client that is signed in by HTTP Basic, at the regional portal or at the first ward's own."""
+        """An HTTP client signed in by HTTP Basic, at the regional portal or at the first ward's own."""
         port = self.region.ports.ward_portal if ward_portal else self.region.ports.portal
         with httpx.Client(base_url=f"http://{HOST}:{port}", auth=(user, PASSWORD), timeout=60) as client:
             yield client

@@ -1,5 +1,5 @@
-"""The WAN or the hub is down: the ward goes on, its own pages show its studies, everybody says as of when, and
-what is owed drains by itself when the hub is back."""
+"""The WAN or the hub is down: the ward goes on, its own pages show its studies, everybody says as of when,
+and what is owed drains by itself when the hub is back."""
 
 from __future__ import annotations
 

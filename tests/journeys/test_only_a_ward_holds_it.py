@@ -1,4 +1,4 @@
-"""Replication is held back: what only a ward holds is found all the same, with counts, and reading brings it."""
+"""Replication is held back: what only a ward holds is found all the same, with counts; reading brings it."""
 
 from __future__ import annotations
 

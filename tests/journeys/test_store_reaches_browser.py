@@ -10,7 +10,17 @@ import pydicom
 import pytest
 
 from miss.local import HOST
-from tests.cluster import GALLIERA, RADIOLOGY, Cluster, coverage, dataset_of, qido, retrieve, technician, value
+from tests.cluster import (
+    GALLIERA,
+    RADIOLOGY,
+    Cluster,
+    coverage,
+    dataset_of,
+    qido,
+    retrieve,
+    technician,
+    value,
+)
 from tests.datasets import instance_from_file, make_study, shipped_files
 
 STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
@@ -27,7 +37,8 @@ def test_what_storescu_sends_is_found_and_read_elsewhere(cluster: Cluster, tmp_p
         (tmp_path / f"{number}.dcm").write_bytes(instance.part10)
     ward = cluster.ward(RADIOLOGY)
     sent = subprocess.run(
-        ["storescu", "-v", "-aet", "STORESCU", "-aec", ward.ae_title, "+sd", HOST, str(ward.port), str(tmp_path)],
+        ["storescu", "-v", "-aet", "STORESCU", "-aec", ward.ae_title, "+sd", HOST, str(ward.port),
+         str(tmp_path)],
         capture_output=True, text=True, timeout=60, check=False)
     assert sent.returncode == 0, sent.stderr
     assert (sent.stdout + sent.stderr).count("0x0000: Success") == 6
