@@ -248,9 +248,7 @@ def test_the_audit_log_only_grows(ledger: Ledger) -> None:
     assert [row.at_us for row in ledger.audit_rows(9, correlation="c3")] == [3]
     for statement in ("UPDATE audit SET who = 'bea'", "DELETE FROM audit"):
         with pytest.raises(Unavailable):
-            ledger._database.write(
-                lambda connection, statement=statement: connection.execute(text(statement))
-            )
+            ledger._database.write(partial(_execute, statement))
     assert {row.who for row in ledger.audit_rows(9)} == {"anna"}
 
 
