@@ -18,3 +18,5 @@ What the other packages use:
                  health(identity, now_us), CertificatesServicer (the hub's side)
     gate         Gate(ledger): a grpc.aio server interceptor with start() and stop(); peer(context) -> Peer
 """
+
+import protos as protos  # before gRPC: says which TLS it speaks

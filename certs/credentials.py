@@ -6,17 +6,10 @@ root is in use without a restart; a channel's are fixed when it is made (gRPC fo
 after a renewal make a new channel and let the old one drain). Sets no policy on calls: `certs/gate.py`
 does.
 
-gRPC for Python has no option for the least TLS version (grpc/grpc#37305). What it has is the list of cipher
-suites, which BoringSSL uses for TLS 1.2 and older alone. A list with nothing but RSA suites, in a region
-where every key is ECDSA, leaves an old handshake no suite to agree on: it fails with NO_SHARED_CIPHER. The
-gate checks the version too.
+How gRPC is kept from older TLS stands in `protos/__init__.py`.
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"  # read once, when gRPC first needs TLS
 
 import grpc
 import grpc.aio

@@ -266,19 +266,6 @@ def test_a_member_does_not_take_another_region_s_hub_for_its_own(hub: RunningHub
         assert code_of(lambda: offer(channel)) == grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("version", ["-tls1", "-tls1_1", "-tls1_2"])
-def test_the_grpc_port_speaks_tls_1_3_alone(hub: RunningHub, node: Identity, version: str) -> None:
-    def shown(flag: str) -> str:
-        ran = subprocess.run(
-            ["openssl", "s_client", "-connect", hub.address, "-brief", "-alpn", "h2", flag,
-             "-cert", str(node.chain_path), "-key", str(node.key_path)],
-            stdin=subprocess.DEVNULL, capture_output=True)
-        return (ran.stdout + ran.stderr).decode(errors="replace")
-
-    assert "Protocol version: TLSv1.3" in shown("-tls1_3")
-    assert "CONNECTION ESTABLISHED" not in shown(version)
-
-
 def test_the_server_takes_up_a_renewed_certificate_and_old_streams_live(
     hub: RunningHub, node: Identity
 ) -> None:
