@@ -19,7 +19,9 @@ import contextlib
 import hashlib
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from archive.budget import ByteBudget
 from archive.errors import Corrupt, DatasetMismatch, MissError, OutOfResources, TooLarge
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 _GRANT_BYTES = 64 << 10
 _ROOM_WAIT_S = 10.0  # a sender is slowed down before it is refused, as long as the index makes progress
 _FREE_CHECK_BYTES = 64 << 20
+_FREE_ASKED_S = 0.05  # a full disk is noticed by the write itself; this only keeps the reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,10 @@ class Intake:
         self._storage = storage
         self._order = threading.Lock()  # the log and `Recent` have one order
         self._turn = threading.Condition(threading.Lock())
+        self._turns_awaited = 0
         self._deciding: set[str] = set()
+        self._free_bytes = 0
+        self._free_asked_s = -_FREE_ASKED_S
 
     def begin(self, head: InstanceHead, *, conflict: bool = False, size_hint: int | None = None) -> Reception:
         """Begin to receive. `conflict` says that the sender keeps this content as a conflict itself.
@@ -103,8 +109,7 @@ class Intake:
         Raises InvalidInstance, TooLarge, and OutOfResources: disk, index too far behind.
         """
         require_uid(head.sop_instance_uid, "the SOP Instance UID")
-        require_uid(head.sop_class_uid, "the SOP Class UID")
-        require_uid(head.transfer_syntax_uid, "the transfer syntax UID")
+        _require_kind(head.sop_class_uid, head.transfer_syntax_uid)
         size = size_hint or 0
         if size > self.limits.object_bytes_max:
             raise TooLarge(f"an instance may have {self.limits.object_bytes_max} bytes")
@@ -118,11 +123,14 @@ class Intake:
 
     def require_space(self, size: int) -> None:
         """Raises OutOfResources when `size` more bytes would leave less than the reserve."""
-        try:
-            free = self._storage.free_bytes()
-        except OSError as error:
-            raise OutOfResources("the disk does not say how much room it has") from error
-        if free - size < self.limits.free_bytes_min:
+        now = time.monotonic()
+        if now - self._free_asked_s > _FREE_ASKED_S:
+            try:
+                self._free_bytes = self._storage.free_bytes()
+            except OSError as error:
+                raise OutOfResources("the disk does not say how much room it has") from error
+            self._free_asked_s = now
+        if self._free_bytes - size < self.limits.free_bytes_min:
             raise OutOfResources("not enough room on the disk for instances")
 
     def _require_index(self) -> None:
@@ -187,14 +195,17 @@ class Intake:
         """One decision at a time for a UID: whoever holds the claim finds all older content in `Recent` or in
         the index, since nobody else can add any."""
         with self._turn:
+            self._turns_awaited += 1
             while uid in self._deciding:
                 self._turn.wait()
+            self._turns_awaited -= 1
             self._deciding.add(uid)
 
     def _release(self, uid: str) -> None:
         with self._turn:
             self._deciding.discard(uid)
-            self._turn.notify_all()
+            if self._turns_awaited:
+                self._turn.notify_all()
 
 
 class Reception:
@@ -302,6 +313,12 @@ class Reception:
         granted, self._granted = self._granted, 0
         if granted:
             self._intake.budget.give_back(granted)
+
+
+@lru_cache(maxsize=1024)
+def _require_kind(sop_class_uid: str, transfer_syntax_uid: str) -> None:
+    require_uid(sop_class_uid, "the SOP Class UID")
+    require_uid(transfer_syntax_uid, "the transfer syntax UID")
 
 
 def _require_digest(digest: bytes, expected: bytes | None) -> None:
