@@ -415,10 +415,33 @@ def history(archive: Archive, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rebuilt_index_equals_the_one_it_replaces(settings: ArchiveSettings, seed: int) -> None:
+def test_a_rebuilt_index_equals_the_one_it_replaces(tmp_path: Path, database_url: str, seed: int) -> None:
+    settings = settings_for(tmp_path / "state", index_url=database_url)
     with Archive.open(settings, outbox=True) as archive:
         history(archive, seed)
     assert rebuilt_equals(settings)
+
+
+def test_search_decisions_and_restart_on_either_database(tmp_path: Path, database_url: str) -> None:
+    settings = settings_for(tmp_path / "state", index_url=database_url)
+    instances = [make_instance(number=n) for n in range(10)]
+    other = make_instance(sop_uid=instances[2].sop_instance_uid, patient_name="Other^One")
+    with (
+        Archive.open(settings, outbox=True) as archive,
+        Archive.open(settings, outbox=False, read_only=True) as reader,
+    ):
+        for instance in instances:
+            assert store(archive, instance) is Outcome.STORED
+            assert instance.study_uid in found_uids(reader)
+        archive.wait_indexed()
+        assert store(archive, instances[1]) is Outcome.DUPLICATE
+        assert store(archive, other) is Outcome.CONFLICT
+        archive.wait_indexed()
+        assert store(archive, other) is Outcome.CONFLICT
+    with Archive.open(settings, outbox=True) as archive:
+        assert archive.index.totals().instances == 10
+        assert len(archive.index.conflicts(10)) == 1
+        assert store(archive, instances[9]) is Outcome.DUPLICATE
 
 
 def test_a_reader_sees_the_rebuilt_index_without_opening_it_again(settings: ArchiveSettings) -> None:
