@@ -58,6 +58,7 @@ from certs.profiles import (
 )
 
 FIRST_BUNDLE_VERSION = 1
+HUB_RENEWAL_LEFT = 0.4  # of life: never later than `certs/renewal.py` asks for it
 Clock = Callable[[], int]
 _US = 1_000_000
 
@@ -177,8 +178,8 @@ def hub_identity(
     authority_folder: Path, folder: Path, *, name: str = "hub", life_s: int = LEAF_LIFE_S,
     renew: bool = False, clock: Clock = clock_us,
 ) -> Identity:
-    """The hub's identity in `folder`, made by the authority on the same machine when there is none, when a
-    third of its life is left, when the authority is another one, or when told to `renew`.
+    """The hub's identity in `folder`, made by the authority on the same machine when there is none, when two
+    fifths of its life are left, when the authority is another one, or when told to `renew`.
 
     Servers that got `server_credentials` take the new one up by themselves. A hub's certificate is not in the
     registry: it dials nobody, so no gate asks for it.
@@ -189,7 +190,7 @@ def hub_identity(
         held = Identity.load(folder)
         left_us, life_us = held.not_after_us - clock(), held.not_after_us - held.issued_us
         fits = held.certificate.member == member and held.roots_pem == authority.bundle.roots_pem
-        if fits and left_us * 3 > life_us and not renew:
+        if fits and left_us > life_us * HUB_RENEWAL_LEFT and not renew:
             return held
     key = identities.pending_key(folder, "hub")
     certificate = authority.issue(member, key.public_key(), life_s=life_s)

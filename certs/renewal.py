@@ -200,9 +200,12 @@ class RenewalThread:
             if self._renewal.wait_s() > 0:
                 continue
             try:
-                self._identity = self._renew(self._identity)
-                self._renewal.renewed(self._identity)
-                self._on_renewed(self._identity)
+                renewed = self._renew(self._identity)
+                if renewed.fingerprint == self._identity.fingerprint:
+                    raise Unavailable("the certificate is still the old one")  # else it would be due at once
+                self._identity = renewed
+                self._renewal.renewed(renewed)
+                self._on_renewed(renewed)
             except MissError as error:
                 self._failed(str(error))
             except Exception as error:  # a full disk among them: renewal goes on when there is room again

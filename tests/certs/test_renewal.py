@@ -298,6 +298,21 @@ def test_a_hub_keeps_its_own_certificate_renewed(tmp_path: Path) -> None:
     assert clock_us() < keeper.identity.not_after_us
 
 
+def test_a_renewal_that_changes_nothing_is_not_tried_without_end(month: Identity) -> None:
+    clock = SetClock(month.issued_us + (month.not_after_us - month.issued_us) * 7 // 10)
+    tries: list[Identity] = []
+
+    def unchanged(held: Identity) -> Identity:
+        tries.append(held)
+        return held
+
+    keeper = RenewalThread(month, renew=unchanged, clock=clock)
+    keeper.start()
+    wait_for(lambda: keeper.failures == 1)
+    keeper.stop()
+    assert len(tries) == 1
+
+
 def test_killed_again_and_again_while_it_renews_a_node_always_has_a_pair_that_works(tmp_path: Path) -> None:
     """kill -9 at random moments of endless renewals; then key and certificate match and carry a call."""
     program = ("import sys; from pathlib import Path; from certs.identity import Identity; "
