@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from archive.model import Level, Match, SeriesHolding
+from archive.rows import number_of
 
 PENDING_UIDS_MAX = 1_000
 
@@ -113,14 +114,18 @@ def in_order(level: Level, matches: Iterable[Match]) -> list[Match]:
     """The index's order: studies by date, time and UID descending; below them by number, then UID."""
     if level is Level.STUDY:
         return sorted(matches, key=_study_order, reverse=True)
-    orders: Mapping[Level, Callable[[Match], tuple[object, ...]]] = {
-        Level.PATIENT: lambda match: _key(Level.PATIENT, match),
+    orders: Mapping[Level, Callable[[Match], tuple[str | int, ...]]] = {
+        Level.PATIENT: lambda match: (
+            match.patient.get("PatientID", ""),
+            match.issuer,
+            match.study.get("StudyInstanceUID", ""),
+        ),
         Level.SERIES: lambda match: (
-            *_number(match.series.get("SeriesNumber")),
+            number_of(match.series.get("SeriesNumber", "")),
             match.series["SeriesInstanceUID"],
         ),
         Level.IMAGE: lambda match: (
-            *_number(match.instance.get("InstanceNumber")),
+            number_of(match.instance.get("InstanceNumber", "")),
             match.instance["SOPInstanceUID"],
         ),
     }
@@ -130,14 +135,6 @@ def in_order(level: Level, matches: Iterable[Match]) -> list[Match]:
 def _study_order(match: Match) -> tuple[str, str, str]:
     study = match.study
     return study.get("StudyDate", ""), study.get("StudyTime", ""), study["StudyInstanceUID"]
-
-
-def _number(text: str | None) -> tuple[bool, int]:
-    """An IS for ordering; what is missing or no number comes last."""
-    try:
-        return False, int((text or "").strip())
-    except ValueError:
-        return True, 0
 
 
 def _key(level: Level, match: Match) -> tuple[str, ...]:

@@ -156,6 +156,7 @@ class Replicator:
         self._refilling = False
         self._more = True  # the outbox may hold rows that the window lacks
         self._urgent = False  # some of them may be urgent
+        self._online = True
         self._failures = 0
         self._line_at_s = 0.0  # neither offer nor push before
         self._disk_at_s = 0.0  # neither refill nor record before
@@ -171,7 +172,7 @@ class Replicator:
             if self._urgent or (self._more and len(self._items) <= self.limits.window // 2):
                 self._refilling, self._more, self._urgent = True, False, False
                 return Refill(self.limits.window + len(self._items))
-        if self._offer is None and now_s >= self._line_at_s:
+        if self._online and self._offer is None and now_s >= self._line_at_s:
             batch = self._pop(self._fresh, "fresh", self.limits.offer_items)
             if batch:
                 for item in batch:
@@ -180,22 +181,28 @@ class Replicator:
                 return Offer(self._offer)
         return Idle(self._wakes_at(now_s))
 
-    def take(self, stream: int, now_s: float) -> PendingInstance | None:
-        """The next instance for this push stream, None when there is none or the stream has enough on its
-        way.
-        """
+    def take(self, stream: int, now_s: float, bytes_max: int | None = None) -> PendingInstance | None:
+        """The next instance for this push stream; None when there is none, when the next is larger than
+        `bytes_max`, or when the stream has enough on its way."""
         sent = self._sent.setdefault(stream, {})
-        if now_s < self._line_at_s or len(sent) >= self.limits.unacknowledged:
+        if not self._online or now_s < self._line_at_s or len(sent) >= self.limits.unacknowledged:
             return None
         for item in self._pop(self._needed, "needed", 1):
+            if bytes_max is not None and item.row.dataset_bytes > bytes_max:
+                self._queue(item, "needed")
+                return None
             item.state = "sent"
             sent[_key(item.row)] = None
             return item.row
         return None
 
-    def has_work(self) -> bool:
-        """Whether a push stream is worth opening."""
-        return bool(self._needed)
+    def line_wait_s(self, now_s: float) -> float | None:
+        """How long the line still rests, None when it does not."""
+        return self._line_at_s - now_s if self._line_at_s > now_s else None
+
+    def on_stream(self, stream: int, uid: str, digest: bytes) -> PendingInstance | None:
+        """What was sent on this stream and has no verdict yet."""
+        return self._items[(uid, digest)].row if (uid, digest) in self._sent.get(stream, {}) else None
 
     @property
     def known(self) -> int:
@@ -206,6 +213,14 @@ class Replicator:
         return len(self._sent.get(stream, {}))
 
     # What happened.
+
+    def line_up(self) -> None:
+        """There is a line: what backed off because there was none need not wait."""
+        self._online, self._failures, self._line_at_s = True, 0, 0.0
+
+    def line_down(self) -> None:
+        """There is no line: nothing is offered or pushed before there is. Facts are recorded all the same."""
+        self._online = False
 
     def woken(self, *, urgent: bool = False) -> None:
         """The outbox may hold new rows, or rows that became urgent."""

@@ -1,0 +1,187 @@
+"""Who is attached to the hub, what each ward said last, and the questions that are on their way to them.
+Lives in the hub's event loop. A ward has one attachment at a time: a newer one takes the place of an older
+one, since a node whose line was cut attaches again long before the hub can know that the first line is dead.
+
+Bounds: 64 messages wait for a ward, 32 questions are open at one, an answer lists at most 1,000 UIDs. A ward
+past them counts as one that does not answer. Ward states go to the ledger at every report, one write at a
+time for a ward; when the ledger can't be written the memory goes on, and the next report tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from archive.errors import MissError, OutOfResources, Unavailable
+from archive.ledger import WardState
+from archive.model import Match
+from federation import coverage
+from federation.coverage import Report
+from federation.fanout import PENDING_UIDS_MAX
+from protos import uplink_pb2
+
+log = logging.getLogger(__name__)
+
+OUTBOUND_MAX = 64
+ASKS_MAX = 32
+ANSWER_MATCHES_MAX = 2 * PENDING_UIDS_MAX
+
+Keep = Callable[[WardState], Awaitable[None]]
+
+
+@dataclass(eq=False, slots=True)
+class Ask:
+    """A question that is open at a ward, and what came of its answer so far."""
+
+    id: str
+    done: asyncio.Future[None]
+    matches: list[Match] = field(default_factory=list)
+    uids: int = 0
+    truncated: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Attachment:
+    """One node's attach. `outbound` is written by the call's own handler."""
+
+    ward: str
+    outbound: asyncio.Queue[uplink_pb2.HubMessage]
+    ended: asyncio.Future[str]
+    asks: dict[str, Ask] = field(default_factory=dict)
+
+    def end(self, reason: str) -> None:
+        """Ends the attach; the questions that are open at the ward fail at once."""
+        if not self.ended.done():
+            self.ended.set_result(reason)
+        for ask in self.asks.values():
+            if not ask.done.done():
+                ask.done.set_exception(Unavailable(reason))
+
+    def send(self, message: uplink_pb2.HubMessage) -> None:
+        try:
+            self.outbound.put_nowait(message)
+        except asyncio.QueueFull:
+            raise OutOfResources("the ward does not take what is sent to it") from None
+
+
+class Attachments:
+    """The registry. `keep` writes a ward state to the ledger."""
+
+    def __init__(self, states: Mapping[str, WardState], keep: Keep, clock: Callable[[], int]) -> None:
+        self._states = dict(states)
+        self._keep = keep
+        self._clock = clock
+        self._attached: dict[str, Attachment] = {}
+        self._writing: dict[str, asyncio.Lock] = {}
+
+    @property
+    def states(self) -> Mapping[str, WardState]:
+        """What each ward said last."""
+        return self._states
+
+    def attached(self, ward: str) -> Attachment | None:
+        return self._attached.get(ward)
+
+    async def attach(self, ward: str, hello: uplink_pb2.Hello) -> Attachment:
+        """A node said hello."""
+        if (older := self._attached.get(ward)) is not None:
+            older.end("the ward attached anew")
+        attachment = Attachment(ward, asyncio.Queue(OUTBOUND_MAX), asyncio.get_running_loop().create_future())
+        self._attached[ward] = attachment
+        before = self._states.get(ward)
+        state = coverage.greeted(
+            before, ward, epoch=hello.epoch, version=hello.version[:40], now_us=self._clock()
+        )
+        if state.lost_note and (before is None or before.lost_note != state.lost_note):
+            log.warning("%s attached with a new disk: %s", ward, state.lost_note)
+        log.info("%s attached (version %s)", ward, state.version)
+        await self._put(state)
+        return attachment
+
+    async def report(self, ward: str, report: Report) -> None:
+        """A report came from a node that is attached."""
+        await self._put(coverage.reported(self._state(ward), report, self._clock()))
+
+    def receipted(self, ward: str) -> None:
+        """The ward was given a receipt; kept with its next report."""
+        self._states[ward] = coverage.receipted(self._state(ward), self._clock())
+
+    async def detach(self, attachment: Attachment, reason: str) -> None:
+        """The attach ended. Nothing changes for the ward when a newer one has taken its place."""
+        attachment.end(reason)
+        if self._attached.get(attachment.ward) is not attachment:
+            return
+        del self._attached[attachment.ward]
+        log.info("%s left: %s", attachment.ward, reason)
+        await self._put(coverage.departed(self._state(attachment.ward)))
+
+    def end_all(self, reason: str) -> None:
+        """The hub stops."""
+        for attachment in list(self._attached.values()):
+            attachment.end(reason)
+
+    async def ask(self, ward: str, message: Callable[[str], uplink_pb2.HubMessage], deadline_s: float) -> Ask:
+        """Sends a question (made by `message` of its id) and waits for the whole answer. Raises an error of
+        ours with plain words when there is none within the deadline.
+        """
+        attachment = self._attached.get(ward)
+        if attachment is None:
+            raise Unavailable("the ward is away")
+        if len(attachment.asks) >= ASKS_MAX:
+            raise OutOfResources("too many questions are open at the ward")
+        ask = Ask(secrets.token_hex(8), asyncio.get_running_loop().create_future())
+        attachment.asks[ask.id] = ask
+        try:
+            attachment.send(message(ask.id))
+            async with asyncio.timeout(deadline_s):
+                await ask.done
+            return ask
+        except TimeoutError:
+            raise Unavailable(f"no answer within {deadline_s:g} s") from None
+        finally:
+            del attachment.asks[ask.id]
+            if not ask.done.done() or ask.done.cancelled():
+                with contextlib.suppress(MissError):  # the deadline passed, or who asked has left
+                    attachment.send(uplink_pb2.HubMessage(cancel=uplink_pb2.CancelAsk(ask_id=ask.id)))
+            elif ask.done.exception() is not None:
+                log.info("%s did not answer: %s", ward, ask.done.exception())
+
+    def answered(
+        self, ward: str, ask_id: str, matches: Iterable[Match], *, last: bool, truncated: bool
+    ) -> None:
+        """A page of an answer came. One to a question that nobody waits for any more is dropped."""
+        attachment = self._attached.get(ward)
+        ask = attachment.asks.get(ask_id) if attachment is not None else None
+        if ask is None or ask.done.done():
+            return
+        for match in matches:
+            ask.matches.append(match)
+            ask.uids += sum(len(holding.sop_instance_uids) for holding in match.holdings)
+        ask.truncated = ask.truncated or truncated
+        if len(ask.matches) > ANSWER_MATCHES_MAX or ask.uids > ANSWER_MATCHES_MAX:
+            ask.done.set_exception(OutOfResources("the ward answered past the bounds of an answer"))
+        elif last:
+            ask.done.set_result(None)
+
+    def failed(self, ward: str, ask_id: str, reason: str) -> None:
+        """The ward says that it can't answer."""
+        attachment = self._attached.get(ward)
+        ask = attachment.asks.get(ask_id) if attachment is not None else None
+        if ask is not None and not ask.done.done():
+            ask.done.set_exception(Unavailable(reason[: coverage.NOTE_LENGTH_MAX]))
+
+    def _state(self, ward: str) -> WardState:
+        return self._states.get(ward) or coverage.blank(ward)
+
+    async def _put(self, state: WardState) -> None:
+        self._states[state.ward] = state
+        async with self._writing.setdefault(state.ward, asyncio.Lock()):
+            newest = self._states[state.ward]
+            try:
+                await self._keep(newest)
+            except MissError as error:
+                log.error("the state of %s can't be kept: %s", state.ward, error)

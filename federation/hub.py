@@ -1,0 +1,209 @@
+"""The hub: the one process that the region's nodes and portals dial. It composes the regional archive and
+ledger, the gate, and the services of `uplink_service.py`, `region_service.py` and `certs/reissue.py`, and
+has the enrolment port beside them. It dials nobody, and holds nothing that its archive and ledger do not:
+kill it at any point.
+
+Its event loop runs in a thread of its own, so that a process, a demo and a test start and stop it alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+import grpc
+import grpc.aio
+
+from archive.archive import Archive
+from archive.errors import MissError, Unavailable
+from archive.ledger import Ledger, WardState
+from certs.authority import Authority, clock_us, hub_identity
+from certs.credentials import SERVER_OPTIONS, server_credentials
+from certs.enrolment import EnrolmentServer
+from certs.gate import Gate
+from certs.identity import Identity
+from certs.reissue import CertificatesServicer
+from certs.renewal import RenewalThread
+from federation.arrivals import Arrivals
+from federation.attachments import Attachments
+from federation.coverage import departed
+from federation.pools import Pools
+from federation.receiving import Receiver
+from federation.region_service import RegionService
+from federation.settings import HubSettings
+from federation.uplink_service import UplinkService
+from federation.version import software_version
+from protos import region_pb2_grpc, uplink_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+START_WAIT_S = 60.0
+
+
+class Hub:
+    """The hub's process, as an object with a start and a stop."""
+
+    def __init__(self, settings: HubSettings, *, clock: Callable[[], int] = clock_us) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._ready = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._failure: Exception | None = None
+        self._grace_s = settings.stop_grace_s
+        self.port = 0
+        self.enrolment_port = 0
+
+    @property
+    def address(self) -> str:
+        """Where the hub can be dialled from this machine."""
+        host = self.settings.host
+        return f"{'127.0.0.1' if host in ('0.0.0.0', '', '::') else host}:{self.port}"
+
+    def start(self) -> None:
+        """Starts and returns when the hub takes calls; raises what kept it from starting."""
+        self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(START_WAIT_S):
+            raise Unavailable(f"the hub did not start within {START_WAIT_S:g} s")
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Ends the attaches, lets open calls end within the grace, and closes everything."""
+        if grace_s is not None:
+            self._grace_s = grace_s
+        loop, stopping = self._loop, self._stopping
+        if self._thread is None or loop is None or stopping is None:
+            return
+        loop.call_soon_threadsafe(stopping.set)
+        self._thread.join()
+        self._thread = None
+
+    def run(self) -> None:
+        """Runs until SIGINT or SIGTERM."""
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        self.start()
+        try:
+            ended.wait()
+        finally:
+            self.stop()
+
+    def __enter__(self) -> Hub:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception as error:
+            if self._ready.is_set():
+                log.exception("the hub ended")
+            self._failure = error
+        finally:
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        settings = self.settings
+        settings.state.mkdir(parents=True, exist_ok=True)
+        authority = Authority.open(settings.ca, clock=self._clock)
+        identity = self._identity()
+        ledger = await asyncio.to_thread(Ledger.open, settings.ledger)
+        archive = await asyncio.to_thread(Archive.open, settings.archive_settings(), outbox=False)
+        pools = Pools(settings.workers, self._clock)
+        try:
+            await self._serve(authority, identity, ledger, archive, pools)
+        finally:
+            await asyncio.to_thread(pools.shutdown)
+            await asyncio.to_thread(archive.close)
+            ledger.close()
+
+    async def _serve(
+        self, authority: Authority, identity: Identity, ledger: Ledger, archive: Archive, pools: Pools
+    ) -> None:
+        settings = self.settings
+
+        async def keep(state: WardState) -> None:
+            await pools.ledger(ledger.put_ward_state, state)
+
+        attachments = Attachments(await _all_away(ledger, pools), keep, self._clock)
+        arrivals, version = Arrivals(), software_version()
+        gate = Gate(ledger, clock=self._clock)
+        server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
+        uplink_pb2_grpc.add_UplinkServicer_to_server(
+            UplinkService(settings, attachments, Receiver(archive, self._clock), arrivals, pools, version),
+            server,
+        )
+        region_pb2_grpc.add_RegionServicer_to_server(
+            RegionService(
+                settings, attachments, arrivals, archive, ledger, identity.roots_pem, pools, version
+            ),
+            server,
+        )
+        uplink_pb2_grpc.add_CertificatesServicer_to_server(
+            CertificatesServicer(
+                authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
+            ),
+            server,
+        )
+        self.port = server.add_secure_port(f"{settings.host}:{settings.port}", server_credentials(identity))
+        enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
+        renewal = RenewalThread(identity, renew=lambda _: self._identity(), clock=self._clock)
+        await gate.start()
+        await server.start()
+        await enrolment.start()
+        renewal.start()
+        self.enrolment_port = enrolment.port
+        log.info(
+            "the hub of %s takes calls on port %d, invites on %d",
+            authority.region,
+            self.port,
+            self.enrolment_port,
+        )
+        self._ready.set()
+        assert self._stopping is not None
+        await self._stopping.wait()
+        await asyncio.to_thread(renewal.stop)
+        stopped = asyncio.create_task(server.stop(self._grace_s))  # takes no new calls from here on
+        await asyncio.sleep(0)
+        attachments.end_all("the hub stops")
+        await enrolment.stop()
+        await stopped
+        await gate.stop()
+
+    def _identity(self) -> Identity:
+        settings = self.settings
+        return hub_identity(
+            settings.ca,
+            settings.state / "identity",
+            name=settings.name,
+            life_s=settings.enrolment.certificate_life_s,
+            clock=self._clock,
+        )
+
+
+async def _all_away(ledger: Ledger, pools: Pools) -> dict[str, WardState]:
+    """The ward states of the ledger. Whoever the last hub left attached is not attached to this one."""
+    states = await pools.ledger(ledger.ward_states)
+    away = {ward: departed(state) for ward, state in states.items()}
+    for ward, state in away.items():
+        if state != states[ward]:
+            try:
+                await pools.ledger(ledger.put_ward_state, state)
+            except MissError as error:
+                log.error("the state of %s can't be kept: %s", ward, error)
+    return away

@@ -1,0 +1,84 @@
+"""One node alone as a source: what a ward's own portal asks, also when the WAN is down. It asks nobody else,
+so it says that it covers this ward and nothing of the region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import BinaryIO
+
+from archive.archive import Archive
+from archive.errors import NotFound
+from archive.model import Level, PatientKey, Query, Scope, StoredInstance, Ward
+from certs.authority import clock_us
+from federation.coverage import CoverageState, WardCoverage
+from federation.policy import Act, Principal, narrowed, require
+from federation.source import Answer
+
+
+class NodeSource:
+    """A `Source` over the archive of one ward's node, opened to read."""
+
+    def __init__(self, archive: Archive, ward: Ward, *, clock: Callable[[], int] = clock_us) -> None:
+        self._archive = archive
+        self._ward = ward
+        self._clock = clock
+
+    def search(self, principal: Principal, query: Query) -> Answer:
+        scope = self._scope(principal, Act.SEARCH)
+        asked = replace(query, scope=narrowed(query.scope, scope))
+        matches = self._archive.search(asked)
+        return Answer(matches, self.coverage(), remaining(self._archive, asked, len(matches)))
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance]:
+        scope = self._scope(principal, Act.READ)
+        found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+        if not found:
+            raise NotFound("no such study, series or instance")
+        return found
+
+    def open_payload(self, instance: StoredInstance) -> BinaryIO:
+        return self._archive.open_payload(instance.location)
+
+    def coverage(self) -> list[WardCoverage]:
+        summary = self._archive.index.pending_summary()
+        now_us = self._clock()
+        return [
+            WardCoverage(
+                ward=self._ward.id,
+                hospital=self._ward.hospital,
+                name=self._ward.name,
+                state=CoverageState.ANSWERED,
+                complete_to_us=now_us,
+                pending=summary.count - summary.set_aside,
+                set_aside=summary.set_aside,
+                seen_at_us=now_us,
+            )
+        ]
+
+    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
+        query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)
+        matches = self.search(principal, query).matches
+        return person_in(matches[0].issuer, matches[0].patient.get("PatientID", "")) if matches else None
+
+    def _scope(self, principal: Principal, act: Act) -> Scope:
+        return narrowed(require(principal, act), Scope(frozenset({self._ward.id})))
+
+
+def remaining(archive: Archive, query: Query, shown: int) -> int | None:
+    """How many matches come after a page: counted only when the page is full."""
+    if query.limit is None or shown < query.limit:
+        return 0
+    return max(archive.count(replace(query, limit=None, offset=0)) - query.offset - shown, 0)
+
+
+def person_in(issuer: str, patient_id: str) -> PatientKey | None:
+    """The patient of a row; nobody when there is no Patient ID, which names no one."""
+    return PatientKey(issuer, patient_id) if patient_id else None

@@ -1,0 +1,210 @@
+"""What the hub does with offered and pushed instances: the synchronous half, run in a pool of threads.
+Everything goes through the region's intake. A receipt is made only of what is durable and in the index, with
+the digest that was sent, and after the fact that names this ward as one more holder.
+
+A refusal is about one object. What is about the region (no room, a disk that does not confirm) ends the
+stream instead, so that no object is blamed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from archive.archive import Archive
+from archive.errors import Corrupt, InvalidInput, MissError, TooLarge
+from archive.intake import Reception, Ticket
+from archive.model import Fact, FactKind, InstanceHead, Outcome, Scope
+from federation import serde
+from federation.replicator import Received, Refused
+from protos import uplink_pb2
+
+CHUNK_BYTES_MAX = 1 << 20
+OFFER_ITEMS_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """An object that intake took, and the ticket that says when it may be acknowledged."""
+
+    uid: str
+    digest: bytes
+    ticket: Ticket
+
+
+@dataclass(slots=True)
+class Taken:
+    """What became of some messages. `error` ends the stream, after the receipts of what came before it."""
+
+    pushed: list[Pushed] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Receiver:
+    """The region's side of replication, over its archive."""
+
+    def __init__(self, archive: Archive, clock: Callable[[], int]) -> None:
+        self._archive = archive
+        self._clock = clock
+
+    def verdicts(self, ward: str, items: Sequence[uplink_pb2.OfferItem]) -> list[Received | None]:
+        """For each offered item the receipt, or None when the region needs it."""
+        if len(items) > OFFER_ITEMS_MAX:
+            raise InvalidInput(f"more than {OFFER_ITEMS_MAX:,} instances in one offer")
+        self._archive.wait_indexed()
+        found = [self._receipt_for(item.sop_instance_uid, serde.digest_from(item.digest)) for item in items]
+        self._note_copies(ward, [receipt for receipt in found if receipt is not None])
+        return found
+
+    def settle(self, ward: str, pushed: Iterable[Pushed]) -> list[Received]:
+        """Waits until what was pushed is durable and indexed, then makes the receipts."""
+        receipts = []
+        for one in pushed:
+            one.ticket.wait_durable()
+            one.ticket.wait_indexed()
+            receipts.append(Received(one.uid, one.digest, self._clock(), one.ticket.outcome))
+        self._note_copies(ward, [one for one in receipts if one.outcome is Outcome.DUPLICATE])
+        return receipts
+
+    def incoming(self, ward: str) -> Incoming:
+        """The objects of one push stream of this ward."""
+        return Incoming(self._archive, ward)
+
+    def _receipt_for(self, uid: str, digest: bytes) -> Received | None:
+        if not self._archive.index.has_content(uid, digest):
+            return None
+        known = self._archive.index.lookup(uid)
+        live = known is not None and known.digest == digest
+        return Received(uid, digest, self._clock(), Outcome.DUPLICATE if live else Outcome.CONFLICT)
+
+    def _note_copies(self, ward: str, receipts: Iterable[Received]) -> None:
+        """One fact for each of these that is the region's by another ward and was not yet known to be here
+        too.
+        """
+        facts = [
+            Fact(FactKind.COPY, receipt.sop_instance_uid, receipt.digest, ward, self._clock())
+            for receipt in receipts
+            if self._is_new_holder(ward, receipt)
+        ]
+        if facts:
+            self._archive.record_facts(facts)
+
+    def _is_new_holder(self, ward: str, receipt: Received) -> bool:
+        uid = receipt.sop_instance_uid
+        known = self._archive.index.lookup(uid)
+        if known is None or known.digest != receipt.digest:
+            return False
+        own = Scope(frozenset({ward}))
+        return not self._archive.index.instances(known.study_uid, known.series_uid, uid, scope=own)
+
+
+class Incoming:
+    """The objects of one push stream, in order; at most one of them is half here."""
+
+    def __init__(self, archive: Archive, ward: str) -> None:
+        self._archive = archive
+        self._ward = ward
+        self._head: InstanceHead | None = None
+        self._reception: Reception | None = None
+        self._left = 0
+        self._refusal: MissError | None = None
+
+    def take(self, messages: Sequence[uplink_pb2.PushRequest]) -> Taken:
+        """Takes messages in the order they came. Stops at what ends the stream."""
+        taken = Taken()
+        for message in messages:
+            try:
+                self._take_one(message, taken)
+            except Exception as error:
+                taken.error = error
+                self.abort()
+                break
+        return taken
+
+    def abort(self) -> None:
+        """The stream ended: what is half here is given up."""
+        reception, self._reception, self._head = self._reception, None, None
+        if reception is not None:
+            reception.abort()
+
+    def _take_one(self, message: uplink_pb2.PushRequest, taken: Taken) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "group":
+            if self._head is not None:
+                raise InvalidInput("a group between the begin and the end of an object")
+            for whole in message.group.objects:
+                self._begin(whole.begin)
+                self._write(whole.dataset)
+                self._end(whole.digest, taken)
+        elif kind == "begin":
+            self._begin(message.begin)
+        elif kind == "chunk":
+            self._write(message.chunk)
+        elif kind == "end":
+            self._end(message.end.digest, taken)
+        else:
+            raise InvalidInput("a push message that this release does not know")
+
+    def _begin(self, begin: uplink_pb2.PushBegin) -> None:
+        if self._head is not None:
+            raise InvalidInput("an object begins inside another")
+        self._head = serde.head_from(begin.head, ward=self._ward)
+        self._left, self._refusal = begin.size, None
+        with self._refusing():
+            self._reception = self._archive.intake.begin(
+                self._head, conflict=begin.conflict, size_hint=begin.size
+            )
+
+    def _write(self, chunk: bytes) -> None:
+        if self._head is None:
+            raise InvalidInput("a chunk of no object")
+        if len(chunk) > CHUNK_BYTES_MAX:
+            raise InvalidInput("a chunk larger than 1 MiB")
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise InvalidInput("an object longer than it was said to be")
+        if self._reception is not None:
+            with self._refusing():
+                self._reception.write(chunk)
+
+    def _end(self, digest: bytes, taken: Taken) -> None:
+        if self._head is None:
+            raise InvalidInput("the end of no object")
+        digest = serde.digest_from(digest)
+        uid = self._head.sop_instance_uid
+        if self._reception is not None:
+            with self._refusing():
+                if self._left:
+                    raise Corrupt("an object shorter than it was said to be")
+                taken.pushed.append(Pushed(uid, digest, self._reception.commit(expected_digest=digest)))
+        if self._refusal is not None:
+            permanent = not isinstance(self._refusal, Corrupt)
+            taken.refused.append(Refused(uid, digest, str(self._refusal), permanent))
+        self._head = self._reception = None
+
+    def _refusing(self) -> _Refusing:
+        return _Refusing(self)
+
+    def refuse(self, error: MissError) -> None:
+        """Gives up the object that is half here; its other messages are dropped."""
+        self._refusal = error
+        if self._reception is not None:
+            self._reception.abort()
+            self._reception = None
+
+
+class _Refusing:
+    """What is wrong with one object refuses it alone; what else is raised goes on up and ends the stream."""
+
+    def __init__(self, incoming: Incoming) -> None:
+        self._incoming = incoming
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, (InvalidInput, TooLarge, Corrupt)):
+            self._incoming.refuse(error)
+            return True
+        return False

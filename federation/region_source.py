@@ -1,0 +1,301 @@
+"""The region as a source: the regional archive, read here, and what single wards still hold, through the
+hub.
+
+The order matters (`federation/fanout.py` says why): first the wards, then the region's index. A hub that
+does not answer is no error: the ledger has what each ward said last, and the coverage says as of when the
+answer is complete.
+
+Reading promotes. Before instances of a study are given, the wards that are known to have a backlog are asked
+to push what they hold of it. The reader waits for that as long as it comes, and then reads what is there;
+what did not come in time is named by the coverage of the next search, and is not hidden by an error here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
+
+import grpc
+
+from archive.archive import Archive
+from archive.errors import MissError, NotFound
+from archive.ledger import Ledger, WardState
+from archive.model import Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
+from certs.authority import clock_us
+from federation import serde, status
+from federation.assertion import sign
+from federation.coverage import (
+    CoverageState,
+    WardCoverage,
+    WardStatus,
+    coverage_of,
+    is_worth_asking,
+    status_of,
+)
+from federation.fanout import Held, WardMatches, merge, series_of, studies_of, uids_of
+from federation.hub_channel import HubChannel
+from federation.node_source import person_in
+from federation.policy import Act, Principal, narrowed, require
+from federation.source import Answer
+from protos import region_pb2
+
+log = logging.getLogger(__name__)
+
+ASK_DEADLINE_S = 2.0
+PROMOTE_DEADLINE_S = 60.0
+HUB_MARGIN_S = 1.0  # what the hub itself may take beyond the wards' deadline
+LOOKS_MAX = 3  # at what the region holds, before and after its rows are read
+UIDS_IN_A_KEY_MAX = 200  # of one list of UIDs in a query
+WHOLE_S = 2.0  # so long a study that was found whole is not asked for again
+WHOLE_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the hub said of the wards."""
+
+    wards: list[WardMatches] = field(default_factory=list)
+    coverage: list[WardCoverage] = field(default_factory=list)
+
+
+class RegionSource:
+    """A `Source` over the regional archive (opened to read), the ledger, and the hub."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        ledger: Ledger,
+        hub: HubChannel,
+        *,
+        clock: Callable[[], int] = clock_us,
+        ask_deadline_s: float = ASK_DEADLINE_S,
+        promote_deadline_s: float = PROMOTE_DEADLINE_S,
+    ) -> None:
+        self._archive = archive
+        self._ledger = ledger
+        self._hub = hub
+        self._clock = clock
+        self._ask_deadline_s = ask_deadline_s
+        self._promote_deadline_s = promote_deadline_s
+        self._whole = _Recently()
+
+    def search(self, principal: Principal, query: Query) -> Answer:
+        scope = narrowed(query.scope, require(principal, Act.SEARCH))
+        query = replace(query, scope=scope, pending_only=False)
+        asked = self._ask_wards(principal, query)
+        uids, series = uids_of(asked.wards), series_of(asked.wards)
+        held = self._held(query, uids, series, asked.wards)
+        for _ in range(LOOKS_MAX):
+            rows = self._rows(query, asked.wards)
+            before, held = held, self._held(query, uids, series, asked.wards)
+            if held == before:  # nothing of it arrived while the rows were read: they fit each other
+                break
+        page = merge(query.level, rows, asked.wards, held, limit=query.limit, offset=query.offset)
+        return Answer(
+            page.matches,
+            asked.coverage,
+            self._remaining(query, page.added, len(page.matches)),
+        )
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance]:
+        scope = require(principal, Act.READ)
+        if sop_instance_uid is not None:
+            found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+            if found:  # an instance is whole or not here: nothing to wait for
+                return found
+        self._promote(principal, scope, study_uid, sop_instance_uid)
+        found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+        if not found:
+            raise NotFound("no such study, series or instance")
+        return found
+
+    def open_payload(self, instance: StoredInstance) -> BinaryIO:
+        return self._archive.open_payload(instance.location)
+
+    def coverage(self) -> list[WardCoverage]:
+        return [one.coverage for one in self.statuses()]
+
+    def statuses(self) -> list[WardStatus]:
+        """Each ward as the ledger knows it, for those who keep the region running."""
+        now_us, states = self._clock(), self._ledger.ward_states()
+        return [status_of(ward, states.get(ward.id), now_us) for ward in self._ledger.wards()]
+
+    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
+        query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)
+        matches = self.search(principal, query).matches
+        return person_in(matches[0].issuer, matches[0].patient.get("PatientID", "")) if matches else None
+
+    # The wards' part.
+
+    def _ask_wards(self, principal: Principal, query: Query) -> Asked:
+        """Asks the hub when a ward in the scope has something pending; else the ledger says all there is to
+        say.
+        """
+        states, wards = self._ledger.ward_states(), self._wards(query.scope)
+        if not self._worth_asking(wards, states):
+            return Asked(coverage=self._from_ledger(wards, states))
+        asked_level = Level.STUDY if query.level is Level.PATIENT else query.level
+        request = region_pb2.SearchRequest(
+            query=serde.query_to(replace(query, level=asked_level, limit=None, offset=0)),
+            assertion=serde.assertion_to(sign(principal, self._hub.identity, self._clock())),
+            deadline_s=self._ask_deadline_s,
+        )
+        try:
+            reply = self._hub.stub.Search(request, timeout=self._ask_deadline_s + HUB_MARGIN_S)
+            by_ward = _by_ward(map(serde.match_from, reply.matches))
+            coverage = [serde.coverage_from(one) for one in reply.coverage]
+        except (grpc.RpcError, MissError) as error:
+            log.warning("the hub does not answer a search: %s", _words(error))
+            return Asked(coverage=self._without_hub(wards, states))
+        return Asked(
+            [WardMatches(ward, tuple(matches)) for ward, matches in by_ward.items()],
+            [one for one in coverage if query.scope.allows(one.ward)],
+        )
+
+    def _wards(self, scope: Scope) -> list[Ward]:
+        return [ward for ward in self._ledger.wards() if scope.allows(ward.id)]
+
+    def _worth_asking(self, wards: list[Ward], states: Mapping[str, WardState]) -> bool:
+        now_us = self._clock()
+        return any(is_worth_asking(states.get(ward.id), now_us) for ward in wards)
+
+    def _from_ledger(self, wards: list[Ward], states: Mapping[str, WardState]) -> list[WardCoverage]:
+        now_us = self._clock()
+        return [coverage_of(ward, states.get(ward.id), now_us) for ward in wards]
+
+    def _without_hub(self, wards: list[Ward], states: Mapping[str, WardState]) -> list[WardCoverage]:
+        """The hub is away, and so is every ward for as long: none is more than as of its last report."""
+        away = {ward: replace(state, attached=False) for ward, state in states.items()}
+        return self._from_ledger(wards, away)
+
+    # The region's part.
+
+    def _rows(self, query: Query, wards: Sequence[WardMatches]) -> list[Match]:
+        """The region's first rows, as far as the page reaches, and its rows of what the wards list."""
+        reach = None if query.limit is None else query.offset + query.limit
+        rows = self._archive.search(replace(query, limit=reach, offset=0))
+        if query.level is Level.PATIENT:
+            # A patient that a ward lists is among the rows or not in the region: so they are read in full.
+            return (
+                rows
+                if not wards or reach is None
+                else self._archive.search(replace(query, limit=None, offset=0))
+            )
+        keyword, listed = _listed(query.level, wards)
+        missing = sorted(listed - {_uid(query.level, row) for row in rows})
+        for cut in _cuts(missing):
+            keys = ((keyword, "\\".join(cut)),)
+            rows += self._archive.search(replace(query, keys=keys, limit=None, offset=0))
+        return rows
+
+    def _held(
+        self, query: Query, uids: frozenset[str], series: frozenset[str], wards: Sequence[WardMatches]
+    ) -> Held:
+        """Which of what the wards list the region has, within the scope and the person of the question."""
+
+        def here(level: Level, keyword: str, wanted: frozenset[str]) -> frozenset[str]:
+            found: set[str] = set()
+            for cut in _cuts(sorted(wanted)):
+                question = Query(level, ((keyword, "\\".join(cut)),), scope=query.scope, person=query.person)
+                found.update(_uid(level, match) for match in self._archive.search(question))
+            return frozenset(found)
+
+        if not uids:
+            return Held()
+        return Held(
+            here(Level.IMAGE, "SOPInstanceUID", uids),
+            here(Level.SERIES, "SeriesInstanceUID", series),
+            here(Level.STUDY, "StudyInstanceUID", studies_of(wards)),
+        )
+
+    def _remaining(self, query: Query, added: int, shown: int) -> int | None:
+        if query.limit is None or shown < query.limit:
+            return 0
+        total = self._archive.count(replace(query, limit=None, offset=0)) + added
+        return max(total - query.offset - shown, 0)
+
+    # Reading promotes.
+
+    def _promote(
+        self, principal: Principal, scope: Scope, study_uid: str, sop_instance_uid: str | None
+    ) -> None:
+        states, wards = self._ledger.ward_states(), self._wards(scope)
+        key = (principal.ward or "", study_uid)
+        if not self._worth_asking(wards, states) or self._whole.has(key):
+            return
+        request = region_pb2.PromoteRequest(
+            study_uid=study_uid,
+            sop_instance_uid=sop_instance_uid or "",
+            assertion=serde.assertion_to(sign(principal, self._hub.identity, self._clock())),
+            deadline_s=self._promote_deadline_s,
+        )
+        try:
+            reply = self._hub.stub.Promote(request, timeout=self._promote_deadline_s + HUB_MARGIN_S)
+        except grpc.RpcError as error:
+            log.warning("the hub does not promote: %s", _words(error))
+            return
+        if reply.complete and sop_instance_uid is None:
+            self._whole.add(key)
+        for one in map(serde.coverage_from, reply.coverage):
+            if one.state is CoverageState.INCOMPLETE:
+                log.info("a study is read while %s is incomplete: %s", one.ward, one.reason)
+
+
+class _Recently:
+    """The studies that were found whole a moment ago: a viewer asks for the same one many times a second."""
+
+    def __init__(self) -> None:
+        self._at_s: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._at_s.pop(key, None)
+            self._at_s[key] = time.monotonic()
+            while len(self._at_s) > WHOLE_MAX:
+                self._at_s.popitem(last=False)
+
+    def has(self, key: tuple[str, str]) -> bool:
+        with self._lock:
+            return time.monotonic() - self._at_s.get(key, -WHOLE_S) < WHOLE_S
+
+
+def _listed(level: Level, wards: Sequence[WardMatches]) -> tuple[str, set[str]]:
+    keyword = {
+        Level.STUDY: "StudyInstanceUID", Level.SERIES: "SeriesInstanceUID", Level.IMAGE: "SOPInstanceUID",
+    }[level]  # fmt: skip
+    return keyword, {_uid(level, match) for answer in wards for match in answer.matches}
+
+
+def _uid(level: Level, match: Match) -> str:
+    if level is Level.STUDY:
+        return match.study["StudyInstanceUID"]
+    if level is Level.SERIES:
+        return match.series["SeriesInstanceUID"]
+    return match.instance["SOPInstanceUID"]
+
+
+def _cuts(uids: Sequence[str]) -> list[Sequence[str]]:
+    return [uids[start : start + UIDS_IN_A_KEY_MAX] for start in range(0, len(uids), UIDS_IN_A_KEY_MAX)]
+
+
+def _by_ward(matches: Iterable[Match]) -> dict[str, list[Match]]:
+    by_ward: dict[str, list[Match]] = {}
+    for match in matches:
+        by_ward.setdefault(match.wards[0], []).append(match)
+    return by_ward
+
+
+def _words(error: Exception) -> str:
+    return str(status.restored(error)) if isinstance(error, grpc.Call) else type(error).__name__

@@ -1,0 +1,101 @@
+"""The settings of the hub and of a node's uplink, declared once; `archive/settings.py` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from archive.archive import ArchiveSettings
+from archive.database import sqlite_url
+from archive.settings import setting
+from certs.settings import EnrolmentSettings
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """The bounds of an archive, the region's or a node's."""
+
+    pack_bytes_max: int = setting(GIB, "A pack is sealed at this size.", "bytes", minimum=MIB)
+    memory_budget_bytes: int = setting(
+        256 * MIB, "What all half-received objects may take of the memory together.", "bytes", minimum=4 * MIB
+    )
+    object_bytes_max: int = setting(16 * GIB, "The largest object that is taken.", "bytes", minimum=MIB)
+    free_bytes_min: int = setting(
+        GIB, "With less free disk than this nothing is taken until there is room.", "bytes", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """The hub: what the region's nodes and portals dial."""
+
+    state: Path = setting(
+        Path("."), "The folder of the regional store: packs, facts, index, the hub's identity."
+    )
+    ca: Path = setting(Path("ca"), "The folder of the region's authority (`miss ca init`).")
+    ledger_url: str = setting(
+        "",
+        "The region's ledger, sqlite:///PATH or postgresql://...; empty is a SQLite file in the state.",
+        secret=True,
+    )
+    index_url: str = setting(
+        "", "The regional index; empty is a SQLite file in the state folder.", secret=True
+    )
+    host: str = setting("0.0.0.0", "The address that nodes and portals dial; both sides show certificates.")
+    port: int = setting(7443, "Its port; 0 takes a free one.", minimum=0, maximum=65535)
+    name: str = setting("hub", "This hub's name in its certificate.")
+    report_interval_s: float = setting(5.0, "How often each ward reports.", "s", minimum=0.1, maximum=5.0)
+    ask_deadline_s: float = setting(
+        2.0, "How long a search waits for one ward.", "s", minimum=0.1, maximum=60.0
+    )
+    promote_deadline_s: float = setting(
+        60.0, "How long a reader waits for what only a ward holds.", "s", minimum=1.0, maximum=600.0
+    )
+    pushes_max: int = setting(64, "Push streams at once, of all wards.", minimum=1, maximum=1024)
+    pushes_per_ward_max: int = setting(8, "Push streams at once, of one ward.", minimum=1, maximum=64)
+    workers: int = setting(8, "Threads that work on the archive.", minimum=1, maximum=256)
+    stop_grace_s: float = setting(5.0, "What open calls get to end when the hub stops.", "s", minimum=0.0)
+    enrolment: EnrolmentSettings = setting(EnrolmentSettings)
+    archive: StoreSettings = setting(StoreSettings)
+
+    @property
+    def ledger(self) -> str:
+        """The URL of the region's ledger."""
+        return self.ledger_url or sqlite_url(self.state / "ledger.db")
+
+    def archive_settings(self) -> ArchiveSettings:
+        """The regional archive's settings."""
+        return ArchiveSettings(
+            state=self.state,
+            index_url=self.index_url,
+            pack_bytes_max=self.archive.pack_bytes_max,
+            memory_budget_bytes=self.archive.memory_budget_bytes,
+            object_bytes_max=self.archive.object_bytes_max,
+            free_bytes_min=self.archive.free_bytes_min,
+        )
+
+
+@dataclass(frozen=True)
+class UplinkSettings:
+    """The uplink: the outbound connection of a node to its hub."""
+
+    enabled: bool = setting(True, "Whether the node dials its hub at all.")
+    hub_address: str = setting("", "The hub to dial, host:port; empty is the one that the invite named.")
+    hold: bool = setting(False, "Keep replication back and push only what a reader in the region asks for.")
+    push_streams: int = setting(2, "Push streams at once.", minimum=1, maximum=8)
+    window: int = setting(
+        1000, "Instances of the backlog that are looked at together.", minimum=1, maximum=10_000
+    )
+    offer_items: int = setting(500, "Instances in one offer.", minimum=1, maximum=1000)
+    tries_max: int = setting(
+        5, "After this many refusals an instance is set aside, with the reason.", minimum=1, maximum=100
+    )
+    backoff_first_s: float = setting(0.25, "The first pause after a failure; it doubles.", "s", minimum=0.01)
+    backoff_cap_s: float = setting(10.0, "The longest pause after failures.", "s", minimum=0.05)
+    poll_s: float = setting(
+        0.1, "How often the node looks whether something was stored.", "s", minimum=0.01, maximum=5.0
+    )
+    workers: int = setting(4, "Threads that read the archive for the uplink.", minimum=1, maximum=32)

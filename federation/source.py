@@ -1,0 +1,57 @@
+"""What the portal asks: anything that can be searched and read is a `Source`, be it the whole region or one
+node alone. Every method takes who asks, decides by `federation/policy.py`, and says in its answer what the
+answer covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from archive.model import Match, PatientKey, Query, StoredInstance
+from federation.coverage import WardCoverage
+from federation.policy import Principal
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A page of matches with what it covers. `remaining` counts the matches after the page, None when
+    unknown.
+    """
+
+    matches: list[Match]
+    coverage: list[WardCoverage]
+    remaining: int | None = None
+
+    @property
+    def covered(self) -> bool:
+        """Whether nothing is known to be missing from any ward."""
+        return all(ward.covered for ward in self.coverage)
+
+
+class Source(Protocol):
+    """Blocking: called in a thread."""
+
+    def search(self, principal: Principal, query: Query) -> Answer:
+        """The matches that the principal may see. Raises Forbidden when the role searches nothing at all."""
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance]:
+        """The instances to read; what only a ward holds is fetched first (reading promotes). Raises NotFound
+        when there are none that the principal may see: what is hidden looks like what does not exist.
+        """
+
+    def open_payload(self, instance: StoredInstance) -> BinaryIO:
+        """The Part 10 stream of an instance that `instances` gave."""
+
+    def coverage(self) -> list[WardCoverage]:
+        """What an answer would cover now, ward by ward, without asking anybody."""
+
+    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
+        """The patient of a study that the principal may see."""

@@ -1,0 +1,281 @@
+"""The hub's end of the uplinks: Attach, Offer, Push and Answer. It moves messages between calls and the
+classes that know what to do with them; who calls is the certificate's word, by `certs/gate.py`, and no
+field's.
+
+Bounds: push streams in all and for each ward, four messages of at most 1 MiB read ahead on each, two groups
+of objects on their way to the disk on each. Past them a node is told to come later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+from archive.errors import InvalidInput, MissError, OutOfResources, Unavailable
+from certs.gate import peer
+from federation import serde, status
+from federation.arrivals import Arrivals
+from federation.attachments import Attachment, Attachments
+from federation.coverage import STALE_AFTER_S
+from federation.pools import Pools
+from federation.receiving import Incoming, Pushed, Receiver
+from federation.replicator import Received, Refused
+from federation.settings import HubSettings
+from protos import uplink_pb2, uplink_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+HELLO_WAIT_S = 10.0
+CONTROL_BYTES_MAX = 64 << 10
+EPOCH_BYTES_MAX = 64
+READ_AHEAD = 4
+BATCH_MESSAGES_MAX = 8
+SETTLING_MAX = 2
+
+
+class UplinkService(uplink_pb2_grpc.UplinkServicer):
+    """Implements `miss.v1.Uplink`."""
+
+    def __init__(
+        self,
+        settings: HubSettings,
+        attachments: Attachments,
+        receiver: Receiver,
+        arrivals: Arrivals,
+        pools: Pools,
+        version: str,
+    ) -> None:
+        self._settings = settings
+        self._attachments = attachments
+        self._receiver = receiver
+        self._arrivals = arrivals
+        self._pools = pools
+        self._version = version
+        self._pushes: Counter[str] = Counter()
+
+    # grpc.aio takes a coroutine that writes as well as a generator, which the generated stubs do not know.
+
+    async def Attach(  # type: ignore[override]
+        self, request_iterator: Any, context: Any
+    ) -> None:
+        ward = peer(context).ward
+        messages = aiter(request_iterator)
+        try:
+            hello = await _hello(messages)
+        except MissError as error:
+            await status.abort(context, error)
+        attachment = await self._attachments.attach(ward, hello)
+        reason = "the line was lost"
+        try:
+            await context.write(uplink_pb2.HubMessage(welcome=self._welcome()))
+            reason = await self._converse(attachment, messages, context)
+        finally:
+            # Shielded: the call's cancellation must not keep the ward attached for ever.
+            await asyncio.shield(self._attachments.detach(attachment, reason))
+
+    async def Offer(self, request: uplink_pb2.OfferRequest, context: Any) -> uplink_pb2.OfferReply:
+        ward = peer(context).ward
+        try:
+            found = await self._pools.work(self._receiver.verdicts, ward, list(request.items))
+        except Exception as error:
+            await status.abort(context, error)
+        self._came(ward, [receipt for receipt in found if receipt is not None])
+        return uplink_pb2.OfferReply(verdicts=[_verdict(receipt) for receipt in found])
+
+    async def Push(  # type: ignore[override]
+        self, request_iterator: Any, context: Any
+    ) -> None:
+        ward = peer(context).ward
+        settings = self._settings
+        if self._pushes.total() >= settings.pushes_max or self._pushes[ward] >= settings.pushes_per_ward_max:
+            await status.abort(context, OutOfResources("too many pushes at once"))
+        self._pushes[ward] += 1
+        incoming = self._receiver.incoming(ward)
+        try:
+            await self._receive(ward, incoming, aiter(request_iterator), context)
+        finally:
+            self._pushes[ward] -= 1
+            await asyncio.shield(self._pools.work(incoming.abort))
+
+    async def Answer(self, request: uplink_pb2.SearchAnswer, context: Any) -> uplink_pb2.AnswerReply:
+        ward = peer(context).ward
+        try:
+            matches = [serde.match_of_ward(match, ward) for match in request.matches]
+            if request.HasField("report") and self._attachments.attached(ward) is not None:
+                await self._attachments.report(ward, serde.report_from(request.report))
+        except MissError as error:
+            self._attachments.failed(ward, request.ask_id, f"its answer can't be used: {error}")
+            await status.abort(context, error)
+        self._attachments.answered(
+            ward, request.ask_id, matches, last=request.last, truncated=request.truncated
+        )
+        return uplink_pb2.AnswerReply()
+
+    # Attach.
+
+    def _welcome(self) -> uplink_pb2.Welcome:
+        return uplink_pb2.Welcome(
+            protocol=PROTOCOL,
+            clock_us=self._pools.clock(),
+            report_interval_s=self._settings.report_interval_s,
+            version=self._version,
+        )
+
+    async def _converse(
+        self, attachment: Attachment, messages: AsyncIterator[uplink_pb2.NodeMessage], context: Any
+    ) -> str:
+        """Hears and speaks until either ends; returns why, in words for the log."""
+        hear = asyncio.create_task(self._hear(attachment, messages))
+        speak = asyncio.create_task(_speak(attachment, context))
+        try:
+            await asyncio.wait((hear, speak, attachment.ended), return_when=asyncio.FIRST_COMPLETED)
+            if attachment.ended.done():
+                return attachment.ended.result()
+            error = next((task.exception() for task in (hear, speak) if task.done()), None)
+            if error is None:
+                return "it said goodbye"
+            if not isinstance(error, MissError):
+                log.error("the attach of %s broke", attachment.ward, exc_info=error)
+            return str(error)
+        finally:
+            for task in (hear, speak):
+                task.cancel()
+            await asyncio.gather(hear, speak, return_exceptions=True)
+
+    async def _hear(self, attachment: Attachment, messages: AsyncIterator[uplink_pb2.NodeMessage]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(STALE_AFTER_S):
+                    message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise Unavailable(f"it was silent for {STALE_AFTER_S:g} s") from None
+            if message.ByteSize() > CONTROL_BYTES_MAX:
+                raise InvalidInput("it sent a control message larger than 64 KB")
+            kind = message.WhichOneof("message")
+            if kind == "report":
+                await self._attachments.report(attachment.ward, serde.report_from(message.report))
+            elif kind == "ask_failed":
+                failed = message.ask_failed
+                self._attachments.failed(attachment.ward, failed.ask_id, failed.reason)
+
+    # Push.
+
+    async def _receive(
+        self, ward: str, incoming: Incoming, messages: AsyncIterator[uplink_pb2.PushRequest], context: Any
+    ) -> None:
+        """Reads ahead, takes what was read in batches, and settles one batch while the next is taken."""
+        ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None] = asyncio.Queue(READ_AHEAD)
+        reader = asyncio.create_task(_read_ahead(messages, ahead))
+        settling: list[asyncio.Task[None]] = []
+        try:
+            ended = False
+            while not ended:
+                batch, ended = await _batch(ahead)
+                taken = await self._pools.work(incoming.take, batch)
+                if len(settling) >= SETTLING_MAX:
+                    await settling.pop(0)
+                before = settling[-1] if settling else None
+                settling.append(
+                    asyncio.create_task(self._settle(ward, taken.pushed, taken.refused, before, context))
+                )
+                if taken.error is not None:
+                    await asyncio.gather(*settling)
+                    await status.abort(context, taken.error)
+            await asyncio.gather(*settling)
+        finally:
+            reader.cancel()
+            for task in settling:
+                task.cancel()
+            await asyncio.gather(reader, *settling, return_exceptions=True)
+
+    async def _settle(
+        self,
+        ward: str,
+        pushed: list[Pushed],
+        refused: list[Refused],
+        before: asyncio.Task[None] | None,
+        context: Any,
+    ) -> None:
+        """Writes the verdicts of one batch, after those of the batch before it."""
+        if not pushed and not refused:
+            if before is not None:
+                await before
+            return
+        try:
+            receipts = await self._pools.wait(self._receiver.settle, ward, pushed)
+            if before is not None:
+                await before
+        except Exception as error:
+            await status.abort(context, error)
+        self._came(ward, receipts, refused)
+        await context.write(
+            uplink_pb2.PushReply(
+                group=uplink_pb2.PushVerdicts(
+                    receipts=[serde.receipt_to(receipt) for receipt in receipts],
+                    refusals=[serde.refusal_to(refusal) for refusal in refused],
+                )
+            )
+        )
+        for refusal in refused:
+            log.warning("refused %s of %s: %s", refusal.sop_instance_uid, ward, refusal.reason)
+
+    def _came(self, ward: str, receipts: list[Received], refused: list[Refused] | None = None) -> None:
+        if receipts:
+            self._attachments.receipted(ward)
+        self._arrivals.came(one.sop_instance_uid for one in (*receipts, *(refused or ())))
+
+
+async def _hello(messages: AsyncIterator[uplink_pb2.NodeMessage]) -> uplink_pb2.Hello:
+    try:
+        async with asyncio.timeout(HELLO_WAIT_S):
+            message = await anext(messages)
+    except (TimeoutError, StopAsyncIteration):
+        raise InvalidInput("an attach begins with hello") from None
+    if message.WhichOneof("message") != "hello" or len(message.hello.epoch) > EPOCH_BYTES_MAX:
+        raise InvalidInput("an attach begins with hello")
+    return message.hello
+
+
+async def _speak(attachment: Attachment, context: Any) -> None:
+    while True:
+        await context.write(await attachment.outbound.get())
+
+
+async def _read_ahead(
+    messages: AsyncIterator[uplink_pb2.PushRequest],
+    ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None],
+) -> None:
+    try:
+        async for message in messages:
+            await ahead.put(message)
+        await ahead.put(None)
+    except Exception as error:
+        await ahead.put(error)
+
+
+async def _batch(
+    ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None],
+) -> tuple[list[uplink_pb2.PushRequest], bool]:
+    """What has been read, at least one message, and whether the stream has ended."""
+    batch: list[uplink_pb2.PushRequest] = []
+    while True:
+        message = await ahead.get()
+        if isinstance(message, Exception):
+            raise message
+        if message is None:
+            return batch, True
+        batch.append(message)
+        if len(batch) >= BATCH_MESSAGES_MAX or ahead.empty():
+            return batch, False
+
+
+def _verdict(receipt: Received | None) -> uplink_pb2.OfferVerdict:
+    if receipt is None:
+        return uplink_pb2.OfferVerdict(verdict=uplink_pb2.OfferVerdict.NEED)
+    return uplink_pb2.OfferVerdict(verdict=uplink_pb2.OfferVerdict.HAVE, receipt=serde.receipt_to(receipt))
