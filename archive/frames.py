@@ -43,6 +43,7 @@ _MEDIA_TYPES = {
     **dict.fromkeys([f"1.2.840.10008.1.2.4.{n}" for n in (110, 111, 112)], "image/jxl"),
     **dict.fromkeys([f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203)], "image/jphc"),
 }
+_MPEG_2 = ("1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.101")
 _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(10[0-8])(\.1)?", re.ASCII)
 
 
@@ -80,7 +81,7 @@ class Layout:
         if self.element.length != UNDEFINED:
             return OCTETS
         if self.is_video:
-            return "video/mpeg" if self.transfer_syntax_uid[22:25] in ("100", "101") else "video/mp4"
+            return "video/mpeg" if self.transfer_syntax_uid.startswith(_MPEG_2) else "video/mp4"
         return _MEDIA_TYPES.get(self.transfer_syntax_uid, OCTETS)
 
 
@@ -111,8 +112,13 @@ def read(
         frames = _Native(opened, where).read(frame_numbers, bytes_max)
         return FrameSet(EXPLICIT_LITTLE, OCTETS, frames)
     frames = _Encapsulated(opened, where, limits).read(frame_numbers, bytes_max)
+    if where.transfer_syntax_uid == _ENCAPSULATED_UNCOMPRESSED:
+        return FrameSet(EXPLICIT_LITTLE, OCTETS, frames)
     return FrameSet(where.transfer_syntax_uid, where.media_type, frames)
 
+
+# PS3.5 A.4.11: native frames that were too long for a defined length; their octets are those of explicit VR.
+_ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
 
 _SAMPLES, _PHOTOMETRIC, _FRAMES = 0x00280002, 0x00280004, 0x00280008
 _ROWS, _COLUMNS, _BITS = 0x00280010, 0x00280011, 0x00280100

@@ -94,12 +94,12 @@ class Instance:
 
 def encode(dataset: Dataset, transfer_syntax: str) -> bytes:
     """`dataset` as a transfer syntax encodes it, without group 2; PixelData must be as it needs it."""
-    syntax = UID(transfer_syntax)
     out = DicomBytesIO()
-    out.is_little_endian = syntax.is_little_endian
-    out.is_implicit_VR = syntax.is_implicit_VR
+    # Whatever else there is, also what pydicom does not know, is explicit little endian (PS3.5 10).
+    out.is_little_endian = transfer_syntax != BIG_ENDIAN
+    out.is_implicit_VR = transfer_syntax == IMPLICIT
     write_dataset(out, dataset)
-    if not syntax.is_deflated:
+    if transfer_syntax != DEFLATED:
         return out.getvalue()
     deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     packed = deflate.compress(out.getvalue()) + deflate.flush()
