@@ -3,7 +3,7 @@ run-time credentials and the check on every call. Knows no DICOM, and owns no po
 
 What the other packages use:
 
-    authority    Authority.init(folder, region, passphrase=None) / .open(folder): region, pin, bundle, issue(...);
+    authority    Authority.init(folder, region, passphrase=None), .open(folder): region, pin, bundle, issue;
                  hub_identity(authority_folder, folder, name="hub")
     profiles     Profile (node, portal, hub), Member (a `spiffe://<region>/...` identity), slug(text)
     invites      create_invite(ledger, *, profile, hospital, ward, issuer, address, pin, life_s, who) -> str
