@@ -18,7 +18,7 @@ from archive.charsets import UTF_8, TextDecoder, decoder
 from archive.errors import InvalidQuery
 from archive.jsonvalues import json_element, number_of
 from archive.model import Level, Match, is_uid
-from archive.values import text_of
+from archive.values import DEFAULT_CHARSET_VRS, text_of
 
 QUERY_VALUE_BYTES_MAX = 1 << 20  # a list of some 16,000 UIDs
 QUERY_KEYS_MAX = 512
@@ -160,6 +160,8 @@ def _put(dataset: Dataset, keyword: str, text: str) -> None:
 
 def _add(dataset: Dataset, keyword: str, text: str) -> None:
     tag, vr = _tag_and_vr(keyword)
+    if vr in DEFAULT_CHARSET_VRS:
+        text = text.encode("latin-1", "replace").decode("latin-1")  # what can be written of such a value
     value: object = text
     if vr in ("IS", "DS", "US", "UL", "SS", "SL"):
         numbers = [number_of(vr, part) for part in text.split("\\")] if text else []

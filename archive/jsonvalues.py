@@ -43,16 +43,18 @@ def json_value(vr: str, part: str) -> Any:
 def number_of(vr: str, part: str) -> int | float | None:
     """The number that a string of this VR means, None when it means none that JSON can carry exactly."""
     part = part.strip()
+    if not part.isascii() or "_" in part:
+        return None  # Python reads more than DICOM allows
     if len(part) > _NUMBER_CHARS_MAX and vr not in DECIMAL_VRS:
         return None
     try:
         if vr in INTEGER_VRS:
             whole = int(part)
-            return whole if abs(whole) <= _EXACT_INTEGER_MAX and "_" not in part else None
+            return whole if abs(whole) <= _EXACT_INTEGER_MAX else None
         decimal = float(part)
     except ValueError:
         return None
-    return decimal if math.isfinite(decimal) and "_" not in part else None
+    return decimal if math.isfinite(decimal) else None
 
 
 def _person_name(text: str) -> dict[str, str] | None:
