@@ -3,16 +3,20 @@ nor the network. Writes nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from archive.archive import Archive
+from archive.errors import Unavailable
 from certs.identity import Identity
 from miss import configuration
 from miss.configuration import Process
 from miss.console import size
 from miss.processes import listening
+
+INDEX_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,17 @@ def node_backlog(state: Path) -> Backlog:
     """Reads the node whose folder is `state`."""
     settings = configuration.node(state / Process.NODE.file)
     identity = Identity.load(settings.identity)
+    host = "127.0.0.1" if settings.dimse.host in ("0.0.0.0", "::") else settings.dimse.host
+    running = listening(host, settings.dimse.port) is not None
     archive = Archive.open(settings.archive_settings(), outbox=True, read_only=True)
     try:
+        with contextlib.suppress(Unavailable):  # a node that does not run indexes at its next start
+            archive.wait_indexed(INDEX_WAIT_S if running else 0)
         totals, pending = archive.index.totals(), archive.index.pending_summary()
     finally:
         archive.close()
-    host = "127.0.0.1" if settings.dimse.host in ("0.0.0.0", "::") else settings.dimse.host
     return Backlog(
-        ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port,
-        listening=listening(host, settings.dimse.port) is not None,
+        ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port, listening=running,
         patients=totals.patients, studies=totals.studies, instances=totals.instances, bytes=totals.bytes,
         conflicts=totals.conflicts, pending=pending.count, pending_bytes=pending.bytes,
         oldest_pending_us=pending.oldest_us, set_aside=pending.set_aside,

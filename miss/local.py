@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archive.ledger import Ledger
+from archive.ledger import Ledger, WardState
 from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import slug
@@ -188,18 +189,15 @@ class LocalRegion:
         self.await_attached()
 
     def await_attached(self, timeout_s: float = ATTACH_TIMEOUT_S) -> None:
-        wait_until("the nodes' attaching to the hub", lambda: self.attached() or None, timeout_s=timeout_s,
-                   children=[self.hub, *(ward.node for ward in self.wards)])
-
-    def attached(self) -> bool:
-        """Whether every node has reported to the hub that runs now."""
-        import time
-
+        """Returns when every node is attached to the hub that runs now."""
         with self.ledger() as ledger:
-            states = ledger.ward_states()
+            wait_until("the nodes' attaching to the hub", lambda: self._attached(ledger.ward_states()),
+                       timeout_s=timeout_s, children=[self.hub, *(ward.node for ward in self.wards)])
+
+    def _attached(self, states: Mapping[str, WardState]) -> bool | None:
         now_us = int(time.time() * 1e6)
-        return all((state := states.get(ward.plan.id)) is not None and is_present(state, now_us)
-                   for ward in self.wards)
+        there = [states.get(ward.plan.id) for ward in self.wards]
+        return all(state is not None and is_present(state, now_us) for state in there) or None
 
     def stop(self) -> None:
         """Portals first, then nodes, then the hub: nobody loses whom they talk to."""

@@ -20,7 +20,7 @@ from archive.settings import ENVIRONMENT_PREFIX
 
 PARENT_VARIABLE = "MISS_PARENT_FD"
 STOP_TIMEOUT_S = 20.0
-POLL_S = 0.03
+POLL_S = 0.05
 LOG_TAIL_BYTES = 2_000
 
 T = TypeVar("T")

@@ -23,9 +23,10 @@ from miss.processes import listening, wait_until
 from miss.user import create
 from node.dimse import contexts
 from node.dimse.requestor import Peer, Requestor
-from tests.datasets import Instance
+from tests.datasets import CT, EXPLICIT, Instance
 
 CALLING = "MODALITY"
+EXPLICIT_CT = (CT, EXPLICIT)
 PASSWORD = "correct horse battery"
 RADIOLOGY = WardPlan("San Martino", "Radiology", "SAN-MARTINO")
 GALLIERA = WardPlan("Galliera", "Radiology", "GALLIERA")
