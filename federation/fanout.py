@@ -79,7 +79,7 @@ def merge(
         Level.SERIES: _join_series,
         Level.IMAGE: _join_image,
     }
-    rows: dict[tuple[str, ...], Match] = {_key(level, match): match for match in region}
+    rows = {_key(level, match) + _place(match, place): match for place, match in enumerate(region)}
     listed: dict[tuple[str, ...], list[tuple[str, Match]]] = {}
     for answer in sorted(wards, key=lambda answer: answer.ward):
         for match in answer.matches:
@@ -149,6 +149,15 @@ def _key(level: Level, match: Match) -> tuple[str, ...]:
     return (match.instance["SOPInstanceUID"],)
 
 
+def _place(match: Match, place: int) -> tuple[str, ...]:
+    """Keeps the region's patients without an ID apart."""
+    return (str(place),) if match.level is Level.PATIENT and not match.patient.get("PatientID") else ()
+
+
+def _studies_in(listed: Sequence[tuple[str, Match]]) -> frozenset[str]:
+    return frozenset(match.study["StudyInstanceUID"] for _, match in listed)
+
+
 def _holdings(wards: Iterable[WardMatches]) -> Iterable[SeriesHolding]:
     return (holding for answer in wards for match in answer.matches for holding in match.holdings)
 
@@ -209,7 +218,10 @@ def _join_patient(row: Match | None, listed: Sequence[tuple[str, Match]], held: 
     fresh = _fresh(listed, held)
     if row is None and not fresh:
         return None
-    base = row or replace(listed[0][1], level=Level.PATIENT, study={}, series_count=0, instance_count=0)
+    if row is None and not listed[0][1].patient.get("PatientID") and _studies_in(listed) & held.studies:
+        return None  # the region's row of a patient without an ID can't be told from others: it stands alone
+    nothing = Match(Level.PATIENT, listed[0][1].issuer, listed[0][1].patient)
+    base = row or nothing
     new_studies = {
         match.study["StudyInstanceUID"]
         for _, match in listed

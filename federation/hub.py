@@ -13,13 +13,14 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from types import TracebackType
 
 import grpc
 import grpc.aio
 
 from archive.archive import Archive
-from archive.errors import MissError, Unavailable
+from archive.errors import MissError, SettingsError, Unavailable
 from archive.ledger import Ledger, WardState
 from certs.authority import Authority, clock_us, hub_identity
 from certs.credentials import SERVER_OPTIONS, server_credentials
@@ -142,48 +143,55 @@ class Hub:
 
         attachments = Attachments(await _all_away(ledger, pools), keep, self._clock)
         arrivals, version = Arrivals(), software_version()
+        uplinks = UplinkService(
+            settings, attachments, Receiver(archive, self._clock), arrivals, pools, version
+        )
+        regions = RegionService(
+            settings, attachments, arrivals, archive, ledger, identity.roots_pem, pools, version
+        )
+        certificates = CertificatesServicer(
+            authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
+        )
         gate = Gate(ledger, clock=self._clock)
         server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
-        uplink_pb2_grpc.add_UplinkServicer_to_server(
-            UplinkService(settings, attachments, Receiver(archive, self._clock), arrivals, pools, version),
-            server,
-        )
-        region_pb2_grpc.add_RegionServicer_to_server(
-            RegionService(
-                settings, attachments, arrivals, archive, ledger, identity.roots_pem, pools, version
-            ),
-            server,
-        )
-        uplink_pb2_grpc.add_CertificatesServicer_to_server(
-            CertificatesServicer(
-                authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
-            ),
-            server,
-        )
-        self.port = server.add_secure_port(f"{settings.host}:{settings.port}", server_credentials(identity))
-        enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
-        renewal = RenewalThread(identity, renew=lambda _: self._identity(), clock=self._clock)
-        await gate.start()
-        await server.start()
-        await enrolment.start()
-        renewal.start()
-        self.enrolment_port = enrolment.port
-        log.info(
-            "the hub of %s takes calls on port %d, invites on %d",
-            authority.region,
-            self.port,
-            self.enrolment_port,
-        )
-        self._ready.set()
-        assert self._stopping is not None
-        await self._stopping.wait()
-        await asyncio.to_thread(renewal.stop)
+        uplink_pb2_grpc.add_UplinkServicer_to_server(uplinks, server)
+        region_pb2_grpc.add_RegionServicer_to_server(regions, server)
+        uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, server)
+        self.port = self._bind(server, identity)
+        async with AsyncExitStack() as parts:
+            await gate.start()
+            parts.push_async_callback(gate.stop)
+            await server.start()
+            parts.push_async_callback(self._stop_serving, server, attachments, uplinks)
+            enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
+            await enrolment.start()
+            parts.push_async_callback(enrolment.stop)
+            renewal = RenewalThread(identity, renew=lambda _: self._identity(), clock=self._clock)
+            renewal.start()
+            parts.push_async_callback(asyncio.to_thread, renewal.stop)
+            self.enrolment_port = enrolment.port
+            region, ports = authority.region, (self.port, self.enrolment_port)
+            log.info("the hub of %s takes calls on port %d, invites on %d", region, *ports)
+            self._ready.set()
+            assert self._stopping is not None
+            await self._stopping.wait()
+
+    async def _stop_serving(
+        self, server: grpc.aio.Server, attachments: Attachments, uplinks: UplinkService
+    ) -> None:
         stopped = asyncio.create_task(server.stop(self._grace_s))  # takes no new calls from here on
         await asyncio.sleep(0)
         attachments.end_all("the hub stops")
-        await enrolment.stop()
+        uplinks.stop()
         await stopped
-        await gate.stop()
+
+    def _bind(self, server: grpc.aio.Server, identity: Identity) -> int:
+        host, port = self.settings.host, self.settings.port
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return server.add_secure_port(place, server_credentials(identity))
+        except RuntimeError:  # gRPC's only word for it
+            raise SettingsError(f"host, port: {place} can't be had") from None
 
     def _identity(self) -> Identity:
         settings = self.settings

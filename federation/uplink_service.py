@@ -36,6 +36,9 @@ READ_AHEAD = 4
 BATCH_MESSAGES_MAX = 8
 SETTLING_MAX = 2
 
+# What was read of a push stream; None is its end.
+Ahead = asyncio.Queue[uplink_pb2.PushRequest | Exception | None]
+
 
 class UplinkService(uplink_pb2_grpc.UplinkServicer):
     """Implements `miss.v1.Uplink`."""
@@ -56,6 +59,15 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self._pools = pools
         self._version = version
         self._pushes: Counter[str] = Counter()
+        self._ahead: set[Ahead] = set()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """The hub stops: each push stream ends after what it has read, with the verdicts of that."""
+        self._stopping = True
+        for ahead in self._ahead:
+            if not ahead.full():  # one that is full is looked at soon anyway
+                ahead.put_nowait(None)
 
     # grpc.aio takes a coroutine that writes as well as a generator, which the generated stubs do not know.
 
@@ -170,12 +182,13 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self, ward: str, incoming: Incoming, messages: AsyncIterator[uplink_pb2.PushRequest], context: Any
     ) -> None:
         """Reads ahead, takes what was read in batches, and settles one batch while the next is taken."""
-        ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None] = asyncio.Queue(READ_AHEAD)
+        ahead: Ahead = asyncio.Queue(READ_AHEAD)
+        self._ahead.add(ahead)
         reader = asyncio.create_task(_read_ahead(messages, ahead))
         settling: list[asyncio.Task[None]] = []
         try:
             ended = False
-            while not ended:
+            while not ended and not self._stopping:
                 batch, ended = await _batch(ahead)
                 taken = await self._pools.work(incoming.take, batch)
                 if len(settling) >= SETTLING_MAX:
@@ -189,6 +202,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
                     await status.abort(context, taken.error)
             await asyncio.gather(*settling)
         finally:
+            self._ahead.discard(ahead)
             reader.cancel()
             for task in settling:
                 task.cancel()
@@ -247,10 +261,7 @@ async def _speak(attachment: Attachment, context: Any) -> None:
         await context.write(await attachment.outbound.get())
 
 
-async def _read_ahead(
-    messages: AsyncIterator[uplink_pb2.PushRequest],
-    ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None],
-) -> None:
+async def _read_ahead(messages: AsyncIterator[uplink_pb2.PushRequest], ahead: Ahead) -> None:
     try:
         async for message in messages:
             await ahead.put(message)
@@ -259,9 +270,7 @@ async def _read_ahead(
         await ahead.put(error)
 
 
-async def _batch(
-    ahead: asyncio.Queue[uplink_pb2.PushRequest | Exception | None],
-) -> tuple[list[uplink_pb2.PushRequest], bool]:
+async def _batch(ahead: Ahead) -> tuple[list[uplink_pb2.PushRequest], bool]:
     """What has been read, at least one message, and whether the stream has ended."""
     batch: list[uplink_pb2.PushRequest] = []
     while True:

@@ -90,7 +90,7 @@ def row(level: Level, group: Iterable[Image], wards: frozenset[str], *, holdings
         modalities=tuple(sorted({image.modality for image in group})),
         series_count=0 if level in (Level.SERIES, Level.IMAGE) else len(by_series),
         instance_count=len(group),
-        study_count=len({image.study for image in group}) if level is Level.PATIENT else 0,
+        study_count=len({image.study for image in group}),
         wards=tuple(sorted(wards)),
         holdings=tuple(
             SeriesHolding(series, members[0].modality, tuple(image.uid for image in members))
@@ -232,6 +232,11 @@ def test_patients_of_two_hospitals_with_one_id_stay_two() -> None:
     page = merge(Level.PATIENT, [], [at("A", "a/ct"), at("BB", "b/ct")], Held())
     assert sorted(match.issuer for match in page.matches) == ["A", "BB"]
     assert [match.study_count for match in page.matches] == [1, 1]
+
+
+def test_the_regions_patients_without_an_id_stay_apart() -> None:
+    region = [Match(Level.PATIENT, "A", {"PatientName": name}, study_count=1) for name in ("X", "Y")]
+    assert len(merge(Level.PATIENT, region, [], Held()).matches) == 2
 
 
 def test_studies_without_a_patient_id_are_no_ones_together() -> None:

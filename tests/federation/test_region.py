@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from archive.archive import Archive
-from archive.errors import Forbidden, NotFound
+from archive.errors import Forbidden, NotFound, SettingsError, Unavailable
 from archive.model import EVERYTHING, Level, Match, PatientKey, Query, Scope
 from certs.registry import revoke
 from federation import region_service, serde
@@ -93,8 +93,12 @@ def reported(region: Region, node: Node, pending: int) -> None:
 
 def shape(match: Match) -> tuple[str, int, int, tuple[str, ...], tuple[str, ...]]:
     return (
-        match.study["StudyInstanceUID"], match.series_count, match.instance_count, match.wards, match.pending_at,
-    )  # fmt: skip
+        match.study["StudyInstanceUID"],
+        match.series_count,
+        match.instance_count,
+        match.wards,
+        match.pending_at,
+    )
 
 
 def test_what_is_replicated_and_what_is_pending_is_one_row_with_union_counts(
@@ -195,12 +199,12 @@ def test_reading_promotes_what_only_a_ward_holds(
     found = source.instances(EVA, "1.2.7")
     assert {one.head.sop_instance_uid for one in found} == {one.sop_instance_uid for one in wanted}
     for instance in wanted:
-        (one,) = source.instances(EVA, "1.2.7", f"{'1.2.7'}.1", instance.sop_instance_uid)
+        (one,) = source.instances(EVA, "1.2.7", "1.2.7.1", instance.sop_instance_uid)
         with source.open_payload(one) as payload:
             assert payload.read()[one.location.dataset_offset :] == instance.dataset
     eventually(lambda: first.pending == 20, "nothing else was pushed")
-    one = source.instances(EVA, "1.2.8", None, "1.2.8.1.3")
-    assert [instance.head.sop_instance_uid for instance in one] == ["1.2.8.1.3"]
+    alone = source.instances(EVA, "1.2.8", None, "1.2.8.1.3")
+    assert [one.head.sop_instance_uid for one in alone] == ["1.2.8.1.3"]
     eventually(lambda: first.pending == 19, "one instance was pushed")
 
 
@@ -304,7 +308,7 @@ def test_a_portal_without_a_reader_gets_nothing_from_the_hub(
 def test_the_ward_decides_for_itself_who_may_see(
     region: Region, hub: Hub, nodes: list[Node], source: RegionSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub that asks more than the reader may see (here: one whose own decision is taken out) gets no more."""
+    """A hub that asks more than the reader may see (one whose own decision is taken out) gets no more."""
     first, second, _ = nodes
     first.take(study("1.2.7", 1))
     first.start(hold=True)
@@ -551,3 +555,27 @@ def test_the_wards_status_is_whole(region: Region, nodes: list[Node], source: Re
     assert [serde.status_from(one).coverage.ward for one in reply.wards] == sorted(
         node.ward.id for node in nodes
     )
+
+
+def test_a_hub_that_stops_and_a_node_that_leaves_do_so_at_once_and_by_their_word(
+    region: Region, hub: Hub, nodes: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "federation")
+    first, second, _ = nodes
+    for node in (first, second):
+        node.start()
+        node.take(study(f"1.2.{node.ward.issuer}".replace("SM", "1").replace("GA", "2"), 1))
+        eventually(lambda node=node: node.pending == 0, "replicated")  # type: ignore[misc]
+    first.leave()
+    eventually(lambda: "left: it said goodbye" in caplog.text, "the hub heard it")
+    begun = time.monotonic()
+    hub.stop(grace_s=10)
+    assert time.monotonic() - begun < 3  # push streams that lie open do not keep it
+    assert not second.reported(region).attached
+
+
+def test_a_second_hub_on_the_same_port_says_why_it_does_not_start(region: Region, hub: Hub) -> None:
+    with pytest.raises(SettingsError, match="port"):
+        Hub(replace(hub.settings, state=region.folder / "other")).start()
+    with pytest.raises(Unavailable, match="another process writes"):
+        Hub(replace(hub.settings, port=0)).start()

@@ -113,7 +113,7 @@ def test_the_node_is_stopped_and_started_again_in_the_middle(hub: Hub, node: Nod
 
 
 def test_lost_receipts_are_given_again_and_nothing_is_stored_twice(hub: Hub, node: Node) -> None:
-    """The region committed, and the node lost its disk's last words: the outbox says pending for all of it."""
+    """The region committed, and the node lost its last words: all of it is pending again."""
     instances = batch(40)
     node.take(instances)
     node.start()
