@@ -175,6 +175,11 @@ def response(request: Command, status: int, *, comment: str = "", has_dataset: b
     return build(*parts)
 
 
+def _uid(text: str) -> bytes:
+    """What is no ASCII is no UID either: it is for the peer to refuse it."""
+    return text.encode("ascii", "replace")
+
+
 def _comment(text: str) -> bytes:
     """LO: one value, no control characters, at most 64 (PS3.5 6.2)."""
     printable = "".join(char if " " <= char <= "~" and char != "\\" else "?" for char in text)
@@ -191,19 +196,19 @@ def store_request(message_id: int, sop_class_uid: str, sop_instance_uid: str, *,
                   originator: tuple[str, int] | None = None) -> bytes:
     """C-STORE-RQ; `originator` is the AE title and message ID of the C-MOVE that it serves (PS3.7
     9.1.1.1)."""
-    parts = [element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")),
+    parts = [element(AFFECTED_SOP_CLASS_UID, _uid(sop_class_uid)),
              short(COMMAND_FIELD, Field.C_STORE), short(MESSAGE_ID, message_id), short(PRIORITY, priority),
              short(DATASET_TYPE, 0x0001),
-             element(AFFECTED_SOP_INSTANCE_UID, sop_instance_uid.encode("ascii"))]
+             element(AFFECTED_SOP_INSTANCE_UID, _uid(sop_instance_uid))]
     if originator is not None:
         title, move_message_id = originator
-        parts += [element(MOVE_ORIGINATOR_AE, title.encode("ascii").ljust(16)),
+        parts += [element(MOVE_ORIGINATOR_AE, title.encode("ascii", "replace").ljust(16)),
                   short(MOVE_ORIGINATOR_MESSAGE_ID, move_message_id)]
     return build(*parts)
 
 
 def find_request(message_id: int, sop_class_uid: str, *, priority: int = 0) -> bytes:
-    return build(element(AFFECTED_SOP_CLASS_UID, sop_class_uid.encode("ascii")),
+    return build(element(AFFECTED_SOP_CLASS_UID, _uid(sop_class_uid)),
                  short(COMMAND_FIELD, Field.C_FIND), short(MESSAGE_ID, message_id), short(PRIORITY, priority),
              short(DATASET_TYPE, 0x0001))
 

@@ -8,12 +8,15 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Protocol
 
-from archive.errors import CannotUnderstand
+from archive.errors import CannotUnderstand, MissError
+from archive.header import scan
 from archive.model import is_uid
 from node.dimse import contexts
 from node.dimse.association import Limits
@@ -79,9 +82,29 @@ class Progress:
 
 
 def read_meta(path: Path) -> Part10File:
-    """Read a file's meta information; CannotUnderstand says why it can't be sent."""
-    with path.open("rb") as file:
-        head = file.read(META_BYTES_MAX)
+    """Read what a C-STORE says of a file; CannotUnderstand says why it can't be sent.
+
+    Class and instance are the data set's own, as the receiver compares them with it; the file's meta
+    information stands in for what can't be read, and is wrong more often than one would think.
+    """
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        values, offset = _meta(content)
+        transfer_syntax = values.get(0x10, "")
+        if not is_uid(transfer_syntax):
+            raise CannotUnderstand("the file meta information names no transfer syntax")
+        sop_class, instance = values.get(0x02, ""), values.get(0x03, "")
+        with memoryview(content) as view, view[offset:] as dataset, suppress(MissError):
+            found = scan(dataset, transfer_syntax).instance
+            sop_class = found.get("SOPClassUID", sop_class)
+            instance = found.get("SOPInstanceUID", instance)
+    if not is_uid(sop_class) or not instance:
+        raise CannotUnderstand("neither file meta information nor data set say what it is an instance of")
+    return Part10File(path, sop_class, instance, transfer_syntax, offset)
+
+
+def _meta(content: mmap) -> tuple[dict[int, str], int]:
+    """The short values of group 2, which is always Explicit VR Little Endian, and the offset after it."""
+    head = content[:META_BYTES_MAX]
     if head[128:132] != b"DICM":
         raise CannotUnderstand("no DICOM file: no DICM mark after the preamble")
     at = 132
@@ -98,10 +121,7 @@ def read_meta(path: Path) -> Part10File:
         if length <= UID_BYTES_MAX:
             values[element] = head[at:at + length].decode("ascii", "replace").strip(" \0")
         at += length
-    found = Part10File(path, values.get(0x02, ""), values.get(0x03, ""), values.get(0x10, ""), at)
-    if not (is_uid(found.sop_class_uid) and is_uid(found.transfer_syntax_uid) and found.sop_instance_uid):
-        raise CannotUnderstand("the file meta information lacks a UID")
-    return found
+    return values, at
 
 
 def send_files(target: Peer, calling_ae: str, files: Iterable[Path | Sendable],
@@ -157,6 +177,8 @@ def _readable(batch: Sequence[Path | Sendable], report: _Report) -> Iterator[Sen
             yield read_meta(entry)
         except CannotUnderstand as error:
             report.skip(entry, str(error))
+        except ValueError:  # from mmap
+            report.skip(entry, "the file is empty")
         except OSError:
             report.skip(entry, "the file can't be read")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -205,7 +204,18 @@ def test_meta_of_what_pydicom_wrote(tmp_path: Path) -> None:
         assert dataset_of(path) == instance.dataset
 
 
-@pytest.mark.skipif(not shutil.which("/usr/bin/storescp"), reason="DCMTK is not installed")
+def test_the_data_set_says_what_it_is(tmp_path: Path) -> None:
+    """A file's meta information that names another instance, or none, is not believed."""
+    first, second = make_instance(number=1), make_instance(number=2)
+    path = tmp_path / "wrong.dcm"
+    path.write_bytes(first.part10[:-len(first.dataset)] + second.dataset)
+    assert read_meta(path).sop_instance_uid == second.sop_instance_uid
+    nameless = first.part10.replace(b"\x02\x00\x03\x00UI", b"\x02\x00\x99\x00UI", 1)
+    path.write_bytes(nameless)
+    assert read_meta(path).sop_instance_uid == first.sop_instance_uid
+
+
+@needs_dcmtk
 def test_odd_chunks_are_fragmented_right(tmp_path: Path) -> None:
     """Chunks that end anywhere, an empty one too, against a peer with a small PDU."""
     instance = make_instance(padding=50_000)

@@ -155,7 +155,8 @@ class Process:
         file.write_text(render_toml(own))
         self.log = settings.state / "log.txt"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", RUN, str(file)], cwd=REPOSITORY, stderr=log)
+            self.process = subprocess.Popen([sys.executable, "-c", RUN, str(file)], cwd=REPOSITORY,
+                                            stderr=log)
         self.peer = Peer("127.0.0.1", self.port, "MISS")
         try:
             wait_for(self._answers, "the node answers", 30)
