@@ -175,11 +175,13 @@ def _several(entry: Indexed) -> bool:
     return entry.multiple and entry.vr not in _TEXT_VRS
 
 
-def _by_vr(keyword: str, vr: str, value: str, *, multiple: bool) -> Predicate:
+def _by_vr(keyword: str, vr: str, value: str, *, multiple: bool) -> Predicate | None:
     values = [one.strip() for one in value.split("\\")] if vr not in _TEXT_VRS else [value]
     values = [one for one in values if one]
     if not values or len(values) > (LIST_VALUES_MAX if vr in _LIST_VRS else 1):
         raise InvalidQuery(f"{keyword}: a list of values is for UIDs and codes, up to {LIST_VALUES_MAX}")
+    if not all(one.strip("*") for one in values):
+        return None  # a list with a universal key in it
     if max(map(len, values)) > KEY_CHARS_MAX:
         raise InvalidQuery(f"{keyword}: a value is longer than {KEY_CHARS_MAX} characters")
     if vr == "PN":
