@@ -13,8 +13,10 @@ from rich.table import Table
 
 from archive.errors import MissError, SettingsError
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 1_000  # into a pipe or a file nothing is folded: grep wants whole lines
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 EXIT_ERROR = 1
 EXIT_SETTINGS = 2

@@ -31,8 +31,8 @@ AeTitle = Annotated[str, typer.Argument(metavar="AE-TITLE", help="The device's A
 @app.command()
 def add(
     ae_title: AeTitle,
-    address: Annotated[str, typer.Option(metavar="ADDRESS", show_default=False,
-                                         help="Its IP address, a network (10.2.0.0/16), or * for any.")],
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", show_default=False,
+                                           help="Its IP address, a network (10.2.0.0/16), or * for any.")],
     name: Annotated[str, typer.Option(help="What people call it.")] = "",
     port: Annotated[int | None, typer.Option(help="Where it listens, if it can be called.", min=1, max=65535,
                                              show_default=False)] = None,
@@ -46,8 +46,8 @@ def add(
 
     \b
     Examples:
-      miss device add CT1 --address 10.2.4.17 --name "CT, room 3" --state /srv/miss
-      miss device add WORKSTATION --address 10.2.0.0/16 --services find --port 104
+      miss device add CT1 10.2.4.17 --name "CT, room 3" --state /srv/miss
+      miss device add WORKSTATION 10.2.0.0/16 --services find --port 104
     """
     require_node(state)
     device = make_device(ae_title, address, name=name, port=port, issuer=issuer,
@@ -150,7 +150,7 @@ def _listed(ae_title: str, state: Path) -> Peer:
         raise NotFound(f"there is no device {ae_title}; `miss device ls` lists them, or give AE@HOST:PORT")
     if device.port is None or "/" in device.address or device.address == "*":
         raise InvalidInput(f"{ae_title} has no address and port to call: give AE@HOST:PORT, or "
-                           f"`miss device add {ae_title} --address ADDRESS --port PORT`")
+                           f"`miss device add {ae_title} ADDRESS --port PORT`")
     return Peer(device.address, device.port, ae_title)
 
 

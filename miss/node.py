@@ -49,7 +49,7 @@ def enrol(
     identity = enrol_node(invite, state, ae_title=title, host=host, port=port, replace=replace)
     err.print(f"enrolled as {identity.uri}, certificate until {when(identity.not_after_us)}", style="green",
               markup=False)
-    err.print(f"next: miss device add AE-TITLE --address ADDRESS --state {state}\n"
+    err.print(f"next: miss device add AE-TITLE ADDRESS --state {state}\n"
               f"then: miss node run --settings {state / Process.NODE.file}", markup=False)
 
 
