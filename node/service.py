@@ -31,7 +31,8 @@ from node.settings import NodeSettings
 
 log = logging.getLogger(__name__)
 
-DESCRIPTORS_BESIDE = 512  # of packs, databases and the uplink, beside one for each connection
+DESCRIPTORS_EACH = 4      # a socket, and while an association stores, its thread's view of the index
+DESCRIPTORS_BESIDE = 512  # of packs, databases and the uplink
 
 
 class Node:
@@ -59,7 +60,7 @@ class Node:
         settings = self.settings
         ae_title = settings.require_ae_title()
         self.identity = load_identity(settings)
-        _allow_descriptors(settings.dimse.associations_max + DESCRIPTORS_BESIDE)
+        _allow_descriptors(settings.dimse.associations_max * DESCRIPTORS_EACH + DESCRIPTORS_BESIDE)
         # Its warnings quote values of data sets, and no log of ours may (design: invariant 9).
         logging.getLogger("pydicom").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module="pydicom")
