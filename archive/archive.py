@@ -23,7 +23,7 @@ from archive.facts import FactLog
 from archive.index import Index
 from archive.indexer import Indexer
 from archive.intake import Intake, IntakeLimits
-from archive.log import Log, LogLimits
+from archive.logfiles import LogLimits
 from archive.model import (
     EVERYTHING,
     START,
@@ -35,7 +35,7 @@ from archive.model import (
     Scope,
     StoredInstance,
 )
-from archive.packs import FOLDER, SUFFIX, Packs
+from archive.packs import LAYOUT, Packs
 from archive.recent import Recent
 from archive.storage import FileStorage, Storage
 from archive.watermark import Watermark, read_watermark
@@ -295,7 +295,7 @@ def open_logs(
     settings: ArchiveSettings, storage: Storage, packs_read: Position, facts_read: Position
 ) -> tuple[Packs, FactLog, Watermark]:
     """Packs and facts as the last crash left them; what an index has read of them was promised."""
-    writer = Log.writer_of(storage, FOLDER, SUFFIX)
+    writer = LAYOUT.writer_of(storage)
     watermark = Watermark.open(settings.state / _WATERMARK_FILE, writer)
     try:
         promised = max(packs_read, watermark.position)

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from archive.errors import Corrupt, TooLarge
-from archive.log import Log, LogLimits
+from archive.log import Log
+from archive.logfiles import Layout, LogLimits
 from archive.model import START, Fact, FactKind, InstanceHead, Position, Provenance
 from archive.records import Purpose
 from archive.recovery import Damage
@@ -23,10 +24,9 @@ from archive.storage import Storage
 
 log = logging.getLogger(__name__)
 
-FOLDER = "facts"
+LAYOUT = Layout("facts", "facts", Purpose.FACTS)
 BATCH_FACTS_MAX = 10_000
 BATCH_BYTES_MAX = 16 << 20
-_SUFFIX = "facts"
 _KIND = 16  # beside the kinds of a pack's records
 
 LIMITS = LogLimits(file_bytes_max=256 << 20, file_age_s_max=365 * 86400.0, ahead_bytes=1 << 20)
@@ -59,15 +59,7 @@ class FactLog:
         limits: LogLimits | None = None,
     ) -> FactLog:
         """To write. `promised` is a place that was read from the facts before; `writer` names a new log."""
-        records = Log.open(
-            storage,
-            FOLDER,
-            _SUFFIX,
-            Purpose.FACTS,
-            promised=promised,
-            limits=limits or LIMITS,
-            writer=writer,
-        )
+        records = Log.open(storage, LAYOUT, promised=promised, limits=limits or LIMITS, writer=writer)
         return cls(storage, records)
 
     @property
@@ -96,7 +88,7 @@ class FactLog:
                 log.error("facts file %d is damaged from %d to %d", item.number, item.offset, item.end)
             elif item.header.kind == _KIND:
                 header = item.header
-                payload = self._storage.reader(self._log.name_of(item.number)).read(
+                payload = self._storage.reader(LAYOUT.name_of(item.number)).read(
                     header.payload_offset, header.payload_bytes
                 )
                 facts, after = _decode(payload)

@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 
 from archive.errors import MissError
-from archive.log import SET_ASIDE, Log, write_error
+from archive.log import Log
+from archive.logfiles import SET_ASIDE, write_error
 from archive.model import InstanceHead, Position, RecordKind
 from archive.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose, Reference, part10_prefix
 from archive.recovery import FoundRecord

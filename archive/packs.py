@@ -18,14 +18,14 @@ from typing import BinaryIO
 from archive import large
 from archive.errors import Corrupt, NotFound
 from archive.large import OwnPack
-from archive.log import Appended, Log, LogLimits
+from archive.log import Log
+from archive.logfiles import Appended, Layout, LogLimits
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
 from archive.records import Flag, Purpose, Reference, part10_prefix
 from archive.recovery import Damage, FoundRecord
 from archive.storage import AppendFile, Buffer, Storage
 
-FOLDER = "packs"
-SUFFIX = "pack"
+LAYOUT = Layout("packs", "pack", Purpose.PACK)
 _READ_WHOLE_BYTES_MAX = 128 << 10
 _READ_BUFFER_BYTES = 64 << 10
 _LOCATION = re.compile(r"(packs|large)/[0-9a-f]{8,32}\.pack", re.ASCII)
@@ -50,7 +50,7 @@ class Packs:
     def open(cls, storage: Storage, *, promised: Position = START, limits: LogLimits | None = None) -> Packs:
         """To write. `promised` is a place that was read from the packs before: everything below it was
         synced."""
-        records = Log.open(storage, FOLDER, SUFFIX, Purpose.PACK, promised=promised, limits=limits)
+        records = Log.open(storage, LAYOUT, promised=promised, limits=limits)
         large.settle_after_crash(storage, records)
         return cls(storage, records)
 
@@ -68,7 +68,7 @@ class Packs:
     @property
     def writer(self) -> bytes:
         """Who wrote these packs: random, made with the first of them, so it stands for this disk's life."""
-        return self.log.writer if self._log is not None else Log.writer_of(self.storage, FOLDER, SUFFIX)
+        return self.log.writer if self._log is not None else LAYOUT.writer_of(self.storage)
 
     # Writing
 
@@ -237,7 +237,8 @@ def _record(item: FoundRecord) -> Record:
     if header.is_reference:
         location = _location(Reference.decode(item.prefix))
     else:
-        name = f"{FOLDER}/{item.number:08d}.{SUFFIX}"
-        location = Location(name, header.payload_offset, header.payload_bytes, header.prefix_bytes)
+        location = Location(
+            LAYOUT.name_of(item.number), header.payload_offset, header.payload_bytes, header.prefix_bytes
+        )
     end = Position(item.number, header.end)
     return Record(RecordKind(header.kind), header.sequence, header.head, item.digest, location, end)

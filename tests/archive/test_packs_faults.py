@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archive.errors import Corrupt, MissError, OutOfResources, SyncFailed
-from archive.log import LogLimits
+from archive.logfiles import LogLimits
 from archive.model import START, InstanceHead, Position, Provenance, Record, RecordKind
 from archive.packs import Packs
 from archive.recovery import Damage
