@@ -6,16 +6,18 @@ import getpass
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from archive.errors import InvalidInput, SettingsError
-from archive.ledger import CertificateRow
 from miss import configuration
 from miss.configuration import Process, State
 from miss.console import err, out, table, when
 from miss.ledgers import open_ledger
+
+if TYPE_CHECKING:
+    from archive.ledger import CertificateRow
 
 app = typer.Typer(help="The region's certificate authority, and who may join.", no_args_is_help=True)
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archive.errors import InvalidInput, Unavailable
-from miss.console import EXIT_ERROR, err, out, table
+from miss.console import EXIT_ERROR, err
+from miss.welcome import show_demo
 
 if TYPE_CHECKING:
     from miss.samples import Plan
@@ -114,7 +115,7 @@ class _Demo:
             self._add_users()
             self._load()
             self._write()
-            self._show(time.monotonic() - started)
+            show_demo(self._contents(), self.state, time.monotonic() - started, as_json=self.as_json)
             self._watch()
         except Stopped:
             err.print("\nstopping ...")
@@ -229,14 +230,15 @@ class _Demo:
     # --- demo.json
 
     def _contents(self, *, running: bool = True) -> dict[str, Any]:
-        from miss.local import HOST
+        from miss.local import HOST, LOGS
 
         pids = {"demo": os.getpid() if running else None}
         pids |= {child.name: child.pid if running and child.running else None
                  for child in self.region.children}
         loaded = self.plan.get("loaded", {})
         return {
-            "portal": {"url": self.region.url, "users": self.plan.get("users", [])},
+            "portal": {"url": self.region.url, "users": self.plan.get("users", []),
+                       "settings": str(self.region.portal_toml)},
             "hub": {"address": self.region.hub_address, "settings": str(self.region.hub_toml),
                     "state": str(self.region.folder)},
             "wards": [{
@@ -247,6 +249,7 @@ class _Demo:
             } for ward in self.region.wards],
             "ward_portal": {"url": f"http://{HOST}:{self.ports.ward_portal}",
                             "ward": self.region.wards[0].plan.id},
+            "logs": str(self.state / LOGS),
             "pids": pids,
             "loaded": {key: loaded.get(key, 0) for key in ("sent", "failed", "skipped")} | {
                 key: loaded.get(key, {}) for key in ("failed_by_reason", "skipped_by_reason")},
@@ -258,50 +261,6 @@ class _Demo:
     def _write_stopped(self) -> None:
         if (self.state / JSON).exists():
             _write_json(self.state / JSON, self._contents(running=False))
-
-    # --- the terminal
-
-    def _show(self, seconds: float) -> None:
-        contents = self._contents()
-        screen = err if self.as_json else out
-        if self.as_json:
-            out.print_json(json.dumps(contents))
-        loaded = contents["loaded"]
-        screen.print(f"\n[bold green]The region is ready[/] after {seconds:.0f} s: "
-                     f"{loaded['sent']} instances sent, {loaded['failed']} failed, "
-                     f"{loaded['skipped']} files skipped.\n")
-        for kind in ("skipped", "failed"):
-            for reason, count in loaded[f"{kind}_by_reason"].items():
-                screen.print(f"  {kind} {count}: {reason}", markup=False)
-        grid = table("what", "where", "log", title="\n[bold]What runs[/]")
-        grid.add_row("portal", self.region.url, str(self.region.portals[0].log))
-        grid.add_row("hub", self.region.hub_address, str(self.region.hub.log))
-        for ward in self.region.wards:
-            grid.add_row(f"node of {ward.plan.hospital} {ward.plan.name}",
-                         f"{ward.ae_title}@127.0.0.1:{ward.port}", str(ward.node.log))
-        first = self.region.wards[0].plan
-        grid.add_row(f"ward portal, {first.hospital} {first.name} alone", contents["ward_portal"]["url"],
-                     str(self.region.portals[-1].log))
-        screen.print(grid)
-        grid = table("name", "password", "role", "ward", title="\n[bold]Sign in[/]")
-        for user in contents["portal"]["users"]:
-            grid.add_row(user["name"], user["password"], user["role"], user["ward"] or "-")
-        screen.print(grid)
-        self._show_commands(screen)
-
-    def _show_commands(self, screen: Any) -> None:
-        ward = self.region.wards[0]
-        target = f"-aec {ward.ae_title} 127.0.0.1 {ward.port}"
-        screen.print("\n[bold]Try[/]")
-        for line in (
-            f"storescu -v -aet STORESCU {target} +sd +r FOLDER",
-            f"findscu -S -aet FINDSCU {target} -k QueryRetrieveLevel=STUDY -k PatientName -k StudyDate",
-            f"miss send FOLDER --to {ward.ae_title}@127.0.0.1:{ward.port}",
-            f"miss status --state {self.state}",
-            f"miss node log --refused --state {ward.state}",
-        ):
-            screen.print(f"  {line}", markup=False, soft_wrap=True)
-        screen.print(f"\n{self.state / JSON} says it all; Ctrl-C stops it.", markup=False)
 
     def _watch(self) -> None:
         while True:

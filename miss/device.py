@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archive.errors import InvalidInput, NotFound, Unavailable
-from archive.ledger import Device
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_node
 
 if TYPE_CHECKING:
+    from archive.ledger import Device
     from node.dimse.requestor import Peer
 
 app = typer.Typer(help="The devices that may connect to a node; changes count at once.", no_args_is_help=True)
@@ -120,6 +120,8 @@ def echo(
 def make_device(ae_title: str, address: str, *, name: str = "", port: int | None = None,
                 issuer: str | None = None, services: tuple[str, ...] = SERVICES) -> Device:
     """A device by the rules of PS3.5 6.2 (AE) and of addresses; InvalidInput says which is broken."""
+    from archive.ledger import Device
+
     require_ae_title(ae_title)
     if address != "*":
         try:

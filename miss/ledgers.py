@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from archive.errors import InvalidInput, SettingsError
-from archive.ledger import Ledger
 from miss import configuration
 from miss.configuration import Process
+
+if TYPE_CHECKING:
+    from archive.ledger import Ledger
 
 LEDGER = "ledger.db"
 
@@ -17,6 +20,8 @@ LEDGER = "ledger.db"
 @contextmanager
 def open_ledger(state: Path) -> Iterator[Ledger]:
     """The ledger of the region or the node whose folder `state` is."""
+    from archive.ledger import Ledger
+
     ledger = Ledger.open(ledger_url(state))
     try:
         yield ledger

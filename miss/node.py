@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from archive.ledger import Connection
 from miss import configuration
 from miss.configuration import Overrides, Process, SettingsFile, State
 from miss.console import err, out, set_up_logging, size, table, when
 from miss.hub import LogLevel
 from miss.ledgers import open_ledger, require_node
+
+if TYPE_CHECKING:
+    from archive.ledger import Connection
 
 app = typer.Typer(help="A ward's node: enrol it, run it, look after it.", no_args_is_help=True)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archive.errors import InvalidInput, Unavailable
-from certs.invites import split_address
 from miss.console import err, out, size
 from miss.device import require_ae_title
 
@@ -59,6 +58,7 @@ def send(
 
 def parse_peer(text: str) -> Peer:
     """AE@HOST:PORT, as DICOM people write an application entity."""
+    from certs.invites import split_address
     from node.dimse.requestor import Peer
 
     ae_title, at, address = text.rpartition("@")

@@ -7,22 +7,23 @@ import secrets
 import string
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from archive.errors import InvalidInput, NotFound
-from archive.ledger import Ledger, User
 from federation.policy import Role
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_ward
-from portal.passwords import check_rules, hash_password
+
+if TYPE_CHECKING:
+    from archive.ledger import Ledger, User
 
 app = typer.Typer(help="The people who may sign in to a portal.", no_args_is_help=True)
 
 LETTERS = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
-GENERATED_LENGTH = 20  # 115 bits: nobody needs to remember it for long
+GENERATED_LENGTH = 16  # 93 bits: more than any guessing needs
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name that the person signs in with.",
                                      show_default=False)]
@@ -49,6 +50,8 @@ def add(
       miss user add verdi --role "ward technician" --ward san-martino/radiology --generate
       pass show miss/it | miss user add it --role "regional IT" --password-stdin
     """
+    from archive.ledger import User
+
     with open_ledger(state) as ledger:
         if role is Role.TECHNICIAN:
             require_ward(ledger, state, ward)
@@ -103,6 +106,8 @@ def password(name: Name, password_stdin: Stdin = False, generate: Generate = Fal
       miss user password rossi --state region
       miss user password rossi --generate --state region
     """
+    from portal.passwords import hash_password
+
     with open_ledger(state) as ledger:
         require_user(ledger, name)
         new = _password(name, stdin=password_stdin, generate=generate)
@@ -115,6 +120,8 @@ def password(name: Name, password_stdin: Stdin = False, generate: Generate = Fal
 
 def create(ledger: Ledger, user: User, password: str) -> None:
     """Adds `user` with the hash of `password`."""
+    from portal.passwords import hash_password
+
     ledger.add_user(user, hash_password(password, user.name))
 
 
@@ -130,6 +137,8 @@ def require_user(ledger: Ledger, name: str) -> User:
 
 
 def _password(name: str, *, stdin: bool, generate: bool) -> str:
+    from portal.passwords import check_rules
+
     if stdin and generate:
         raise InvalidInput("--password-stdin and --generate exclude each other")
     if generate:

@@ -109,7 +109,7 @@ def test_people_are_added_without_a_password_in_the_arguments(tmp_path: Path) ->
                    "--state", str(region))
     assert nowhere.returncode == 1 and "no ward" in nowhere.stderr
     generated = miss("user", "add", "it", "--role", "regional IT", "--generate", "--state", str(region))
-    assert len(generated.stdout.strip()) == 20
+    assert len(generated.stdout.strip()) == 16
     listed = miss("user", "ls", "--state", str(region)).stdout
     assert "rossi" in listed and "verdi" not in listed and generated.stdout.strip() not in listed
     assert miss("user", "disable", "rossi", "--state", str(region)).returncode == 0

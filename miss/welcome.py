@@ -1,0 +1,69 @@
+"""What `miss demo` shows when it is ready: what runs where, how to sign in, lines to try. All of it is what
+demo.json says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from miss.console import err, out, table
+
+
+def show_demo(contents: dict[str, Any], state: Path, seconds: float, *, as_json: bool) -> None:
+    """On stdout; with `as_json` demo.json goes there and the rest to stderr."""
+    screen = err if as_json else out
+    if as_json:
+        out.print_json(json.dumps(contents))
+        out.file.flush()
+    _show_loaded(screen, contents["loaded"], seconds)
+    _show_places(screen, contents)
+    _show_users(screen, contents["portal"]["users"])
+    _show_commands(screen, contents, state)
+
+
+def _show_loaded(screen: Console, loaded: dict[str, Any], seconds: float) -> None:
+    screen.print(f"\n[bold green]The region is ready[/] after {seconds:.0f} s: "
+                 f"{loaded['sent']} instances sent, {loaded['failed']} failed, "
+                 f"{loaded['skipped']} files skipped.")
+    for kind in ("failed", "skipped"):
+        for reason, count in loaded[f"{kind}_by_reason"].items():
+            screen.print(f"  {kind} {count}: {reason}", markup=False, style="dim")
+
+
+def _show_places(screen: Console, contents: dict[str, Any]) -> None:
+    grid = table("what", "where", title="\n[bold]What runs[/]")
+    grid.add_row("portal", contents["portal"]["url"])
+    grid.add_row("hub", contents["hub"]["address"])
+    for ward in contents["wards"]:
+        grid.add_row(f"node of {ward['hospital']} {ward['name']}",
+                     f"{ward['ae_title']}@{ward['host']}:{ward['dicom_port']}")
+    grid.add_row(f"ward portal, {contents['ward_portal']['ward']} alone", contents["ward_portal"]["url"])
+    grid.add_row("logs", contents["logs"])
+    screen.print(grid)
+
+
+def _show_users(screen: Console, users: list[dict[str, Any]]) -> None:
+    grid = table("name", "password", "role", "ward", title="\n[bold]Sign in[/]")
+    for user in users:
+        grid.add_row(user["name"], user["password"], user["role"], user["ward"] or "-")
+    for column in grid.columns[:2]:
+        column.no_wrap = True
+    screen.print(grid)
+
+
+def _show_commands(screen: Console, contents: dict[str, Any], state: Path) -> None:
+    ward = contents["wards"][0]
+    target = f"-aec {ward['ae_title']} {ward['host']} {ward['dicom_port']}"
+    screen.print("\n[bold]Try[/]")
+    for line in (
+        f"storescu -v -aet STORESCU {target} +sd +r FOLDER",
+        f"findscu -S -aet FINDSCU {target} -k QueryRetrieveLevel=STUDY -k PatientName -k StudyDate",
+        f"miss send FOLDER --to {ward['ae_title']}@{ward['host']}:{ward['dicom_port']}",
+        f"miss status --state {state}",
+        f"miss node log --refused --state {ward['state']}",
+    ):
+        screen.print(f"  {line}", markup=False, soft_wrap=True)
+    screen.print(f"\n{state / 'demo.json'} says it all. Ctrl-C stops it.", markup=False, soft_wrap=True)
