@@ -1,0 +1,107 @@
+"""The bounds: calls at once, requests at once, and streams whose reader goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from archive.errors import OutOfResources
+from portal import multipart
+from portal.app import Room
+from portal.workers import Workers
+
+
+def test_past_the_bound_a_call_is_refused_at_once() -> None:
+    workers = Workers("test", threads=1, waiting_max=1)
+    gate = threading.Event()
+
+    async def main() -> None:
+        running = [asyncio.create_task(workers.run(gate.wait, 30)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OutOfResources):
+            await workers.run(lambda: None)
+        # A caller that hangs up makes no room while its thread still works.
+        running[0].cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(OutOfResources):
+            await workers.run(lambda: None)
+        gate.set()
+        assert await running[1] is True
+        assert await workers.run(lambda: "room again") == "room again"
+
+    asyncio.run(main())
+    workers.close()
+
+
+def test_a_stream_is_closed_when_its_reader_goes_away() -> None:
+    workers = Workers("test", threads=1, waiting_max=10)
+    closed = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"x"
+        finally:
+            closed.set()
+
+    async def main() -> None:
+        stream = workers.stream(chunks())
+        assert await anext(stream) == b"x"
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert await asyncio.to_thread(closed.wait, 10)
+
+    asyncio.run(main())
+    workers.close()
+
+
+def test_requests_past_the_bound_are_answered_at_once() -> None:
+    async def main() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+            entered.set()
+            await leave.wait()
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        room = Room(inner, requests_max=1)
+        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        first = asyncio.create_task(room(scope, receive, send))
+        await entered.wait()
+        await room(scope, receive, send)
+        assert sent[0]["status"] == 503
+        leave.set()
+        await first
+        sent.clear()
+        await room(scope, receive, send)
+        assert sent == []
+
+    asyncio.run(main())
+
+
+def test_a_body_is_made_in_chunks_of_bounded_size() -> None:
+    held: list[int] = []
+
+    def content() -> Iterator[bytes]:
+        for _ in range(50):
+            held.append(1)
+            yield bytes(400_000)
+
+    parts = (multipart.Part("a/b", content()) for _ in range(2))
+    sizes, most = [], 0
+    for chunk in multipart.body(parts, "mark"):
+        sizes.append(len(chunk))
+        most = max(most, len(held))
+        held.clear()
+    assert sum(sizes) > 40_000_000 and max(sizes) < multipart.CHUNK_BYTES + 400_000
+    assert most <= 4  # three pieces and a bit make a chunk: nothing is read ahead
