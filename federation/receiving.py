@@ -149,6 +149,8 @@ class Incoming:
     def _begin(self, begin: uplink_pb2.PushBegin) -> None:
         if self._head is not None:
             raise InvalidInput("an object begins inside another")
+        if begin.size < 0:
+            raise InvalidInput("an object of less than no bytes")
         self._head = serde.head_from(begin.head, ward=self._ward)
         self._left, self._refusal = begin.size, None
         with self._refusing():

@@ -186,18 +186,22 @@ class RegionSource:
         reach = None if query.limit is None else query.offset + query.limit
         rows = self._archive.search(replace(query, limit=reach, offset=0))
         if query.level is Level.PATIENT:
-            # A patient that a ward lists is among the rows or not in the region: so they are read in full.
-            return (
-                rows
-                if not wards or reach is None
-                else self._archive.search(replace(query, limit=None, offset=0))
-            )
+            return rows + self._patients(query, wards, rows) if reach is not None else rows
         keyword, listed = _listed(query.level, wards)
         missing = sorted(listed - {_uid(query.level, row) for row in rows})
         for cut in _cuts(missing):
             keys = ((keyword, "\\".join(cut)),)
             rows += self._archive.search(replace(query, keys=keys, limit=None, offset=0))
         return rows
+
+    def _patients(self, query: Query, wards: Sequence[WardMatches], rows: Sequence[Match]) -> list[Match]:
+        """The region's rows of patients whom the wards list, beyond those that were read."""
+        listed = _people(match for answer in wards for match in answer.matches) - _people(rows)
+        if query.person is not None:
+            listed &= query.person
+        if not listed:
+            return []
+        return self._archive.search(replace(query, keys=(), person=listed, limit=None, offset=0))
 
     def _held(
         self, query: Query, uids: frozenset[str], series: frozenset[str], wards: Sequence[WardMatches]
@@ -286,6 +290,14 @@ def _uid(level: Level, match: Match) -> str:
     return match.instance["SOPInstanceUID"]
 
 
+def _people(matches: Iterable[Match]) -> frozenset[PatientKey]:
+    return frozenset(
+        PatientKey(match.issuer, match.patient["PatientID"])
+        for match in matches
+        if match.patient.get("PatientID")
+    )
+
+
 def _cuts(uids: Sequence[str]) -> list[Sequence[str]]:
     return [uids[start : start + UIDS_IN_A_KEY_MAX] for start in range(0, len(uids), UIDS_IN_A_KEY_MAX)]
 
@@ -293,7 +305,7 @@ def _cuts(uids: Sequence[str]) -> list[Sequence[str]]:
 def _by_ward(matches: Iterable[Match]) -> dict[str, list[Match]]:
     by_ward: dict[str, list[Match]] = {}
     for match in matches:
-        by_ward.setdefault(match.wards[0], []).append(match)
+        by_ward.setdefault("".join(match.wards[:1]), []).append(match)
     return by_ward
 
 

@@ -54,7 +54,7 @@ class HubSettings:
     promote_deadline_s: float = setting(
         60.0, "How long a reader waits for what only a ward holds.", "s", minimum=1.0, maximum=600.0
     )
-    pushes_max: int = setting(64, "Push streams at once, of all wards.", minimum=1, maximum=1024)
+    pushes_max: int = setting(32, "Push streams at once, of all wards.", minimum=1, maximum=1024)
     pushes_per_ward_max: int = setting(8, "Push streams at once, of one ward.", minimum=1, maximum=64)
     workers: int = setting(8, "Threads that work on the archive.", minimum=1, maximum=256)
     stop_grace_s: float = setting(5.0, "What open calls get to end when the hub stops.", "s", minimum=0.0)

@@ -25,7 +25,7 @@ import grpc
 import grpc.aio
 
 from archive.archive import Archive
-from archive.errors import MissError, Unavailable
+from archive.errors import MissError, SettingsError, Unavailable
 from certs.authority import clock_us
 from certs.credentials import channel
 from certs.identity import Identity
@@ -50,6 +50,7 @@ T = TypeVar("T")
 
 PROTOCOL = 1
 GOODBYE_S = 0.5
+LASTING_S = 10.0
 WELCOME_WAIT_S = 10.0
 START_WAIT_S = 30.0
 REPORT_GAP_S = 0.05  # between two reports, however often the backlog comes and goes
@@ -177,22 +178,27 @@ class Uplink:
     async def _attach_for_ever(self) -> None:
         failures = 0
         while True:
-            address = self._address(failures)
+            address, begun_s = self._address(failures), time.monotonic()
             self._attach_anew.clear()
             try:
                 await self._attach(address)
-                failures, reason = 0, "the hub ended the attach"
+                reason = "the hub ended the attach"
             except (Exception, asyncio.CancelledError) as error:
                 # Whatever it is: modalities are served, and it is tried again.
                 raise_if_ours(error)
-                failures = 1 if self._status.attached else failures + 1
                 reason = self._log_failure(address, error)
             self._status = UplinkStatus(False, address, None, reason, 0.0)
-            if not self._attach_anew.is_set():
-                await asyncio.sleep(self._pause_s(max(failures, 1)))
+            if self._attach_anew.is_set():
+                continue
+            # An attach that did not last counts as a failure too: two nodes with one identity, a hub that
+            # falls over.
+            failures = 1 if time.monotonic() - begun_s >= LASTING_S else failures + 1
+            await asyncio.sleep(self._pause_s(failures))
 
     async def _attach(self, address: str) -> None:
         """One attach, from hello to its end."""
+        if not address:
+            raise SettingsError("no hub is known: neither the invite nor uplink.hub_address names one")
         identity = self._identity
         async with channel(identity, address) as line:
             stub: UplinkAsyncStub = UplinkStub(line)
@@ -240,7 +246,7 @@ class Uplink:
             for task in done:
                 task.result()
         finally:
-            await _say_goodbye(call)  # before who reads is cancelled: that would cancel the call
+            await self._say_goodbye(call, writing)  # before who reads is cancelled: that cancels the call
             for other in (*ends, *failing):
                 other.cancel()
             await asyncio.gather(*ends, *failing, return_exceptions=True)
@@ -289,6 +295,17 @@ class Uplink:
                     await self._report_now.wait()
             except TimeoutError:
                 pass
+
+    async def _say_goodbye(self, call: Any, writing: asyncio.Lock) -> None:
+        """A last report and a word, so that coverage is as of now and the ward counts as away at once. Nobody
+        waits long for it."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(GOODBYE_S):
+                if not call.done():
+                    report = serde.report_to(await self._make_report())
+                    await _write(call, writing, uplink_pb2.NodeMessage(report=report))
+                    await call.done_writing()
+                    await call.code()
 
     async def _make_report(self) -> Report:
         return await self._in_pool(self._report)
@@ -414,14 +431,6 @@ class _Rate:
             self.bytes_per_s = (sent - self._sent) / (now_s - self._at_s)
             self._at_s, self._sent = now_s, sent
         return self.bytes_per_s
-
-
-async def _say_goodbye(call: Any) -> None:
-    """So that the hub counts the ward as away at once, and by its own word. Nobody waits long for it."""
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(GOODBYE_S):
-            await call.done_writing()
-            await call.code()
 
 
 async def _write(call: Any, writing: asyncio.Lock, message: uplink_pb2.NodeMessage) -> None:

@@ -2,7 +2,7 @@
 classes that know what to do with them; who calls is the certificate's word, by `certs/gate.py`, and no
 field's.
 
-Bounds: push streams in all and for each ward, four messages of at most 1 MiB read ahead on each, two groups
+Bounds: push streams in all and for each ward, four messages of about 1 MiB read ahead on each, two batches
 of objects on their way to the disk on each. Past them a node is told to come later.
 """
 
@@ -33,7 +33,7 @@ HELLO_WAIT_S = 10.0
 CONTROL_BYTES_MAX = 64 << 10
 EPOCH_BYTES_MAX = 64
 READ_AHEAD = 4
-BATCH_MESSAGES_MAX = 8
+BATCH_MESSAGES_MAX = 4
 SETTLING_MAX = 2
 
 # What was read of a push stream; None is its end.
