@@ -16,6 +16,7 @@ import pytest
 from archive.archive import Archive
 from archive.errors import Forbidden, NotFound, SettingsError, Unavailable
 from archive.model import EVERYTHING, Level, Match, PatientKey, Query, Scope
+from certs.identity import Identity
 from certs.registry import revoke
 from federation import region_service, serde
 from federation.assertion import sign
@@ -587,3 +588,21 @@ def test_a_second_hub_on_the_same_port_says_why_it_does_not_start(region: Region
         Hub(replace(hub.settings, state=region.folder / "other")).start()
     with pytest.raises(Unavailable, match="another process writes"):
         Hub(replace(hub.settings, port=0)).start()
+
+
+def test_a_renewed_certificate_carries_the_next_attach(region: Region, hub: Hub) -> None:
+    ward = region.add_ward("Evangelico", "Radiology", "EV")
+    short = region.node(ward, f"127.0.0.1:{hub.settings.port}", life_s=6)
+    node = Node(ward, short, region.folder / "nodes" / "short")
+    node.start()
+    try:
+        reported(region, node, 0)
+        eventually(lambda: Identity.load(short.folder).fingerprint != short.fingerprint, "it was renewed")
+        uplink = node.uplink
+        assert uplink is not None
+        eventually(lambda: time.time_ns() // 1000 > short.not_after_us + 1_500_000, "the first one is over")
+        node.take(study("1.2.7", 2))
+        eventually(lambda: node.pending == 0, "replication goes on")
+        assert uplink.status().attached
+    finally:
+        node.stop()

@@ -1,0 +1,191 @@
+"""The hub's half of a push, over a real archive: what is refused alone, what ends the stream, what is never
+promised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from archive.archive import Archive
+from archive.errors import InvalidInput, InvalidInstance, MissError, OutOfResources
+from archive.model import Level, Outcome, Provenance, Query
+from federation import serde
+from federation.receiving import CHUNK_BYTES_MAX, Incoming, Receiver, Taken
+from protos import uplink_pb2
+from tests.datasets import Instance, make_instance
+from tests.federation.wards import open_archive, stored_bytes
+
+WARD = "san-martino/radiology"
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Archive]:
+    with open_archive(tmp_path / "hub", outbox=False) as archive:
+        yield archive
+
+
+@pytest.fixture
+def receiver(archive: Archive) -> Receiver:
+    return Receiver(archive, lambda: time.time_ns() // 1000)
+
+
+@pytest.fixture
+def incoming(receiver: Receiver) -> Incoming:
+    return receiver.incoming(WARD)
+
+
+def begin(instance: Instance, **changes: object) -> uplink_pb2.PushBegin:
+    head = replace(instance.head(Provenance("galliera/ct", "GA", "CT9", "CT9", 5)), **changes)  # type: ignore[arg-type]
+    return uplink_pb2.PushBegin(head=serde.head_to(head), size=len(instance.dataset))
+
+
+def pieces(
+    instance: Instance, size: int = 1000, *, digest: bytes | None = None
+) -> list[uplink_pb2.PushRequest]:
+    chunks = [instance.dataset[at : at + size] for at in range(0, len(instance.dataset), size)]
+    return [
+        uplink_pb2.PushRequest(begin=begin(instance)),
+        *(uplink_pb2.PushRequest(chunk=chunk) for chunk in chunks),
+        uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=digest or instance.digest)),
+    ]
+
+
+def group(*instances: Instance) -> uplink_pb2.PushRequest:
+    wholes = [
+        uplink_pb2.PushWhole(begin=begin(one), dataset=one.dataset, digest=one.digest) for one in instances
+    ]
+    return uplink_pb2.PushRequest(group=uplink_pb2.PushGroup(objects=wholes))
+
+
+def in_region(archive: Archive) -> list[str]:
+    return sorted(match.instance["SOPInstanceUID"] for match in archive.search(Query(Level.IMAGE)))
+
+
+def ended(taken: Taken) -> MissError:
+    assert isinstance(taken.error, MissError)
+    return taken.error
+
+
+def test_chunks_and_groups_make_receipts_of_what_is_durable(
+    archive: Archive, receiver: Receiver, incoming: Incoming
+) -> None:
+    one, two, three = (make_instance() for _ in range(3))
+    taken = incoming.take([*pieces(one), group(two, three)])
+    assert taken.error is None
+    receipts = receiver.settle(WARD, taken.pushed)
+    assert [(r.sop_instance_uid, r.digest, r.outcome) for r in receipts] == [
+        (instance.sop_instance_uid, instance.digest, Outcome.STORED) for instance in (one, two, three)
+    ]
+    for instance in (one, two, three):
+        assert stored_bytes(archive, instance) == instance.dataset
+    (match, *_) = archive.search(Query(Level.IMAGE))
+    assert match.wards == (WARD,)  # by the certificate, not by the message
+
+
+def test_messages_may_come_in_any_cut(archive: Archive, receiver: Receiver, incoming: Incoming) -> None:
+    instance = make_instance()
+    for message in pieces(instance, 333):
+        taken = incoming.take([message])
+        assert taken.error is None
+    assert len(receiver.settle(WARD, taken.pushed)) == 1
+    assert stored_bytes(archive, instance) == instance.dataset
+
+
+def test_other_bytes_than_the_digest_are_refused_alone(
+    archive: Archive, receiver: Receiver, incoming: Incoming
+) -> None:
+    bad, good = make_instance(), make_instance()
+    taken = incoming.take([*pieces(bad, digest=good.digest), *pieces(good)])
+    assert taken.error is None
+    assert [(r.sop_instance_uid, r.permanent) for r in taken.refused] == [(bad.sop_instance_uid, False)]
+    assert [r.sop_instance_uid for r in receiver.settle(WARD, taken.pushed)] == [good.sop_instance_uid]
+    assert in_region(archive) == [good.sop_instance_uid]
+
+
+def test_an_object_cut_short_is_refused(archive: Archive, incoming: Incoming) -> None:
+    instance = make_instance()
+    first, *chunks, last = pieces(instance, 100)
+    taken = incoming.take([first, *chunks[:-1], last])
+    assert [r.permanent for r in taken.refused] == [False]
+    assert in_region(archive) == []
+
+
+def test_a_data_set_that_is_none_is_refused_for_good(archive: Archive, incoming: Incoming) -> None:
+    good = make_instance()
+    nonsense = replace(good, dataset=b"no data set at all" * 10)
+    taken = incoming.take([*pieces(nonsense), *pieces(good)])
+    assert [r.permanent for r in taken.refused] == [True]
+    assert [one.uid for one in taken.pushed] == [good.sop_instance_uid]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        lambda one: [*pieces(one)[:2], *pieces(one)],
+        lambda one: [*pieces(one)[:2], group(one)],
+        lambda one: pieces(one)[1:],
+        lambda one: pieces(one)[-1:],
+        lambda one: [*pieces(one)[:-1], *pieces(one)[1:]],
+        lambda one: [pieces(one)[0], uplink_pb2.PushRequest(chunk=b"x" * (CHUNK_BYTES_MAX + 1))],
+        lambda one: [uplink_pb2.PushRequest()],
+        lambda one: [uplink_pb2.PushRequest(begin=uplink_pb2.PushBegin(head=begin(one).head, size=-1))],
+    ],
+)
+def test_what_breaks_the_conversation_ends_the_stream(
+    archive: Archive, receiver: Receiver, incoming: Incoming, messages: object
+) -> None:
+    assert callable(messages)
+    before = make_instance()
+    taken = incoming.take([group(before), *messages(make_instance())])
+    assert isinstance(taken.error, InvalidInput)
+    assert [one.uid for one in taken.pushed] == [
+        before.sop_instance_uid
+    ]  # what came before keeps its receipt
+    incoming.abort()
+    incoming.abort()
+    assert in_region(archive) == [before.sop_instance_uid]
+
+
+def test_a_uid_that_is_none_never_reaches_the_archive(archive: Archive, incoming: Incoming) -> None:
+    instance = replace(make_instance(), sop_instance_uid="../../etc/x")
+    assert isinstance(ended(incoming.take(pieces(instance))), InvalidInstance)
+    assert in_region(archive) == []
+
+
+def test_want_of_room_is_nobodys_fault(tmp_path: Path) -> None:
+    from archive.archive import ArchiveSettings
+
+    settings = ArchiveSettings(state=tmp_path / "full", free_bytes_min=1 << 60)
+    with Archive.open(settings, outbox=False) as full:
+        taken = Receiver(full, lambda: 1).incoming(WARD).take(pieces(make_instance()))
+        assert isinstance(taken.error, OutOfResources)
+        assert taken.refused == []
+
+
+def test_offers_are_answered_with_receipts_for_what_is_here(
+    archive: Archive, receiver: Receiver, incoming: Incoming
+) -> None:
+    here, missing = make_instance(), make_instance()
+    receiver.settle(WARD, incoming.take([group(here)]).pushed)
+
+    def offer(ward: str, *instances: Instance) -> list[bool]:
+        items = [
+            uplink_pb2.OfferItem(sop_instance_uid=one.sop_instance_uid, digest=one.digest)
+            for one in instances
+        ]
+        return [receipt is not None for receipt in receiver.verdicts(ward, items)]
+
+    assert offer(WARD, here, missing) == [True, False]
+    other_bytes = replace(here, dataset=here.dataset + b"\0\0")
+    assert offer(WARD, other_bytes) == [False]
+    assert archive.search(Query(Level.IMAGE))[0].wards == (WARD,)
+    for _ in range(2):  # the second time it is known already
+        assert offer("galliera/ct", here) == [True]
+    assert archive.search(Query(Level.IMAGE))[0].wards == ("galliera/ct", WARD)
+    with pytest.raises(InvalidInput):
+        receiver.verdicts(WARD, [uplink_pb2.OfferItem()] * 1001)
