@@ -30,4 +30,7 @@ def rebuild(state: State = Path(".")) -> None:
         settings, outbox = configuration.node(node).archive_settings(), True
     err.print(f"reading the packs in {settings.state} ...", markup=False)
     report = make_anew(settings, outbox=outbox)
-    out.print(str(report), markup=False)
+    for damage in report.damages:
+        err.print(f"damaged: {damage}", style="red", markup=False, soft_wrap=True)
+    out.print(f"the index is new: {report.records} records and {report.facts} facts in "
+              f"{report.duration_s:.1f} s, {len(report.damages)} damaged", markup=False)
