@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from archive.errors import MissError, SyncFailed
+from archive.errors import MissError, SyncFailed, Unavailable
 from archive.logfiles import NO_SPACE, Appended, Layout, LogFile, LogLimits, read_records, write_error
 from archive.model import START, InstanceHead, Position, RecordKind
 from archive.records import FILE_HEADER_BYTES, NO_HEAD, RECORD_HEADER_BYTES_MAX, TRAILER_BYTES, FileHeader
@@ -43,6 +43,7 @@ class Log:
         self._lock = threading.Lock()  # the order of records; held for one write
         self._synced = threading.Condition(threading.Lock())
         self._syncing = False
+        self._closed = False
         self._current = state.current
         self._ends = state.ends  # of files that have a successor
         self._numbers = state.numbers
@@ -81,6 +82,7 @@ class Log:
         except MissError:
             log.error("%s could not be synced when it was closed", self.layout.folder)
         with self._lock:
+            self._closed = True
             current, self._current = self._current, None
             if current is not None:
                 with current.sync_turn:
@@ -200,6 +202,8 @@ class Log:
             current.failed = True
 
     def _writable(self, payload_bytes: int) -> LogFile:
+        if self._closed:
+            raise Unavailable(f"{self.layout.folder} are closed")
         current = self._current
         if current is not None:
             empty = current.end == FILE_HEADER_BYTES

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Watermark:
         self._view = view
         self.writer = writer
         self._turn = turn
+        self._said = START
+        self._publishing = threading.Lock()
 
     @classmethod
     def open(cls, path: Path, writer: bytes) -> Watermark:
@@ -49,10 +52,15 @@ class Watermark:
         return position if writer == self.writer else START
 
     def publish(self, position: Position) -> None:
-        self._turn += 1
-        slot = _SLOT.pack(_MAGIC, self._turn, self.writer, position.file, position.offset)
-        start = (self._turn % 2) * _SLOT_BYTES
-        self._view[start : start + _SLOT.size + _CHECK.size] = slot + _CHECK.pack(zlib.crc32(slot))
+        """Say that everything below `position` was acknowledged. Never takes anything back."""
+        with self._publishing:
+            if position <= self._said:
+                return
+            self._said = position
+            self._turn += 1
+            slot = _SLOT.pack(_MAGIC, self._turn, self.writer, position.file, position.offset)
+            start = (self._turn % 2) * _SLOT_BYTES
+            self._view[start : start + _SLOT.size + _CHECK.size] = slot + _CHECK.pack(zlib.crc32(slot))
 
     def close(self) -> None:
         self._view.close()

@@ -107,6 +107,19 @@ def test_wait_indexed_of_a_ticket(archive: Archive) -> None:
     again.wait_indexed()
 
 
+def test_nothing_is_written_after_the_archive_was_closed(settings: ArchiveSettings) -> None:
+    with Archive.open(settings, outbox=True) as archive:
+        late = make_instance()
+        reception = archive.intake.begin(late.head())
+        reception.write(late.dataset)
+        store(archive, make_instance())
+    before = {path: path.stat().st_size for path in settings.state.rglob("*.pack")}
+    with pytest.raises(Unavailable):
+        reception.commit()
+    assert {path: path.stat().st_size for path in settings.state.rglob("*.pack")} == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "indexer"]
+
+
 def test_many_threads_store_and_search(archive: Archive) -> None:
     failures: list[BaseException] = []
 
