@@ -166,7 +166,7 @@ def parts(content_type: str, body: bytes) -> list[bytes]:
     header = Message()
     header["content-type"] = content_type
     delimiter = f"\r\n--{header.get_param('boundary')}".encode()
-    found = []
+    found: list[bytes] = []
     for piece in (b"\r\n" + body).split(delimiter)[1:]:
         if piece.startswith(b"--"):
             return found
