@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select
+from sqlalchemy import Connection, and_, bindparam, delete, insert, select
 
 from archive.model import FactKind, IndexEntry, Level, PatientKey, RecordKind
 from archive.rows import Row, fill, joined, number_of, row_of, split
@@ -106,6 +106,13 @@ class _Batch:
                 uids,
             )
         }
+        query = select(
+            conflict.c.sop_instance_uid, conflict.c.digest, conflict.c.receipt_us, conflict.c.damaged
+        )
+        self._known_conflicts: dict[Content, Any] = {
+            (row.sop_instance_uid, bytes(row.digest)): row
+            for row in by_uid(connection, query, conflict.c.sop_instance_uid, uids)
+        }
         self._waiting = self._early(uids)
         self._instances: list[Row] = []
         self._conflicts: dict[Content, Row] = {}
@@ -131,6 +138,7 @@ class _Batch:
         if other:
             self._add_conflicts(other)
         if fresh:
+            self._promote({(entry.record.head.sop_instance_uid, entry.record.digest) for entry in fresh})
             self._load(fresh)
             for entry in fresh:
                 self._add_instance(entry)
@@ -153,13 +161,13 @@ class _Batch:
         ):  # fmt: skip
             if rows:
                 execute(insert(table), rows)
-        if self._waiting:
-            here = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if self._arrived(u, d)]
-            if here:
-                execute(_DELETE_EARLY, here)
-
-    def _arrived(self, uid: str, digest: bytes) -> bool:
-        return self._live.get(uid) == digest or (uid, digest) in self._conflicts
+        live = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if self._live.get(u) == d]
+        apart = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if (u, d) in self._conflicts]
+        if live:
+            execute(_DELETE_EARLY, live)
+        if apart:
+            # A copy is told of what is live; this content may become that.
+            execute(_DELETE_EARLY.where(early_fact.c.kind != FactKind.COPY.value), apart)
 
     def _early(self, uids: Iterable[str]) -> dict[Content, _Waiting]:
         waiting: dict[Content, _Waiting] = {}
@@ -197,13 +205,26 @@ class _Batch:
         for row in by_uid(self._connection, select(patient), patient.c.patient_hash, hashes):
             self._patients[bytes(row.patient_hash)] = _Patient(dict(row._mapping), new=False)
 
+    def _promote(self, contents: set[Content]) -> None:
+        """A content that was a conflict is live when it comes again and its UID has none: what is known of it
+        goes with it. So it is in a region that gets a ward's conflict before any live content."""
+        for content in contents & self._conflicts.keys():
+            del self._conflicts[content]
+            self._outbox = [
+                row for row in self._outbox if (row["sop_instance_uid"], row["digest"]) != content
+            ]
+        for content in contents & self._known_conflicts.keys():
+            known, facts = self._known_conflicts[content], self._waiting.setdefault(content, _Waiting())
+            facts.receipt_us, facts.damaged = known.receipt_us, bool(known.damaged)
+            for table in (conflict, outbox):
+                here = and_(table.c.sop_instance_uid == content[0], table.c.digest == content[1])
+                if table is outbox:
+                    row = self._connection.execute(select(outbox).where(here)).fetchone()
+                    facts.set_aside = row.detail if row is not None and row.set_aside else None
+                self._connection.execute(delete(table).where(here))
+
     def _add_conflicts(self, entries: Sequence[IndexEntry]) -> None:
-        uids = {entry.record.head.sop_instance_uid for entry in entries}
-        query = select(conflict.c.sop_instance_uid, conflict.c.digest)
-        known = {
-            (row.sop_instance_uid, bytes(row.digest))
-            for row in by_uid(self._connection, query, conflict.c.sop_instance_uid, uids)
-        }
+        known = set(self._known_conflicts)
         for entry in entries:
             content = (entry.record.head.sop_instance_uid, entry.record.digest)
             if content in known:

@@ -103,6 +103,8 @@ class Database:
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """The result of `work` in one transaction that is committed when this returns."""
+        if self.read_only:
+            raise Unavailable(f"the {self.name} is open for reading alone")
         deadline = time.monotonic() + BUSY_WAIT_S_MAX
         delay_s = 0.002
         while True:

@@ -63,7 +63,7 @@ def apply_facts(connection: Connection, facts: Sequence[Fact]) -> None:
             changes.note(content, fact)
             if fact.kind is FactKind.COPY and fact.ward != row.ward:
                 copies.append((row._mapping, fact.ward))
-        elif content in others:
+        elif content in others and fact.kind is not FactKind.COPY:
             changes.note(content, fact)
         else:
             early.append(fact)

@@ -6,6 +6,9 @@ import hashlib
 import random
 from collections.abc import Iterator
 
+from sqlalchemy import Connection, text
+
+from archive.index import Index
 from archive.model import (
     Attributes,
     IndexEntry,
@@ -16,6 +19,7 @@ from archive.model import (
     Record,
     RecordKind,
 )
+from archive.schema import DERIVED, STUDY_TEXT, position
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 MR = "1.2.840.10008.5.1.4.1.1.4"
@@ -123,3 +127,16 @@ def batches(entries: Iterator[IndexEntry], size: int) -> Iterator[list[IndexEntr
             batch = []
     if batch:
         yield batch
+
+
+def empty(index: Index) -> None:
+    """Take everything out of an index: an example of a property needs an empty one, a new one takes
+    longer."""
+
+    def work(connection: Connection) -> None:
+        for table in (*DERIVED, position):
+            connection.execute(table.delete())
+        if connection.dialect.name == "sqlite":
+            connection.execute(text(f"DELETE FROM {STUDY_TEXT}"))
+
+    index._database.write(work)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, text
 
 from archive.catalog import CATALOG
 from archive.conditions import literal_run
@@ -21,8 +20,7 @@ from archive.index import Index
 from archive.matching import fits, matches, parse
 from archive.model import Level, Position, Query
 from archive.rows import fields_of, row_of
-from archive.schema import DERIVED, STUDY_TEXT
-from tests.archive.entries import entry
+from tests.archive.entries import empty, entry
 
 
 def asked(keyword: str, value: str, stored: str, *, level: Level = Level.IMAGE) -> bool:
@@ -277,13 +275,7 @@ def fresh_index(url: str) -> Iterator[Callable[[list[dict[str, str]]], Index]]:
     index = Index.open(url)
 
     def fill(rows: list[dict[str, str]]) -> Index:
-        def empty(connection: Connection) -> None:
-            for table in DERIVED:
-                connection.execute(table.delete())
-            if url.startswith("sqlite"):
-                connection.execute(text(f"DELETE FROM {STUDY_TEXT}"))
-
-        index._database.write(empty)
+        empty(index)
         entries = []
         for number, row in enumerate(rows):
             by_level = {level: {k: v for k, v in row.items() if LEVELS[k] is level} for level in Level}
