@@ -13,7 +13,7 @@ import typer
 from archive.errors import InvalidInput, SettingsError
 from miss import configuration
 from miss.configuration import Process, State
-from miss.console import err, out, table, when
+from miss.console import err, out, program, table, when
 from miss.ledgers import open_ledger
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def init(
                               err=True)
     authority = create_region(folder, region, host=host, port=port, enrol_port=enrol_port, passphrase=secret)
     err.print(f"the region {authority.region} is in {folder}", style="green", markup=False)
-    err.print(f"next: miss hub run --settings {folder / Process.HUB.file}", markup=False)
-    err.print(f"and:  miss ca invite --hospital ... --ward ... --issuer ... --state {folder}", markup=False)
+    err.print(f"next: {program()} hub run --settings {folder / Process.HUB.file}", markup=False)
+    err.print(f"and:  {program()} ca invite --hospital ... --ward ... --issuer ... --state {folder}",
+              markup=False)
 
 
 @app.command()

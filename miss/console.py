@@ -4,9 +4,11 @@ goes to stdout, everything else to stderr."""
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -64,6 +66,12 @@ def run(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # `miss ... | head`
         sys.stderr.close()
         raise SystemExit(EXIT_ERROR) from None
+
+
+def program() -> str:
+    """How this command is typed here: `miss` where it is on the PATH, else the way it was started."""
+    started = Path(sys.argv[0])
+    return "miss" if shutil.which("miss") or started.name != "miss" else str(started)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

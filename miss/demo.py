@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archive.errors import InvalidInput, Unavailable
-from miss.console import EXIT_ERROR, err
+from miss.console import EXIT_ERROR, err, program
 from miss.welcome import show_demo
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ class _Demo:
         for child in new:
             self.dead.add(child.name)
             err.print(f"[red]{child.name} ended with code {child.exit_code}[/]; log: {child.log}\n"
-                      f"  to start it again: miss {' '.join(child.arguments)}", soft_wrap=True)
+                      f"  to start it again: {program()} {' '.join(child.arguments)}", soft_wrap=True)
         return bool(new)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from miss import configuration
 from miss.configuration import Overrides, Process, SettingsFile, State
-from miss.console import err, out, set_up_logging, size, table, when
+from miss.console import err, out, program, set_up_logging, size, table, when
 from miss.hub import LogLevel
 from miss.ledgers import open_ledger, require_node
 
@@ -51,8 +51,8 @@ def enrol(
     identity = enrol_node(invite, state, ae_title=title, host=host, port=port, replace=replace)
     err.print(f"enrolled as {identity.uri}, certificate until {when(identity.not_after_us)}", style="green",
               markup=False)
-    err.print(f"next: miss device add AE-TITLE ADDRESS --state {state}\n"
-              f"then: miss node run --settings {state / Process.NODE.file}", markup=False)
+    err.print(f"next: {program()} device add AE-TITLE ADDRESS --state {state}\n"
+              f"then: {program()} node run --settings {state / Process.NODE.file}", markup=False)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 from archive.errors import InvalidInput
 from miss import configuration
 from miss.configuration import Overrides, Process, SettingsFile, State
-from miss.console import err, set_up_logging
+from miss.console import err, program, set_up_logging
 from miss.hub import LogLevel
 from miss.node import Invite
 
@@ -68,4 +68,4 @@ def enrol(
 
     identity = enrol_portal(invite, state, region)
     err.print(f"enrolled as {identity.uri}", style="green", markup=False)
-    err.print(f"next: miss portal run --settings {state / Process.PORTAL.file}", markup=False)
+    err.print(f"next: {program()} portal run --settings {state / Process.PORTAL.file}", markup=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from miss.console import err, out, table
+from miss.console import err, out, program, table
 
 
 def show_demo(contents: dict[str, Any], state: Path, seconds: float, *, as_json: bool) -> None:
@@ -61,9 +61,9 @@ def _show_commands(screen: Console, contents: dict[str, Any], state: Path) -> No
     for line in (
         f"storescu -v -aet STORESCU {target} +sd +r FOLDER",
         f"findscu -S -aet FINDSCU {target} -k QueryRetrieveLevel=STUDY -k PatientName -k StudyDate",
-        f"miss send FOLDER --to {ward['ae_title']}@{ward['host']}:{ward['dicom_port']}",
-        f"miss status --state {state}",
-        f"miss node log --refused --state {ward['state']}",
+        f"{program()} send FOLDER --to {ward['ae_title']}@{ward['host']}:{ward['dicom_port']}",
+        f"{program()} status --state {state}",
+        f"{program()} node log --refused --state {ward['state']}",
     ):
         screen.print(f"  {line}", markup=False, soft_wrap=True)
     screen.print(f"\n{state / 'demo.json'} says it all. Ctrl-C stops it.", markup=False, soft_wrap=True)

@@ -83,9 +83,12 @@ def test_the_demo_keeps_its_word(tmp_path: Path) -> None:
         assert sum(said["loaded"]["skipped_by_reason"].values()) == 2
         check_contract(said, state)
         check_images(said, [study[0].study_uid for study in studies])
+        check_death(said, state)
         demo.send_signal(signal.SIGINT)
         assert demo.wait(60) == 0
         assert gone(list(said["pids"].values()))
+        assert demo.stderr is not None
+        assert "ended with code -9" in demo.stderr.read()
         assert not any(json.loads((state / "demo.json").read_text())["pids"].values())
 
         started = time.monotonic()
@@ -106,6 +109,14 @@ def test_the_demo_keeps_its_word(tmp_path: Path) -> None:
     finally:
         demo.kill()
         demo.communicate()
+
+
+def check_death(said: dict[str, Any], state: Path) -> None:
+    """A node that ends is told in demo.json; the others go on."""
+    os.kill(said["wards"][1]["pid"], signal.SIGKILL)
+    wait_until("the node's end being told", lambda: json.loads(
+        (state / "demo.json").read_text())["wards"][1]["pid"] is None or None, timeout_s=10)
+    assert json.loads((state / "demo.json").read_text())["wards"][0]["pid"] == said["wards"][0]["pid"]
 
 
 def check_contract(said: dict[str, Any], state: Path) -> None:
