@@ -298,7 +298,8 @@ class _Batch:
 
     def _new_study(self, entry: IndexEntry) -> _Study:
         attributes = entry.attributes
-        row = row_of(Level.STUDY, attributes.study) | _patient_row(entry)
+        patient_row = _patient_row(entry)
+        row = row_of(Level.STUDY, attributes.study) | patient_row
         key = _patient_key(entry)
         row.update(
             study_instance_uid=attributes.study_uid,
@@ -306,7 +307,7 @@ class _Batch:
             text_id=text_id(attributes.study_uid),
             bytes=0, series_count=0, instance_count=0, modalities="", sop_classes="", wards="",
         )  # fmt: skip
-        self._add_patient(row["patient_hash"], _patient_row(entry))
+        self._add_patient(row["patient_hash"], patient_row)
         named = (attributes.patient, entry.record.head.provenance.issuer)
         return _Study(row, new=True, last_study=attributes.study, last_patient=named)
 
