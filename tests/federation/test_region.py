@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from certs.registry import revoke
 from federation import region_service, serde
 from federation.assertion import sign
 from federation.coverage import CoverageState, WardCoverage
+from federation.fanout import WardMatches
 from federation.hub import Hub
 from federation.node_source import NodeSource
 from federation.policy import Principal, Role
@@ -364,6 +365,51 @@ def test_a_ward_that_left_with_a_backlog_is_incomplete_by_its_last_word(
     assert answer.matches == []
     coverage = by_ward(answer.coverage)[first.ward.id]
     assert (coverage.state, coverage.pending) == (CoverageState.INCOMPLETE, 4)
+
+
+def test_what_arrives_while_the_region_is_read_is_counted_once(
+    region: Region, nodes: list[Node], source: RegionSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = nodes
+    first.take(study("1.2.7", 2))
+    first.start(hold=True)
+    reported(region, first, 2)
+    read = source._rows
+    reads: list[int] = []
+
+    def moving(query: Query, wards: Sequence[WardMatches]) -> list[Match]:
+        rows = read(query, wards)
+        if not reads:
+            assert len(source.instances(EVA, "1.2.7")) == 2  # they come here just after the rows were read
+        reads.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(source, "_rows", moving)
+    answer = source.search(EVA, STUDIES)
+    assert reads == [0, 1]
+    assert [shape(match)[:4] for match in answer.matches] == [("1.2.7", 1, 2, (first.ward.id,))]
+
+
+class Lagging(Archive):
+    """An archive whose index does not catch up."""
+
+    def wait_indexed(self, timeout_s: float = 10.0) -> None:
+        raise Unavailable("the index has not caught up yet")
+
+
+def test_a_ward_that_can_not_tell_what_is_pending_says_nothing(
+    region: Region, nodes: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _, _ = nodes
+    first.start()
+    reported(region, first, 0)
+    first.store.__class__ = Lagging
+    eventually(lambda: "no report can be made" in caplog.text, "it knows that it can't tell")
+    since_us = first.reported(region).seen_us
+    eventually(lambda: caplog.text.count("no report can be made") >= 3, "it goes on trying")
+    assert first.reported(region).seen_us == since_us
+    first.store.__class__ = Archive
+    reported(region, first, 0)
 
 
 class Hanging(Archive):

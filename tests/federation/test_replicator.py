@@ -227,6 +227,43 @@ def test_rows_stay_known_until_their_fact_is_synced() -> None:
     assert replicator.known == 0
 
 
+def test_a_receipt_is_not_recorded_while_the_outbox_is_read() -> None:
+    """The rows that are being read may hold it still: they must not bring it back after it was recorded."""
+    row = pending(1)
+    replicator = filled([row])
+    offered(replicator)
+    taken(replicator)
+    replicator.woken()
+    step = replicator.next(0)
+    assert isinstance(step, Refill)
+    replicator.received(0, receipt(row))
+    assert isinstance(replicator.next(0), Idle)
+    replicator.refilled([row], step.limit)
+    recorded(replicator)
+    assert replicator.known == 0
+    assert offered(replicator) == []
+
+
+def test_without_a_line_nothing_is_offered_and_facts_are_recorded() -> None:
+    replicator = filled([pending(2), pending(1)])
+    offered(replicator)
+    assert replicator.take(0, 0.0) is not None
+    replicator.line_down()
+    assert replicator.take(0, 0.0) is None
+    replicator.received(0, receipt(pending(2)))
+    recorded(replicator)
+    replicator.stream_ended(0, 0.0, 9, failed=True)
+    replicator.line_up()
+    assert taken(replicator) == [1]  # at once: the line is new
+
+
+def test_small_objects_are_taken_up_to_a_size_and_in_order() -> None:
+    replicator = filled([pending(3), pending(2)])
+    offered(replicator)
+    assert replicator.take(0, 0.0, 89) is None
+    assert replicator.take(0, 0.0, 90) == pending(3)
+
+
 def test_hold_delivers_only_what_a_reader_asked_for() -> None:
     replicator = Replicator(WARD, Limits(), random.Random(1), hold=True)
     step = replicator.next(0)
