@@ -99,8 +99,8 @@ class Node:
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with self:
-                # What was made so far stays: looking at it again for cycles, as often as small objects come and
-                # go here, cost 5 to 8 % of the rate of small instances.
+                # What was made so far stays: looking at it for cycles again and again, as often as small
+                # objects come and go here, cost 5 to 8 % of the rate of small instances.
                 gc.freeze()
                 gc.set_threshold(*GC_THRESHOLDS)
                 self._end.wait()
