@@ -192,7 +192,8 @@ class Association:
         if self._pdu_left < PDV_HEADER_BYTES:
             raise Violation("a P-DATA-TF PDU ends inside a presentation data value's header")
         wire = self.wire
-        length, context_id, control = _PDV.unpack_from(wire.buffer, wire.need(PDV_HEADER_BYTES))
+        start = wire.need(PDV_HEADER_BYTES)  # before `buffer` is looked at: to receive may replace it
+        length, context_id, control = _PDV.unpack_from(wire.buffer, start)
         if length < 2 or length + 4 > self._pdu_left:
             raise Violation("a presentation data value does not fit in its PDU")
         if context_id not in self.contexts:
@@ -204,10 +205,17 @@ class Association:
             raise Violation("nothing but empty fragments", 0, AbortSource.SERVICE_USER)
         return context_id, control, length - 2
 
+    def _pdu_header(self) -> tuple[int, int]:
+        """Type and length of the next PDU, consumed."""
+        wire = self.wire
+        start = wire.need(HEADER_BYTES)
+        wire.start = start + HEADER_BYTES
+        kind, length = _HEADER.unpack_from(wire.buffer, start)
+        return kind, length
+
     def _open_data_pdu(self) -> None:
         wire = self.wire
-        kind, length = _HEADER.unpack_from(wire.buffer, wire.need(HEADER_BYTES))
-        wire.start += HEADER_BYTES
+        kind, length = self._pdu_header()
         wire.busy = True
         wire.patience_s = self.limits.message_timeout_s
         if kind != PduType.P_DATA_TF:
@@ -295,8 +303,7 @@ class Association:
         answered = False
         while not answered:
             self._skip_pdu_rest()
-            kind, length = _HEADER.unpack_from(self.wire.buffer, self.wire.need(HEADER_BYTES))
-            self.wire.start += HEADER_BYTES
+            kind, length = self._pdu_header()
             if kind == PduType.P_DATA_TF:
                 self._pdu_left = length
             elif kind == PduType.RELEASE_RP and length == 4:
@@ -314,8 +321,7 @@ class Association:
         if self._requestor:
             self.wire.send(RELEASE_RP_OCTETS)
             return False
-        kind, length = _HEADER.unpack_from(self.wire.buffer, self.wire.need(HEADER_BYTES))
-        self.wire.start += HEADER_BYTES
+        kind, length = self._pdu_header()
         if kind != PduType.RELEASE_RP or length != 4:
             self._control_pdu(kind, length)
         self.wire.read(4)

@@ -16,7 +16,7 @@ import pytest
 from node.dimse import messages, pdu
 from node.dimse.association import Association, Limits
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, VERIFICATION
-from node.dimse.errors import PeerAborted, Violation
+from node.dimse.errors import PeerAborted, TimedOut, Violation
 from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor, echo
 from node.dimse.wire import Wire
@@ -71,6 +71,57 @@ def test_several_values_in_one_pdu(served: Serving) -> None:
                          for part, control in ((ECHO_RQ[:half], 1), (b"", 1), (ECHO_RQ[half:], 3)))
         raw.send(struct.pack(">BxI", 4, len(items)) + items)
         assert raw.receive()[0] == 4
+
+
+def test_the_receive_buffer_grows_and_shrinks_between_messages(tmp_path: Path) -> None:
+    """It grows when a peer sends fast and shrinks while it is silent: the next header is read from the new
+    one."""
+    limits = Limits(artim_s=1.0, idle_timeout_s=30.0, message_timeout_s=0.2, max_pdu_bytes=0)
+    odd = messages.build(messages.short(0x0100, 0x0777), messages.short(0x0110, 9), messages.short(0x0800, 1))
+    with serving(tmp_path, limits=limits) as served, Raw(served.port) as raw:
+        raw.associate()
+        for size in (16_384, 100_000, 600_001, 1_000_000):
+            raw.send(data(1, 3, odd) + data(1, 2, bytes(size)) + data(1, 3, ECHO_RQ))
+            assert messages.parse(raw.receive()[1][6:]).status == 0x0211
+            assert messages.parse(raw.receive()[1][6:]).status == 0
+            time.sleep(0.3)  # beyond one look at the limits
+
+
+@pytest.mark.parametrize("size", range(16_300, 16_420, 7))
+def test_a_header_at_the_buffers_edge(served: Serving, size: int) -> None:
+    odd = messages.build(messages.short(0x0100, 0x0777), messages.short(0x0110, 9), messages.short(0x0800, 1))
+    with Raw(served.port) as raw:
+        raw.associate()
+        raw.send(data(1, 3, odd) + data(1, 0, bytes(size)) + data(1, 2, bytes(40_000)) + data(1, 3, ECHO_RQ))
+        assert messages.parse(raw.receive()[1][6:]).status == 0x0211
+        assert messages.parse(raw.receive()[1][6:]).status == 0
+
+
+def test_what_we_do_not_negotiate_is_passed_over(served: Serving) -> None:
+    """Asynchronous operations, user identity and extended negotiation: no answer, so none of them (PS3.7
+    D.3.3)."""
+    request = pdu.AssociateRequest(
+        AE_TITLE, "CT1", (ProposedContext(1, VERIFICATION, (IMPLICIT_LITTLE,)),), 16384,
+        asynchronous_window=(8, 8), user_identity=pdu.UserIdentity(2, True, b"user", b"secret"),
+        extended=((VERIFICATION, b"\1"),))
+    with Raw(served.port) as raw:
+        raw.send(pdu.encode_request(request))
+        kind, body = raw.receive()
+        information = body.index(b"\x50\x00")
+        kinds = {item for item, _ in pdu._items(memoryview(body)[information + 4:])}
+        assert (kind, kinds) == (PduType.ASSOCIATE_AC, {0x51, 0x52, 0x55})
+    assert "secret" not in repr(served.log(1))
+
+
+def test_a_peer_that_does_not_read_is_left() -> None:
+    ours, theirs = _pair()
+    wire = Wire(ours, send_timeout_s=0.2)
+    with pytest.raises(TimedOut, match="does not read"):
+        wire.send(bytes(64 << 20))
+    with pytest.raises(TimedOut, match="does not read"):
+        wire.send_vector([bytes(1 << 20)] * 64)
+    wire.close()
+    theirs.close()
 
 
 UNEXPECTED_IN_STA2 = {
