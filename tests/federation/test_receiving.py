@@ -4,10 +4,13 @@ promised.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,6 +167,44 @@ def test_want_of_room_is_nobodys_fault(tmp_path: Path) -> None:
         taken = Receiver(full, lambda: 1).incoming(WARD).take(pieces(make_instance()))
         assert isinstance(taken.error, OutOfResources)
         assert taken.refused == []
+
+
+def test_no_receipt_before_the_index_has_it(
+    archive: Archive, receiver: Receiver, incoming: Incoming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, apply = threading.Event(), archive.index.apply
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        gate.wait(30)
+        apply(*args, **kwargs)
+
+    monkeypatch.setattr(archive.index, "apply", late)
+    taken = incoming.take([group(make_instance())])
+    with ThreadPoolExecutor(1) as pool:
+        settling = pool.submit(receiver.settle, WARD, taken.pushed)
+        taken.pushed[0].ticket.wait_durable()
+        with pytest.raises(TimeoutError):
+            settling.result(0.3)
+        gate.set()
+        assert len(settling.result(30)) == 1
+
+
+def test_a_content_that_is_kept_as_a_conflict_is_here_too(
+    archive: Archive, receiver: Receiver, incoming: Incoming
+) -> None:
+    first = make_instance(sop_uid="1.2.3", study_uid="1.2")
+    second = make_instance(sop_uid="1.2.3", study_uid="1.2", rows=18)
+    taken = incoming.take([group(first, second)])
+    outcomes = [receipt.outcome for receipt in receiver.settle(WARD, taken.pushed)]
+    assert outcomes == [Outcome.STORED, Outcome.CONFLICT]
+    items = [uplink_pb2.OfferItem(sop_instance_uid="1.2.3", digest=one.digest) for one in (first, second)]
+    for ward in (WARD, "galliera/ct"):
+        found = [receipt and receipt.outcome for receipt in receiver.verdicts(ward, items[1:])]
+        assert found == [Outcome.CONFLICT]
+    assert archive.search(Query(Level.IMAGE))[0].wards == (WARD,)  # other bytes make nobody a holder
+    assert [receipt and receipt.outcome for receipt in receiver.verdicts(WARD, items[:1])] == [
+        Outcome.DUPLICATE
+    ]
 
 
 def test_offers_are_answered_with_receipts_for_what_is_here(

@@ -15,7 +15,7 @@ import pytest
 
 from archive.archive import Archive
 from archive.errors import Forbidden, NotFound, SettingsError, Unavailable
-from archive.model import EVERYTHING, Level, Match, PatientKey, Query, Scope
+from archive.model import EVERYTHING, Level, Match, PatientKey, Query, Scope, SeriesHolding
 from certs.identity import Identity
 from certs.registry import revoke
 from federation import region_service, serde
@@ -390,6 +390,46 @@ def test_what_arrives_while_the_region_is_read_is_counted_once(
     assert [shape(match)[:4] for match in answer.matches] == [("1.2.7", 1, 2, (first.ward.id,))]
 
 
+class Lying(Archive):
+    """An archive that lists what has long been in the region as pending, and in another ward's name."""
+
+    def search(self, query: Query) -> list[Match]:
+        rows = super().search(replace(query, pending_only=False, scope=EVERYTHING, level=Level.IMAGE))
+        uids = tuple(row.instance["SOPInstanceUID"] for row in rows)
+        holdings = (SeriesHolding("1.2.7.1", "CT", uids),)
+        return [
+            replace(
+                row,
+                level=Level.STUDY,
+                holdings=holdings,
+                wards=("galliera/radiology",),
+                instance_count=len(uids),
+            )
+            for row in rows[:1]
+        ]
+
+
+def test_what_a_ward_lists_wrongly_delays_and_moves_nothing(
+    region: Region, nodes: list[Node], source: RegionSource
+) -> None:
+    first, _, other = nodes
+    first.take(study("1.2.7", 2))
+    first.start()
+    eventually(lambda: first.pending == 0, "it is in the region")
+    first.leave()
+    first.take(study("1.2.8", 1))
+    first.store.__class__ = Lying
+    first.start(hold=True)
+    reported(region, first, 1)
+    begun = time.monotonic()
+    assert len(source.instances(EVA, "1.2.7")) == 2
+    assert time.monotonic() - begun < 10  # the deadline is 20 s
+    first.take(study("1.2.9", 1))
+    (match,) = [one for one in source.search(EVA, STUDIES).matches if one.pending_at]
+    assert match.pending_at == (first.ward.id,)
+    assert other.ward.id not in match.wards
+
+
 class Lagging(Archive):
     """An archive whose index does not catch up."""
 
@@ -469,9 +509,12 @@ def test_coverage_survives_the_hub_and_needs_none(
     assert coverage[first.ward.id].state is CoverageState.AS_OF
     assert (coverage[first.ward.id].complete_to_us or 0) >= seen_us
     assert coverage[second.ward.id].state is CoverageState.INCOMPLETE
+    left = first.reported(region)
+    region.ledger.put_ward_state(replace(left, attached=True))  # as a hub that was killed leaves it
     again = Hub(hub.settings)
     again.start()
     try:
+        assert not first.reported(region).attached
         after = by_ward(source.search(EVA, STUDIES).coverage)
         assert after[first.ward.id] == coverage[first.ward.id]
         assert after[second.ward.id].pending == 3
