@@ -102,7 +102,7 @@ class Gate:
     async def _visitor(self, request: Request) -> Visitor | None:
         token = request.cookies.get(self._cookie, "")
         if token and len(token) <= TOKEN_CHARS_MAX:
-            visitor = await self._sign_in.visitor(token)
+            visitor = await self._sign_in.visitor(token, touch="miss-refresh" not in request.headers)
             if visitor is not None:
                 return visitor
         header = request.headers.get("authorization", "")

@@ -8,7 +8,7 @@ from datetime import datetime, tzinfo
 
 from archive.ledger import CertificateRow, Ledger, WardState
 from archive.model import Ward
-from federation.coverage import Report, WardCoverage, clock_words, is_present, report_in
+from federation.coverage import CoverageState, Report, WardCoverage, clock_words, is_present, report_in
 from federation.source import Source
 from portal.studies import ward_line
 
@@ -84,11 +84,11 @@ def gather(source: Source, ledger: Ledger, now_us: int, zone: tzinfo) -> Health:
         _row(ward, wards.get(ward.ward), states.get(ward.ward), certificates.get(ward.ward), now_us, zone)
         for ward in coverage
     )
-    attached = sum(1 for state in states.values() if is_present(state, now_us))
+    here = sum(is_here(ward, states.get(ward.ward), now_us) for ward in coverage)
     return Health(
         rows,
         tuple(f"{row.hospital} {row.name}: {words}" for row in rows for words in row.warnings),
-        f"{len(rows)} ward{'' if len(rows) == 1 else 's'}, {attached} connected",
+        f"{len(rows)} ward{'' if len(rows) == 1 else 's'}, {here} connected",
         clock_words(now_us, now_us, zone),
     )
 
@@ -120,28 +120,44 @@ def _row(
 ) -> HealthRow:
     line = ward_line(ward, now_us, zone, named=False)
     report = report_in(state) if state is not None else None
-    present = state is not None and is_present(state, now_us)
-    link = "connected" if present else f"away since {clock_words(ward.seen_at_us, now_us, zone)}"
+    present = is_here(ward, state, now_us)
     words, tone = certificate_words(certificate, report, now_us)
     oldest_s = (now_us - state.oldest_pending_us) / 1e6 if state and state.oldest_pending_us else 0.0
     return HealthRow(
         name=named.name if named else ward.name,
         hospital=ward.hospital,
-        link=link if ward.seen_at_us else "never connected",
+        link=_link(ward, state, present, clock_words(ward.seen_at_us, now_us, zone)),
         link_tone="good" if present else "bad",
         words=line.words,
         tone=line.tone,
-        backlog=f"{ward.pending:,} ({size_words(state.pending_bytes)})" if state and ward.pending else "none",
+        backlog=_backlog(ward, state),
         oldest=duration_words(oldest_s) if oldest_s > 0 else "–",
         set_aside=f"{ward.set_aside:,}",
         held=f"{report.instances:,}" if report else "–",
         free=size_words(report.free_bytes) if report else "–",
         certificate=words,
         certificate_tone=tone,
-        skew=f"{state.skew_us / 1e6:+.1f} s" if state and ward.seen_at_us else "–",
+        skew=skew_words(state.skew_us) if state and ward.seen_at_us else "–",
         version=state.version if state else "",
         warnings=tuple(_warnings(ward, state, report, present, tone, words, oldest_s)),
     )
+
+
+def is_here(ward: WardCoverage, state: WardState | None, now_us: int) -> bool:
+    """Whether the ward is there: by its last report, or because this portal stands on its node."""
+    return ward.state is CoverageState.ANSWERED if state is None else is_present(state, now_us)
+
+
+def _link(ward: WardCoverage, state: WardState | None, present: bool, seen: str) -> str:
+    if present:
+        return "connected" if state is not None else "this node"
+    return f"away since {seen}" if ward.seen_at_us else "never connected"
+
+
+def _backlog(ward: WardCoverage, state: WardState | None) -> str:
+    if not ward.pending:
+        return "none"
+    return f"{ward.pending:,} ({size_words(state.pending_bytes)})" if state else f"{ward.pending:,}"
 
 
 def _warnings(
@@ -193,6 +209,11 @@ def size_words(count: int) -> str:
             return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
         size /= 1_000
     raise AssertionError("unreachable")
+
+
+def skew_words(skew_us: int) -> str:
+    """How far a clock is off; a tenth of a second is nothing."""
+    return f"{skew_us / 1e6:+.1f} s" if abs(skew_us) >= 100_000 else "0 s"
 
 
 def duration_words(seconds: float) -> str:

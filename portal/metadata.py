@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,8 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from archive import dicomjson
-from archive.model import StoredInstance
+from archive import attributes, dicomjson
+from archive.errors import CannotUnderstand, TooLarge
+from archive.model import Level, Match, StoredInstance
 from portal import dicomxml, multipart
 from portal.context import Context
 from portal.dicomweb import LEVEL, accepts_gzip, base_url, locate
@@ -30,6 +32,8 @@ from portal.negotiate import (
     forbid_mixture,
 )
 from portal.retrieve import PATHS
+
+log = logging.getLogger(__name__)
 
 BULK = "/studies/{study}/series/{series}/instances/{instance}/bulk/{path:path}"
 
@@ -77,10 +81,16 @@ class Metadata:
                 f"{base}/dicom-web/studies/{stored.study_uid}/series/{stored.series_uid}"
                 f"/instances/{stored.head.sop_instance_uid}/bulk/"
             )
-            with self._context.source.open_payload(stored) as payload:
-                yield dicomjson.metadata(
-                    payload, bulk_uri=partial(bulk_uri, root), issuer=stored.head.provenance.issuer
-                )
+            try:
+                with self._context.source.open_payload(stored) as payload:
+                    yield dicomjson.metadata(
+                        payload, bulk_uri=partial(bulk_uri, root), issuer=stored.head.provenance.issuer
+                    )
+            except (CannotUnderstand, TooLarge) as error:
+                # One broken data set must not hide the others of its series: what the index knows stands
+                # for it.
+                log.info("instance %s has no whole metadata: %s", stored.head.sop_instance_uid, error)
+                yield from_index(stored, root)
 
     async def bulk(self, request: Request) -> Response:
         ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
@@ -92,9 +102,11 @@ class Metadata:
         # The first piece is read before the answer begins: what is not there must be a 404.
         head = await self._context.read.run(next, chunks, b"")
         if not chosen[0].is_multipart:
-            return StreamingResponse(self._context.read.stream(rejoined(head, chunks)), media_type=OCTETS)
+            return StreamingResponse(
+                self._context.read.stream(multipart.resumed(head, chunks)), media_type=OCTETS
+            )
         mark = multipart.boundary()
-        body = multipart.body([multipart.Part(OCTETS, rejoined(head, chunks))], mark)
+        body = multipart.body([multipart.Part(OCTETS, multipart.resumed(head, chunks))], mark)
         return StreamingResponse(
             self._context.read.stream(body), media_type=multipart.content_type(OCTETS, mark)
         )
@@ -104,13 +116,24 @@ class Metadata:
             yield from dicomjson.bulk(payload, path)
 
 
+def from_index(stored: StoredInstance, bulk_root: str) -> dict[str, Any]:
+    """What the index knows of an instance whose data set can't be read to its end."""
+    match = Match(
+        Level.IMAGE,
+        stored.head.provenance.issuer,
+        patient={},
+        study={"StudyInstanceUID": stored.study_uid},
+        series={"SeriesInstanceUID": stored.series_uid},
+        instance=stored.instance,
+    )
+    return attributes.to_json(
+        match, "all", level=Level.IMAGE, levels=(Level.STUDY, Level.SERIES, Level.IMAGE),
+        retrieve_url=lambda _: bulk_root.removesuffix("/bulk/"),
+    )  # fmt: skip
+
+
 def bulk_uri(root: str, path: tuple[str, ...]) -> str:
     return root + "/".join(path)
-
-
-def rejoined(head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from rest
 
 
 def json_array(datasets: Iterator[dict[str, Any]]) -> Iterator[bytes]:

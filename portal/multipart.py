@@ -43,6 +43,12 @@ def _pieces(parts: Iterable[Part], mark: str) -> Iterator[bytes]:
     yield f"\r\n--{mark}--\r\n".encode("ascii")
 
 
+def resumed(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    """What was begun, from its beginning: the first piece was read to see whether there is one."""
+    yield first
+    yield from rest
+
+
 def gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Join small pieces until a chunk is worth a system call; never holds more than a chunk and one piece."""
     held: list[bytes] = []

@@ -3,7 +3,8 @@ with flat memory at any size, or written anew where the client can't take them a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from http import HTTPStatus
 
@@ -11,12 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from archive.errors import CannotUnderstand, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, transcode
 from portal.context import Context
 from portal.dicomweb import locate
 from portal.negotiate import DICOM, MediaRange, NotAcceptable, accepted, forbid_mixture
 from portal.transcode import EXPLICIT
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 PATHS = (
@@ -45,45 +49,67 @@ class Retrieve:
     async def retrieve(self, request: Request) -> Response:
         ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
         forbid_mixture(ranges)
-        visitor, found = await locate(self._context, request, "retrieve")
+        _, found = await locate(self._context, request, "retrieve")
         single = "instance" in request.path_params
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max
         chosen = [(stored, form_of(stored, ranges, bytes_max, single=single)) for stored in found]
         sent = [(stored, form) for stored, form in chosen if form is not None]
         if not sent:
             raise NotAcceptable(refusal(found))
-        if single and is_bare(ranges):
-            return self._bare(*sent[0])
         mark = multipart.boundary()
-        chunks = multipart.body((self._part(stored, form) for stored, form in sent), mark)
+        if single:
+            part = await self._context.read.run(self._one, *sent[0], ranges)
+            if is_bare(ranges):
+                response = self._stream(part.content, part.content_type)
+                if sent[0][1] is Form.STORED:
+                    response.headers["Content-Length"] = str(found[0].location.length)
+                return response
+            return self._stream(multipart.body([part], mark), multipart.content_type(DICOM, mark))
+        parts = (self._part(stored, form) for stored, form in sent)
         status = HTTPStatus.OK if len(sent) == len(found) else HTTPStatus.PARTIAL_CONTENT
-        return StreamingResponse(
-            self._context.read.stream(chunks), status, media_type=multipart.content_type(DICOM, mark)
-        )
+        return self._stream(multipart.body(parts, mark), multipart.content_type(DICOM, mark), status)
 
-    def _bare(self, stored: StoredInstance, form: Form) -> Response:
-        syntax = stored.head.transfer_syntax_uid if form is Form.STORED else EXPLICIT
-        response = StreamingResponse(
-            self._context.read.stream(self._chunks(stored, form)),
-            media_type=f"{DICOM}; transfer-syntax={syntax}",
-        )
-        if form is Form.STORED:
-            response.headers["Content-Length"] = str(stored.location.length)
-        return response
+    def _stream(
+        self, chunks: Iterable[bytes], media_type: str, status: HTTPStatus = HTTPStatus.OK
+    ) -> Response:
+        return StreamingResponse(self._context.read.stream(iter(chunks)), status, media_type=media_type)
+
+    def _one(self, stored: StoredInstance, form: Form, ranges: Sequence[MediaRange]) -> multipart.Part:
+        """One instance alone, begun before the answer is: when that fails, the status can say so."""
+        part = self._part(stored, form)
+        chunks = iter(part.content)
+        part = multipart.Part(part.content_type, multipart.resumed(next(chunks, b""), chunks))
+        if form is Form.EXPLICIT and part.content_type != content_type(EXPLICIT) and insists(ranges):
+            raise NotAcceptable(refusal([stored]))
+        return part
 
     def _part(self, stored: StoredInstance, form: Form) -> multipart.Part:
-        syntax = stored.head.transfer_syntax_uid if form is Form.STORED else EXPLICIT
-        return multipart.Part(f"{DICOM}; transfer-syntax={syntax}", self._chunks(stored, form))
+        """What can't be written anew after all (broken pixel data, say) leaves as it is stored: the part's
+        type says which it is, and nothing of a study is held back."""
+        if form is Form.EXPLICIT:
+            bytes_max = self._context.settings.dicomweb.decoded_bytes_max
+            try:
+                with self._context.source.open_payload(stored) as payload:
+                    written = transcode.explicit_part10(payload, stored, bytes_max)
+                return multipart.Part(content_type(EXPLICIT), [written])
+            except (CannotUnderstand, TooLarge) as error:
+                log.info("instance %s leaves as it is stored: %s", stored.head.sop_instance_uid, error)
+        return multipart.Part(content_type(stored.head.transfer_syntax_uid), self._stored(stored))
 
-    def _chunks(self, stored: StoredInstance, form: Form) -> Iterator[bytes]:
+    def _stored(self, stored: StoredInstance) -> Iterator[bytes]:
         with self._context.source.open_payload(stored) as payload:
-            if form is Form.EXPLICIT:
-                yield transcode.explicit_part10(
-                    payload, stored, self._context.settings.dicomweb.decoded_bytes_max
-                )
-                return
             while chunk := payload.read(CHUNK_BYTES):
                 yield chunk
+
+
+def content_type(transfer_syntax_uid: str) -> str:
+    return f"{DICOM}; transfer-syntax={transfer_syntax_uid}"
+
+
+def insists(ranges: Sequence[MediaRange]) -> bool:
+    """Whether every range that an instance could leave by names another transfer syntax than what is
+    stored."""
+    return all(r.transfer_syntax for r in ranges if r.takes(DICOM))
 
 
 def form_of(

@@ -23,20 +23,22 @@ def is_loopback(host: str) -> bool:
 class ListenSettings:
     """Where browsers and DICOMweb clients connect."""
 
-    host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with TLS or behind a proxy")
-    port: int = setting(8080, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
-    tls_certificate: Path | None = setting(None, "certificate chain for HTTPS, PEM")
-    tls_key: Path | None = setting(None, "private key of tls_certificate, PEM")
+    host: str = setting(
+        "127.0.0.1", "The address to listen on; beyond loopback only with TLS or behind a proxy."
+    )
+    port: int = setting(8080, "The port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
+    tls_certificate: Path | None = setting(None, "The certificate chain for HTTPS, PEM.")
+    tls_key: Path | None = setting(None, "The private key of tls_certificate, PEM.")
     public_url: str = setting(
         "",
-        "where users reach the portal (https://images.region.example), when a proxy stands in front; "
-        "an https address makes cookies Secure though the portal itself speaks HTTP",
+        "Where users reach the portal (https://images.region.example) when a proxy stands in front; with an "
+        "https address cookies are Secure though the portal itself speaks HTTP.",
     )
     trusted_proxies: tuple[str, ...] = setting(
-        (), "addresses of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed"
+        (), "The addresses of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed."
     )
     requests_at_once_max: int = setting(
-        200, "requests served at once; more are refused with 503", minimum=1, maximum=10_000
+        200, "Requests served at once; more are answered 503.", minimum=1, maximum=10_000
     )
 
     def __post_init__(self) -> None:
@@ -63,10 +65,10 @@ class ListenSettings:
 class SignInSettings:
     """How long somebody stays signed in."""
 
-    idle_s: int = setting(1_800, "a session ends after this long without a request", "s", minimum=60)
-    absolute_s: int = setting(43_200, "a session ends this long after sign-in", "s", minimum=60)
+    idle_s: int = setting(1_800, "A session ends after this long without a request.", "s", minimum=60)
+    absolute_s: int = setting(43_200, "A session ends this long after sign-in.", "s", minimum=60)
     basic_auth: bool = setting(
-        False, "accept HTTP Basic below /dicom-web, for DICOMweb clients that have no browser session"
+        False, "Accept HTTP Basic below /dicom-web, for DICOMweb clients that have no browser session."
     )
 
 
@@ -74,31 +76,31 @@ class SignInSettings:
 class RegionSettings:
     """The region whose packs and index this portal reads, and the hub through which it asks wards."""
 
-    state: Path | None = setting(
-        None, "the hub's state folder: regional packs and, without index_url, the index"
+    state: Path | None = setting(None, "The hub's state folder: the regional packs, facts and index.")
+    index_url: str = setting(
+        "", "The regional index (postgresql://...); empty is a SQLite file in the state folder.", secret=True
     )
-    index_url: str = setting("", "database of the regional index (postgresql://...); empty: SQLite in state")
-    hub_address: str = setting("", "host:port of the hub")
-    identity: Path | None = setting(None, "folder of the portal's own certificate and key")
+    hub_address: str = setting("", "The hub to dial, host:port; empty is the one that the invite named.")
+    identity: Path | None = setting(None, "The folder of the portal's own certificate and key.")
 
 
 @dataclass(frozen=True)
 class NodeSettings:
     """One ward's node, when the portal serves its pages alone (`miss portal run --node`)."""
 
-    state: Path | None = setting(None, "the node's state folder; set it to serve this one ward and no region")
-    identity: Path | None = setting(None, "folder of the node's certificate; empty: identity in state")
+    state: Path | None = setting(None, "The node's state folder; set, the portal serves this one ward alone.")
+    identity: Path | None = setting(None, "The folder of the node's certificate; empty is identity in state.")
 
 
 @dataclass(frozen=True)
 class DicomWebSettings:
     """Bounds of DICOMweb answers."""
 
-    results_default: int = setting(100, "results of a QIDO-RS query without limit", minimum=1)
-    results_max: int = setting(1_000, "most results of one QIDO-RS answer", minimum=1, maximum=100_000)
+    results_default: int = setting(100, "Results of a QIDO-RS query that gives no limit.", minimum=1)
+    results_max: int = setting(1_000, "Most results of one QIDO-RS answer.", minimum=1, maximum=100_000)
     decoded_bytes_max: int = setting(
         512 << 20,
-        "largest instance whose pixel data are decoded on request; stored bytes have no bound",
+        "The largest instance that is decoded or written anew on request; stored bytes have no bound.",
         "bytes",
         minimum=1 << 20,
     )
@@ -109,12 +111,15 @@ class PortalSettings:
     """All of it: the TOML file's sections are these names."""
 
     ledger_url: str = setting(
-        "", "database of users, sessions and the audit log; empty: the ledger in the region's or node's state"
+        "",
+        "The database of users, sessions and the audit log, sqlite:///PATH or postgresql://...; empty is the "
+        "ledger in the region's or the node's state folder.",
+        secret=True,
     )
-    threads: int = setting(16, "threads that search and read", minimum=2, maximum=256)
-    waiting_max: int = setting(500, "calls that may wait for a thread; more are refused with 503", minimum=1)
+    threads: int = setting(16, "Threads that search, and as many that read.", minimum=2, maximum=256)
+    waiting_max: int = setting(500, "Calls that may wait for a thread; more are answered 503.", minimum=1)
     assets: Path | None = setting(
-        None, "folder that `python -m portal.assets` made, when not the package's own"
+        None, "The folder that `python -m portal.assets` made; empty is the package's own."
     )
     listen: ListenSettings = setting(ListenSettings)
     sign_in: SignInSettings = setting(SignInSettings)
@@ -125,5 +130,5 @@ class PortalSettings:
     def __post_init__(self) -> None:
         if self.region.state is not None and self.node.state is not None:
             raise ValueError(
-                "region.state and node.state exclude each other: a portal serves a region or one ward"
+                "region.state and node.state exclude each other: a portal serves a region or a ward"
             )

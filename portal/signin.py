@@ -83,9 +83,10 @@ class SignIn:
         await self._workers.run(self._open_session, user, token, old_token, address)
         return token
 
-    async def visitor(self, token: str) -> Visitor | None:
-        """Who this session's token belongs to, None when nobody's or no longer."""
-        return await self._workers.run(self._visitor, token)
+    async def visitor(self, token: str, *, touch: bool = True) -> Visitor | None:
+        """Who this session's token belongs to, None when nobody's or no longer. A page that refreshes itself
+        does not `touch` the session: nobody is there."""
+        return await self._workers.run(self._visitor, token, touch)
 
     async def basic(self, header: str, address: str) -> Visitor:
         """Who an Authorization header of scheme Basic names (RFC 7617). A password that was right stands
@@ -182,7 +183,7 @@ class SignIn:
             Session(_hash(token), user.name, now_us, now_us, secrets.token_urlsafe(24))
         )
 
-    def _visitor(self, token: str) -> Visitor | None:
+    def _visitor(self, token: str, touch: bool) -> Visitor | None:
         session = self._ledger.session(_hash(token))
         now_us = self._clock()
         if session is None:
@@ -196,7 +197,7 @@ class SignIn:
         found = self._ledger.user(session.user)
         if found is None or not found[0].enabled:
             return None
-        if now_us - session.seen_us > TOUCH_INTERVAL_US:
+        if touch and now_us - session.seen_us > TOUCH_INTERVAL_US:
             self._ledger.touch_session(session.id_hash, now_us)
         return _visitor(found[0], session)
 

@@ -23,6 +23,7 @@ from tests.portal.portals import (
     WARD,
     AppMaker,
     ArchiveSource,
+    Clock,
     EmptySource,
     client_of,
     provenance,
@@ -245,3 +246,22 @@ def test_words() -> None:
     search = read_search({"name": " x\x00y\n", "modality": "ct;drop", "page": "٣", "from": "2026-13-01"})
     assert (search.name, search.modality, search.page, search.date_from) == ("xy", "", 0, "")
     assert search.query().level is Level.STUDY
+
+
+def test_a_page_that_refreshes_itself_keeps_nobody_signed_in(
+    make_app: AppMaker, ledger: Ledger, clock: Clock
+) -> None:
+    client = signed_in(make_app(), "it")
+    assert 'hx-headers=\'{"MISS-Refresh": "1"}\'' in client.get("/health").text
+    rows = len(ledger.audit_rows())
+    for _ in range(20):
+        clock.pass_s(100)
+        answer = client.get("/health", headers={"MISS-Refresh": "1", "HX-Request": "true"})
+    assert answer.status_code == 401 and answer.headers["hx-redirect"].startswith("/login")
+    assert len(ledger.audit_rows()) == rows
+
+
+def test_health_of_one_node(make_app: AppMaker) -> None:
+    alone = replace(HERE, state=CoverageState.ANSWERED, pending=7)
+    words = text_of(signed_in(make_app(EmptySource((alone,))), "it").get("/health").text)
+    assert "this node" in words and "Nothing needs attention" in words

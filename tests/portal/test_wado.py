@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import struct
 import zlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,40 @@ def test_gzip_is_what_it_says(client: TestClient, archive: Archive) -> None:
     with client.stream("GET", f"{ROOT}{path_of(instance)}/metadata", headers=JSON) as response:
         raw = b"".join(response.iter_raw())
     assert gzip.decompress(raw).startswith(b"[{")
+
+
+def test_broken_pixel_data_leave_as_they_are(client: TestClient, archive: Archive) -> None:
+    """An image whose frames no decoder reads: nothing of its study is held back, and nothing is called what
+    it is not."""
+    broken = make_instance(transfer_syntax=RLE, encapsulated=[b"\1\0\0\0no run lengths"])
+    whole = make_instance(transfer_syntax=RLE, study_uid=broken.study_uid)
+    take_in(archive, [broken, whole])
+    study = client.get(
+        f"{ROOT}/studies/{broken.study_uid}",
+        headers={"Accept": 'multipart/related; type="application/dicom"'},
+    )
+    kinds = sorted(kind for kind, _ in exact_parts(study))
+    assert kinds == [f"application/dicom; transfer-syntax={syntax}" for syntax in (EXPLICIT, RLE)]
+    lenient = client.get(ROOT + path_of(broken), headers={"Accept": "application/dicom"})
+    assert lenient.headers["content-type"].endswith(RLE) and dataset_bytes(lenient.content) == broken.dataset
+    strict = {"Accept": f"application/dicom; transfer-syntax={EXPLICIT}"}
+    assert client.get(ROOT + path_of(broken), headers=strict).status_code == 406
+    octets = {"Accept": "multipart/related; type=application/octet-stream"}
+    assert client.get(f"{ROOT}{path_of(broken)}/frames/1", headers=octets).status_code == 406
+    assert client.get(f"{ROOT}{path_of(broken)}/rendered", headers={"Accept": "image/png"}).status_code == 406
+
+
+def test_pixel_data_that_break_off_do_not_hide_their_series(client: TestClient, archive: Archive) -> None:
+    whole = make_instance()
+    other = make_instance(
+        study_uid=whole.study_uid, series_uid=whole.series_uid, number=2, transfer_syntax=RLE
+    )
+    cut = replace(other, dataset=other.dataset[:-200])
+    take_in(archive, [whole, cut])
+    found = client.get(f"{ROOT}/studies/{whole.study_uid}/metadata", headers=JSON).json()
+    assert {i["00080018"]["Value"][0] for i in found} == {whole.sop_instance_uid, cut.sop_instance_uid}
+    broken = next(i for i in found if i["00080018"]["Value"][0] == cut.sop_instance_uid)
+    assert broken["0020000D"]["Value"] == [whole.study_uid] and broken["00280010"]["Value"] == [16]
+    stored = client.get(ROOT + path_of(cut), headers={"Accept": "application/dicom; transfer-syntax=*"})
+    assert dataset_bytes(stored.content) == cut.dataset
+    assert client.get(f"{ROOT}{path_of(cut)}/frames/1", headers=OHIF).status_code in (404, 422)
