@@ -3,22 +3,17 @@ where everything is, who may sign in, what was loaded."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from archive.errors import InvalidInput, Unavailable
-from miss.console import EXIT_ERROR, err, program
+from miss.console import err, program
+from miss.demofile import Stopped, ignoring_signals, only_one, read_json, until_stopped, write_json
 from miss.welcome import show_demo
 
 if TYPE_CHECKING:
@@ -29,7 +24,7 @@ PORT_BASE = 11100
 WARDS = 3
 WARDS_MAX = 50
 REGION_NAME = "demo"
-JSON, PLAN, LOCK, SAMPLES = "demo.json", "demo-plan.json", "lock", "samples"
+JSON, PLAN, SAMPLES = "demo.json", "demo-plan.json", "samples"
 PORT_WAIT_S = 30.0   # a demo that was killed outright leaves children that take a moment to stop
 WATCH_S = 0.3
 QUIET_S_MAX = 60.0   # without any progress of replication
@@ -40,10 +35,6 @@ DEVICES = ("MODALITY", "MISS-SEND", "STORESCU", "DCMSEND", "ECHOSCU", "FINDSCU",
 
 HOSPITALS = (("San Martino", "Radiology"), ("Galliera", "Radiology"), ("San Martino", "Emergency"),
              ("Gaslini", "Paediatrics"), ("Galliera", "Cardiology"), ("Villa Scassi", "Radiology"))
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM."""
 
 
 def demo(
@@ -75,7 +66,7 @@ def demo(
       miss demo --load ~/images --json > demo.json
     """
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _only_one(state), _signals():
+    with only_one(state), until_stopped():
         _Demo(state.absolute(), port_base, wards, load.absolute() if load else None, as_json).run()
 
 
@@ -87,7 +78,7 @@ class _Demo:
         from miss.local import LocalRegion, Ports
 
         self.state, self.load, self.as_json = state, load, as_json
-        self.plan = _read_json(state / PLAN)
+        self.plan = read_json(state / PLAN)
         count = wards or int(self.plan.get("wards", WARDS))
         if count < int(self.plan.get("wards", 0)):
             raise InvalidInput(f"{state} has {self.plan['wards']} wards: give another --state for fewer")
@@ -105,7 +96,7 @@ class _Demo:
 
     def run(self) -> None:
         self._await_free_ports()
-        _write_json(self.state / PLAN, self.plan)
+        write_json(self.state / PLAN, self.plan)
         started = time.monotonic()
         try:
             with err.status("starting ...") as status:
@@ -120,7 +111,7 @@ class _Demo:
         except Stopped:
             err.print("\nstopping ...")
         finally:
-            with _ignoring_signals():
+            with ignoring_signals():
                 self.region.stop()
                 # Nothing runs any more: a file that says otherwise would not be true.
                 self._write_stopped()
@@ -156,7 +147,7 @@ class _Demo:
         self.plan["users"] = [
             known.get(name) or {"name": name, "password": make_password(), "role": role.value, "ward": ward}
             for name, role, ward, _ in wanted]
-        _write_json(self.state / PLAN, self.plan)
+        write_json(self.state / PLAN, self.plan)
         passwords = {user["name"]: user["password"] for user in self.plan["users"]}
         first = self.region.wards[0]
         for name, role, of_ward, title in wanted:
@@ -187,7 +178,7 @@ class _Demo:
         self.plan["loaded"] = {
             "source": source, "sent": sent, "failed": failed.total(), "skipped": plan.skipped.total(),
             "failed_by_reason": dict(failed), "skipped_by_reason": dict(plan.skipped)}
-        _write_json(self.state / PLAN, self.plan)
+        write_json(self.state / PLAN, self.plan)
 
     def _send(self, plan: Plan) -> tuple[int, Counter[str]]:
         """Sends the files as modalities would; how many were taken, and why others were not."""
@@ -256,11 +247,11 @@ class _Demo:
         }
 
     def _write(self) -> None:
-        _write_json(self.state / JSON, self._contents())
+        write_json(self.state / JSON, self._contents())
 
     def _write_stopped(self) -> None:
         if (self.state / JSON).exists():
-            _write_json(self.state / JSON, self._contents(running=False))
+            write_json(self.state / JSON, self._contents(running=False))
 
     def _watch(self) -> None:
         while True:
@@ -286,61 +277,3 @@ def ward_plans(count: int) -> list[Any]:
 
     names = list(HOSPITALS) + [(f"Hospital {number}", "Radiology") for number in range(7, WARDS_MAX + 1)]
     return [WardPlan(hospital, name, slug(hospital).upper()) for hospital, name in names[:count]]
-
-
-@contextlib.contextmanager
-def _only_one(state: Path) -> Iterator[None]:
-    with (state / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Unavailable(f"a demo runs in {state} already") from None
-        yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP become `Stopped`, wherever the demo is."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except Stopped:  # before anything ran
-        raise typer.Exit(EXIT_ERROR) from None
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _ignoring_signals() -> Iterator[None]:
-    old = {number: signal.signal(number, signal.SIG_IGN)
-           for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    return dict(read)
-
-
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    """Whole or not at all, readable by its owner alone: passwords are in it."""
-    staged = path.with_suffix(".new")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(contents, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(staged, path)
