@@ -3,6 +3,8 @@ exist. It keeps nothing: hashes live in the ledger, failures are counted by `sig
 
 from __future__ import annotations
 
+from functools import cache
+
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
@@ -90,14 +92,13 @@ class Passwords:
 
     def __init__(self) -> None:
         self._workers = Workers("argon2", VERIFICATIONS_AT_ONCE, VERIFICATIONS_WAITING_MAX)
-        # What an unknown user's password is checked against: the work, and so the time, is the same.
-        self._decoy = _HASHER.hash("no user has this password")
+        _decoy()  # made now: the first unknown user must not take longer than the others
 
     async def matches(self, stored: str | None, password: str) -> bool:
         """Whether `password` is the one that `stored` was made of; None for a user that does not exist."""
         if len(password) > LENGTH_MAX:
             password = ""  # no rule lets it exist; the work stays the same
-        found = await self._workers.run(_verify, stored if stored is not None else self._decoy, password)
+        found = await self._workers.run(_verify, stored if stored is not None else _decoy(), password)
         return found and stored is not None
 
     def is_outdated(self, stored: str) -> bool:
@@ -109,6 +110,12 @@ class Passwords:
 
     def close(self) -> None:
         self._workers.close()
+
+
+@cache
+def _decoy() -> str:
+    """What an unknown user's password is checked against: the work, and so the time, is the same."""
+    return _HASHER.hash("no user has this password")
 
 
 def _verify(stored: str, password: str) -> bool:
