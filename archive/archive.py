@@ -19,11 +19,9 @@ from typing import BinaryIO
 from archive.budget import ByteBudget
 from archive.database import sqlite_url
 from archive.errors import MissError, Unavailable
-from archive.facts import FactLog
-from archive.index import Index
+from archive.index.index import Index
 from archive.indexer import Indexer
 from archive.intake import Intake, IntakeLimits
-from archive.logfiles import LogLimits
 from archive.model import (
     EVERYTHING,
     START,
@@ -35,10 +33,12 @@ from archive.model import (
     Scope,
     StoredInstance,
 )
-from archive.packs import LAYOUT, Packs
+from archive.packs.facts import FactLog
+from archive.packs.logfiles import LogLimits
+from archive.packs.packs import LAYOUT, Packs
+from archive.packs.storage import FileStorage, Storage
+from archive.packs.watermark import Watermark, read_watermark
 from archive.recent import Recent
-from archive.storage import FileStorage, Storage
-from archive.watermark import Watermark, read_watermark
 
 log = logging.getLogger(__name__)
 

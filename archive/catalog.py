@@ -1,9 +1,9 @@
 """The one table of indexed attributes. Everything that names them derives from it: what the header scanner
-reads, the columns of the index, what C-FIND and QIDO-RS may match on and must return (PS3.4 Tables C.6-1 to 5,
-PS3.18 Tables 10.6.1-5 and 10.6.3-3 to 5, and the optional keys that users meet).
+reads, the columns of the index, what C-FIND and QIDO-RS may match on and must return (PS3.4 Tables C.6-1 to
+5, PS3.18 Tables 10.6.1-5 and 10.6.3-3 to 5, and the optional keys that users meet).
 
-A keyword is unique in the table. A dotted keyword is a path into a sequence: the values of all its items are kept,
-joined by a backslash, since sequence matching succeeds when any item matches (PS3.4 C.2.2.2.6).
+A keyword is unique in the table. A dotted keyword is a path into a sequence: the values of all its items are
+kept, joined by a backslash, since sequence matching succeeds when any item matches (PS3.4 C.2.2.2.6).
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from archive.dataset.header import scan
 from archive.errors import Corrupt, InvalidInput, MissError, NotFound, TooLarge, Unavailable
-from archive.facts import FactLog
-from archive.header import scan
-from archive.index import Index
+from archive.index.index import Index
 from archive.model import Attributes, Fact, FactKind, IndexEntry, Position, Record
-from archive.packs import Packs
+from archive.packs.facts import FactLog
+from archive.packs.packs import Packs
+from archive.packs.recovery import Damage
 from archive.recent import Recent
-from archive.recovery import Damage
 
 log = logging.getLogger(__name__)
 

@@ -24,15 +24,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from archive.budget import ByteBudget
+from archive.dataset.header import scan
 from archive.errors import Corrupt, DatasetMismatch, MissError, OutOfResources, TooLarge
-from archive.header import scan
-from archive.index import Index
+from archive.index.index import Index
 from archive.indexer import Indexer
-from archive.large import OwnPack
 from archive.model import START, Attributes, InstanceHead, Outcome, Position, RecordKind, require_uid
-from archive.packs import Packs, Written
+from archive.packs.large import OwnPack
+from archive.packs.packs import Packs, Written
+from archive.packs.storage import Buffer, Storage
 from archive.recent import Recent, Unindexed
-from archive.storage import Buffer, Storage
 
 log = logging.getLogger(__name__)
 

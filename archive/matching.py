@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from archive.catalog import BY_KEYWORD, COMPUTED, Indexed
 from archive.errors import InvalidQuery
 from archive.folding import SEPARATOR, fold_group, folded_name
+from archive.index.rows import clean_date, clean_integer, clean_time
 from archive.model import Level, Query
-from archive.rows import clean_date, clean_integer, clean_time
 
 KEY_CHARS_MAX = 1024
 LIST_VALUES_MAX = 10_000

@@ -56,7 +56,8 @@ class Ward:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an instance came from, fixed when its first byte arrived; kept in the record, not in the data set."""
+    """Where an instance came from, fixed when its first byte arrived; kept in the record, not in the data
+    set."""
 
     ward: str
     issuer: str
@@ -97,7 +98,8 @@ class RecordKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a payload (a whole Part 10 stream, PS3.10 7.1) lies. `dataset_offset` counts from its first byte."""
+    """Where a payload (a whole Part 10 stream, PS3.10 7.1) lies. `dataset_offset` counts from its first
+    byte."""
 
     pack: str
     offset: int
@@ -163,7 +165,8 @@ class FactKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact. `ward` is whom it is about (a COPY's holder), `detail` a short reason without patient data."""
+    """One fact. `ward` is whom it is about (a COPY's holder), `detail` a short reason without patient
+    data."""
 
     kind: FactKind
     sop_instance_uid: str
@@ -175,7 +178,8 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which wards' instances a question may touch; `wards=None` is every ward. Made by `federation/policy.py`."""
+    """Which wards' instances a question may touch; `wards=None` is every ward. Made by
+    `federation/policy.py`."""
 
     wards: frozenset[str] | None = None
 
@@ -197,9 +201,9 @@ class PatientKey:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question to a source. `keys` are (keyword or dotted path, value in DICOM's matching form, PS3.4 C.2.2.2);
-    an empty value is universal matching. Order is StudyDate, StudyTime, StudyInstanceUID descending at study
-    level, and by number and UID ascending below it."""
+    """A question to a source. `keys` are (keyword or dotted path, value in DICOM's matching form, PS3.4
+    C.2.2.2); an empty value is universal matching. Order is StudyDate, StudyTime, StudyInstanceUID descending
+    at study level, and by number and UID ascending below it."""
 
     level: Level
     keys: tuple[tuple[str, str], ...] = ()
@@ -222,7 +226,8 @@ class SeriesHolding:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One answer, at `level`; the parts below the level are empty. Counts and lists regard what the scope allows.
+    """One answer, at `level`; the parts below the level are empty. Counts and lists regard what the scope
+    allows.
 
     `holdings` is filled for `pending_only` questions alone (at most 1,000 UIDs; `truncated` says so).
     `pending_at` names the wards that hold a part of it alone, without a receipt from the region yet.
@@ -259,7 +264,8 @@ class StoredInstance:
 
 @dataclass(frozen=True, slots=True)
 class PendingInstance:
-    """An instance of a node's outbox: acknowledged here, without a receipt from the region. `conflict` ones travel too."""
+    """An instance of a node's outbox: acknowledged here, without a receipt from the region. `conflict` ones
+    travel too."""
 
     study_uid: str
     head: InstanceHead
@@ -286,7 +292,8 @@ class PendingSummary:
 
 @dataclass(frozen=True, slots=True)
 class ConflictRow:
-    """Two contents under one SOP Instance UID: the first is served, the second is kept and shown to people only."""
+    """Two contents under one SOP Instance UID: the first is served, the second is kept and shown to people
+    only."""
 
     sop_instance_uid: str
     study_uid: str

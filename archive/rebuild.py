@@ -21,11 +21,11 @@ from sqlalchemy.engine import make_url
 from archive.archive import ArchiveSettings, lock_state, open_logs
 from archive.database import Database, sqlite_url
 from archive.errors import MissError
-from archive.index import Index
+from archive.index.index import Index
+from archive.index.schema import STEPS, metadata
 from archive.indexer import Replay
 from archive.model import START, Position
-from archive.schema import STEPS, metadata
-from archive.storage import FileStorage, Storage
+from archive.packs.storage import FileStorage, Storage
 
 log = logging.getLogger(__name__)
 

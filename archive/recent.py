@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from archive.model import Attributes, Position
-from archive.packs import Written
+from archive.packs.packs import Written
 
 
 @dataclass(slots=True)

@@ -27,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from archive.index.rows import number_of
 from archive.model import Level, Match, SeriesHolding
-from archive.rows import number_of
 
 PENDING_UIDS_MAX = 1_000
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from archive.dataset.part10 import read_head
 from archive.errors import CannotUnderstand, InvalidInstance
-from archive.part10 import read_head
 
 FILES_MAX = 5_000_000
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR is of its media and never sent

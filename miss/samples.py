@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pydicom.data
 
+from archive.dataset.header import scan
 from archive.errors import DatasetMismatch, MissError, TooLarge
-from archive.header import scan
 from miss import phantom
 from miss.files import DicomFile, find
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from archive import frames
+from archive.dataset import frames
 from archive.errors import CannotUnderstand, InvalidQuery, NotFound, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, pixels, transcode

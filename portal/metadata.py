@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from archive import attributes, dicomjson
+from archive.dataset import attributes, dicomjson
 from archive.errors import CannotUnderstand, TooLarge
 from archive.model import Level, Match, StoredInstance
 from portal import dicomxml, multipart

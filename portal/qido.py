@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from archive import attributes
+from archive.dataset import attributes
 from archive.model import Level, Match, Query, require_uid
 from federation.coverage import WardCoverage
 from federation.policy import Act

@@ -19,7 +19,7 @@ from pydicom.uid import AllTransferSyntaxes, JPEG2000Lossless, JPEGLSLossless, R
 
 from archive.errors import CannotUnderstand, TooLarge
 from archive.model import Fields, StoredInstance
-from archive.records import part10_prefix
+from archive.packs.records import part10_prefix
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 NATIVE = frozenset({"1.2.840.10008.1.2", EXPLICIT, "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"})

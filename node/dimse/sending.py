@@ -15,8 +15,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Protocol
 
+from archive.dataset.header import scan
 from archive.errors import CannotUnderstand, MissError
-from archive.header import scan
 from archive.model import is_uid
 from node.dimse import contexts
 from node.dimse.association import Limits

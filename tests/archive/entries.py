@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
-from archive.index import Index
+from archive.index.index import Index
+from archive.index.schema import DERIVED, STUDY_TEXT, position
 from archive.model import (
     Attributes,
     IndexEntry,
@@ -19,7 +20,6 @@ from archive.model import (
     Record,
     RecordKind,
 )
-from archive.schema import DERIVED, STUDY_TEXT, position
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 MR = "1.2.840.10008.5.1.4.1.1.4"

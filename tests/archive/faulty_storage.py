@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
-from archive.storage import Buffer, Capabilities
+from archive.packs.storage import Buffer, Capabilities
 
 PAGE = 4096
 

@@ -29,9 +29,9 @@ from archive.model import (
     Query,
     Record,
 )
+from archive.packs.recovery import Damage
+from archive.packs.watermark import read_watermark
 from archive.rebuild import rebuild
-from archive.recovery import Damage
-from archive.watermark import read_watermark
 from tests.archive.archives import send, settings_for, store, stored_bytes
 from tests.datasets import Instance, make_instance
 

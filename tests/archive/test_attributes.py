@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from archive.attributes import query_from_dataset, to_dataset, to_json
 from archive.catalog import BY_KEYWORD, CATALOG, COMPUTED
+from archive.dataset.attributes import query_from_dataset, to_dataset, to_json
 from archive.errors import InvalidQuery
 from archive.model import Level, Match
 from tests.datasets import BIG_ENDIAN, EXPLICIT, IMPLICIT, encode

@@ -24,8 +24,8 @@ from pydicom.encaps import generate_fragments
 from pydicom.filewriter import correct_ambiguous_vr
 from pydicom.sequence import Sequence
 
-from archive.dicomjson import JsonLimits, bulk, metadata
-from archive.elements import WalkLimits
+from archive.dataset.dicomjson import JsonLimits, bulk, metadata
+from archive.dataset.elements import WalkLimits
 from archive.errors import CannotUnderstand, MissError, NotFound, TooLarge
 from tests.archive.corpora import REFUSED, hostile, needs_hostile, needs_public, storable
 from tests.datasets import (

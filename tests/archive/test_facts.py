@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archive.errors import OutOfResources, SyncFailed, TooLarge
-from archive.facts import BATCH_FACTS_MAX, FactLog
-from archive.logfiles import LogLimits
 from archive.model import START, Fact, FactKind, Position
-from archive.watermark import Watermark, read_watermark
+from archive.packs.facts import BATCH_FACTS_MAX, FactLog
+from archive.packs.logfiles import LogLimits
+from archive.packs.watermark import Watermark, read_watermark
 from tests.archive.faulty_storage import FaultyStorage
 
 LIMITS = LogLimits(file_bytes_max=64 << 10, ahead_bytes=16 << 10)

@@ -20,9 +20,9 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.uid import UID
 
-from archive.elements import WalkLimits
+from archive.dataset.elements import WalkLimits
+from archive.dataset.frames import layout, read
 from archive.errors import CannotUnderstand, MissError, NotFound, TooLarge
-from archive.frames import layout, read
 from tests.archive.corpora import REFUSED, hostile, needs_hostile, needs_public, storable
 from tests.datasets import (
     BIG_ENDIAN,

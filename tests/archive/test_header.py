@@ -18,10 +18,10 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from archive.catalog import CATALOG
+from archive.dataset.header import HeaderLimits, scan
+from archive.dataset.part10 import read_head
 from archive.errors import CannotUnderstand, DatasetMismatch, MissError, TooLarge
-from archive.header import HeaderLimits, scan
 from archive.model import Attributes, Level
-from archive.part10 import read_head
 from tests.archive.corpora import REFUSED, hostile, needs_hostile, needs_public, storable
 from tests.datasets import (
     BIG_ENDIAN,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from archive.database import sqlite_url
 from archive.errors import Unavailable
-from archive.index import Index
+from archive.index.index import Index
 from archive.model import (
     EVERYTHING,
     NOTHING,

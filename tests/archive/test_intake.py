@@ -23,7 +23,7 @@ from archive.errors import (
     TooLarge,
     Unavailable,
 )
-from archive.index import Index
+from archive.index.index import Index
 from archive.model import START, InstanceHead, Outcome, RecordKind
 from tests.archive.archives import send, settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 
 from archive.database import Database, sqlite_url
 from archive.errors import InvalidInput, SchemaTooNew, SettingsError, Unavailable
-from archive.index import Index
+from archive.index.index import Index
 from archive.ledger import (
     AuditRow,
     Binding,

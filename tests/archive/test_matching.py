@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from archive.catalog import CATALOG
-from archive.conditions import literal_run
 from archive.database import sqlite_url
 from archive.errors import InvalidQuery
 from archive.folding import fold
-from archive.index import Index
+from archive.index.conditions import literal_run
+from archive.index.index import Index
+from archive.index.rows import fields_of, row_of
 from archive.matching import fits, matches, parse
 from archive.model import Level, Position, Query
-from archive.rows import fields_of, row_of
 from tests.archive.entries import empty, entry
 
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archive.errors import Corrupt, MissError, OutOfResources, SyncFailed
-from archive.logfiles import LogLimits
 from archive.model import START, InstanceHead, Position, Provenance, Record, RecordKind
-from archive.packs import Packs
-from archive.recovery import Damage
+from archive.packs.logfiles import LogLimits
+from archive.packs.packs import Packs
+from archive.packs.recovery import Damage
 from tests.archive.faulty_storage import FaultyStorage
 
 CT = "1.2.840.10008.5.1.4.1.1.2"

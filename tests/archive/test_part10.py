@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archive.dataset.part10 import read_head, read_meta
 from archive.errors import CannotUnderstand, InvalidInstance, MissError
-from archive.part10 import read_head, read_meta
 from tests.archive.corpora import needs_public, storable
 from tests.datasets import DEFLATED, EXPLICIT, NATIVE, instance_from_file, make_instance, shipped_files
 

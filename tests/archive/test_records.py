@@ -13,7 +13,7 @@ from pydicom import dcmread
 
 from archive.errors import SchemaTooNew, TooLarge
 from archive.model import InstanceHead, Position, Provenance, RecordKind
-from archive.records import (
+from archive.packs.records import (
     ALIGNMENT,
     FILE_HEADER_BYTES,
     TRAILER_BYTES,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from archive.errors import NotFound
-from archive.storage import FileStorage
+from archive.packs.storage import FileStorage
 
 
 @pytest.fixture

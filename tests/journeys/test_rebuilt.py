@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from archive.archive import Archive, ArchiveSettings
-from archive.index import Index
+from archive.index.index import Index
 from miss import configuration
 from tests.cluster import GALLIERA, Cluster, qido, value
 from tests.datasets import make_instance, make_study

@@ -14,8 +14,8 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
-from archive import attributes
 from archive.catalog import BY_KEYWORD
+from archive.dataset import attributes
 from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
 from archive.model import Level, Query
 from federation.policy import Act, Principal, Role, require

@@ -1,8 +1,8 @@
 """The structure of an encoded data set (PS3.5 7): element by element, from a file that need not fit in
 memory, with stated bounds and without recursion. Owns the walk; knows no attribute's meaning.
 
-`archive/header.py` has a faster loop of its own for what intake needs; both take the same liberties with
-the same encodings, so that an instance that was understood when it came is understood when it is read.
+`archive/dataset/header.py` has a faster loop of its own for what intake needs; both take the same liberties
+with the same encodings, so that an instance that was understood when it came is understood when it is read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum, auto
 from struct import Struct
 from typing import NamedTuple
 
-from archive.encoding import (
+from archive.dataset.encoding import (
     EXPLICIT_LITTLE,
     FLOAT_PIXEL_DATA,
     IMPLICIT,
@@ -30,8 +30,8 @@ from archive.encoding import (
     known_vr,
     private_vr,
 )
+from archive.dataset.sources import Window
 from archive.errors import CannotUnderstand, MissError, TooLarge
-from archive.sources import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class _Walker:
         raise CannotUnderstand("a sequence holds something that is not an item")
 
     def _step_over_stray(self, tag: int, head: bytes) -> None:
-        """An item whose sequence has no head, as in `archive/header.py`."""
+        """An item whose sequence has no head, as in `archive/dataset/header.py`."""
         length = _LENGTH[self._levels[0].encoding.big_endian].unpack_from(head, 4)[0]
         if tag == ITEM_END or length == UNDEFINED:
             raise CannotUnderstand("a delimiter where none belongs")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from hashlib import sha256
 from struct import Struct
 
-from archive.charsets import TextDecoder
+from archive.dataset.charsets import TextDecoder
 
 # Longer values are looked at up to here only. No text that the index keeps is longer (PS3.5 6.2: LT, 10,240).
 VALUE_BYTES_MAX = 64 << 10

@@ -14,11 +14,11 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
+from archive.index.rows import Row
+from archive.index.schema import conflict, early_fact, holding, instance, outbox, series, series_ward, study
+from archive.index.statements import by_uid, update_some
+from archive.index.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
 from archive.model import Fact, FactKind
-from archive.rows import Row
-from archive.schema import conflict, early_fact, holding, instance, outbox, series, series_ward, study
-from archive.statements import by_uid, update_some
-from archive.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
 
 SeriesKey = tuple[str, str]
 Content = tuple[str, bytes]

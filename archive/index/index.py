@@ -13,11 +13,14 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from archive import outbox as backlog
-from archive import queries
-from archive.apply import apply_entries
 from archive.database import Database
-from archive.effects import apply_facts
+from archive.index import outbox as backlog
+from archive.index import queries
+from archive.index.apply import apply_entries
+from archive.index.effects import apply_facts
+from archive.index.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, instance, patient, study
+from archive.index.statements import move_position, read_positions
+from archive.index.stored import conflict_of
 from archive.model import (
     EVERYTHING,
     START,
@@ -35,9 +38,6 @@ from archive.model import (
     StoredInstance,
     Totals,
 )
-from archive.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, instance, patient, study
-from archive.statements import move_position, read_positions
-from archive.stored import conflict_of
 
 CONFLICTS_MAX = 10_000
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import BinaryIO
 
-from archive.dicomjson import swapped
-from archive.elements import Element, Kind, WalkLimits, fragments, walk
-from archive.encoding import (
+from archive.dataset.dicomjson import swapped
+from archive.dataset.elements import Element, Kind, WalkLimits, fragments, walk
+from archive.dataset.encoding import (
     DOUBLE_PIXEL_DATA,
     EXPLICIT_LITTLE,
     FLOAT_PIXEL_DATA,
@@ -22,8 +22,8 @@ from archive.encoding import (
     PIXEL_DATA,
     UNDEFINED,
 )
+from archive.dataset.part10 import Payload
 from archive.errors import CannotUnderstand, NotFound, TooLarge
-from archive.part10 import Payload
 
 FRAME_BYTES_MAX = 1 << 30  # of the frames of one call together
 LIMITS = WalkLimits(inflated_bytes_max=1 << 30)

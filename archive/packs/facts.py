@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from archive.errors import Corrupt, TooLarge
-from archive.log import Log
-from archive.logfiles import Layout, LogLimits
 from archive.model import START, Fact, FactKind, InstanceHead, Position, Provenance
-from archive.records import Purpose
-from archive.recovery import Damage
-from archive.storage import Storage
+from archive.packs.log import Log
+from archive.packs.logfiles import Layout, LogLimits
+from archive.packs.records import Purpose
+from archive.packs.recovery import Damage
+from archive.packs.storage import Storage
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 from archive.catalog import Indexed, at_level
 from archive.database import storable
 from archive.folding import folded_name
+from archive.index.schema import folded_column
 from archive.model import Fields, Level
-from archive.schema import folded_column
 
 VALUE_CHARS_MAX = 4096
 # PostgreSQL's B-tree takes no more than 2,704 bytes; a longer value breaks its VR sixteen times over.

@@ -12,10 +12,10 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, exists, func, or_, select
 
+from archive.index.rows import split
+from archive.index.schema import holding, instance, outbox, series, series_ward, study
+from archive.index.statements import by_uid
 from archive.model import Level, Scope, SeriesHolding
-from archive.rows import split
-from archive.schema import holding, instance, outbox, series, series_ward, study
-from archive.statements import by_uid
 
 UIDS_MAX = 1000
 

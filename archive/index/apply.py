@@ -15,9 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, insert, select
 
-from archive.model import FactKind, IndexEntry, Level, PatientKey, RecordKind
-from archive.rows import Row, fill, joined, number_of, row_of, split
-from archive.schema import (
+from archive.index.rows import Row, fill, joined, number_of, row_of, split
+from archive.index.schema import (
     SEARCHED,
     STUDY_TEXT,
     conflict,
@@ -32,8 +31,9 @@ from archive.schema import (
     study,
     text_id,
 )
-from archive.statements import by_uid, update_all, update_some
-from archive.wardcounts import SERIES_KEY, WardCount, count_in_ward, holding_row, write_wards
+from archive.index.statements import by_uid, update_all, update_some
+from archive.index.wardcounts import SERIES_KEY, WardCount, count_in_ward, holding_row, write_wards
+from archive.model import FactKind, IndexEntry, Level, PatientKey, RecordKind
 
 SeriesKey = tuple[str, str]
 Content = tuple[str, bytes]

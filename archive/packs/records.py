@@ -29,7 +29,7 @@ from typing import Final
 
 from archive.errors import Corrupt, SchemaTooNew, TooLarge
 from archive.model import InstanceHead, Position, Provenance
-from archive.storage import Buffer
+from archive.packs.storage import Buffer
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 64

@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, Table, and_, cast, func, select, update
 
+from archive.index.schema import conflict, instance, outbox
+from archive.index.statements import by_uid
+from archive.index.stored import head_of, location_of
 from archive.model import PendingInstance, PendingStudy, PendingSummary
-from archive.schema import conflict, instance, outbox
-from archive.statements import by_uid
-from archive.stored import head_of, location_of
 
 PENDING_MAX = 10_000
 

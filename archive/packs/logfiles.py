@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from archive.errors import MissError, OutOfResources, SyncFailed
 from archive.model import Position, RecordKind
-from archive.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose
-from archive.recovery import Damage, FoundRecord, RecordReader
-from archive.storage import AppendFile, Storage
+from archive.packs.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose
+from archive.packs.recovery import Damage, FoundRecord, RecordReader
+from archive.packs.storage import AppendFile, Storage
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator
 
 from archive.errors import MissError
-from archive.log import Log
-from archive.logfiles import SET_ASIDE, write_error
 from archive.model import InstanceHead, Position, RecordKind
-from archive.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose, Reference, part10_prefix
-from archive.recovery import FoundRecord
-from archive.storage import AppendFile, Buffer, Storage
+from archive.packs.log import Log
+from archive.packs.logfiles import SET_ASIDE, write_error
+from archive.packs.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose, Reference, part10_prefix
+from archive.packs.recovery import FoundRecord
+from archive.packs.storage import AppendFile, Buffer, Storage
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from archive.catalog import BY_KEYWORD, CATALOG, COMPUTED
-from archive.charsets import UTF_8, TextDecoder, decoder
+from archive.dataset.charsets import UTF_8, TextDecoder, decoder
+from archive.dataset.jsonvalues import json_element, number_of
+from archive.dataset.values import DEFAULT_CHARSET_VRS, text_of
 from archive.errors import InvalidQuery
-from archive.jsonvalues import json_element, number_of
 from archive.model import Level, Match, is_uid
-from archive.values import DEFAULT_CHARSET_VRS, text_of
 
 QUERY_VALUE_BYTES_MAX = 1 << 20  # a list of some 16,000 UIDs
 QUERY_KEYS_MAX = 512

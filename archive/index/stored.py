@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from archive.index.rows import fields_of
 from archive.model import ConflictRow, InstanceHead, Level, Location, Provenance, StoredInstance
-from archive.rows import fields_of
 
 
 def head_of(row: Any) -> InstanceHead:

@@ -8,9 +8,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
 
+from archive.index.rows import Row
+from archive.index.schema import position
 from archive.model import Position
-from archive.rows import Row
-from archive.schema import position
 
 PARAMETERS_MAX = 500  # UIDs in one IN list
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Any, BinaryIO
 
-from archive.charsets import DEFAULT_DECODER, TextDecoder, decoder
-from archive.elements import Element, Kind, WalkLimits, fragments, walk
-from archive.encoding import BINARY_VRS, DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, UNDEFINED
+from archive.dataset.charsets import DEFAULT_DECODER, TextDecoder, decoder
+from archive.dataset.elements import Element, Kind, WalkLimits, fragments, walk
+from archive.dataset.encoding import BINARY_VRS, DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, UNDEFINED
+from archive.dataset.jsonvalues import DECIMAL_VRS, SINGLE_VALUED_VRS, json_value
+from archive.dataset.part10 import Payload
+from archive.dataset.values import DEFAULT_CHARSET_VRS
 from archive.errors import CannotUnderstand, MissError, NotFound, TooLarge
-from archive.jsonvalues import DECIMAL_VRS, SINGLE_VALUED_VRS, json_value
-from archive.part10 import Payload
-from archive.values import DEFAULT_CHARSET_VRS
 
 BulkUri = Callable[[tuple[str, ...]], str]
 

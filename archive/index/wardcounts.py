@@ -13,9 +13,9 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
-from archive.rows import Row, joined, split
-from archive.schema import series_ward
-from archive.statements import update_some
+from archive.index.rows import Row, joined, split
+from archive.index.schema import series_ward
+from archive.index.statements import update_some
 
 SERIES_KEY = ("study_instance_uid", "series_instance_uid")
 WardKey = tuple[str, str, str]

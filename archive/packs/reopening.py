@@ -1,5 +1,5 @@
-"""Opening a log again as the last crash left it: judges the last file by `archive/recovery.py`, keeps aside
-and cuts what nobody was promised, and makes sure of the rest. Never removes or changes what anybody was
+"""Opening a log again as the last crash left it: judges the last file by `archive/packs/recovery.py`, keeps
+aside and cuts what nobody was promised, and makes sure of the rest. Never removes or changes what anybody was
 promised.
 
 Whole records that nobody was promised yet are written once more before they are built upon: a sync that
@@ -13,9 +13,9 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from archive.logfiles import SET_ASIDE, Layout, LogFile
 from archive.model import START, Position, RecordKind
-from archive.records import (
+from archive.packs.logfiles import SET_ASIDE, Layout, LogFile
+from archive.packs.records import (
     FILE_HEADER_BYTES,
     RECORD_BYTES_MIN,
     RECORD_MAGIC,
@@ -23,8 +23,8 @@ from archive.records import (
     Framing,
     aligned,
 )
-from archive.recovery import Tail, find_tail
-from archive.storage import Storage
+from archive.packs.recovery import Tail, find_tail
+from archive.packs.storage import Storage
 
 log = logging.getLogger(__name__)
 

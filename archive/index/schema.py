@@ -125,6 +125,7 @@ series_ward = Table(
     PrimaryKeyConstraint("study_instance_uid", "series_instance_uid", "ward"),
     sqlite_with_rowid=False,
 )
+Index("series_ward_of_ward", series_ward.c.ward, series_ward.c.study_instance_uid)
 
 instance = Table(
     "instance",

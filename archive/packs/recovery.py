@@ -1,4 +1,5 @@
-"""Reading a file of records back, and judging what a crash left of it. Only reads: `archive/log.py` cuts.
+"""Reading a file of records back, and judging what a crash left of it. Only reads: `archive/packs/log.py`
+cuts.
 
 A record is believed when its header, its trailer and (where asked) its digest are right. Where one is not,
 the question is whether anybody was promised it. Every later authentic header carries `durable_to`, a place
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from archive.model import InstanceHead
-from archive.records import (
+from archive.packs.records import (
     ALIGNMENT,
     FILE_HEADER_BYTES,
     RECORD_BYTES_MIN,
@@ -25,7 +26,7 @@ from archive.records import (
     Framing,
     RecordHeader,
 )
-from archive.storage import AppendFile
+from archive.packs.storage import AppendFile
 
 _WINDOW_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20

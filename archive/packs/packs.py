@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from archive import large
 from archive.errors import Corrupt, NotFound
-from archive.large import OwnPack
-from archive.log import Log
-from archive.logfiles import Appended, Layout, LogLimits
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
-from archive.records import Flag, Purpose, Reference, part10_prefix
-from archive.recovery import Damage, FoundRecord
-from archive.storage import AppendFile, Buffer, Storage
+from archive.packs import large
+from archive.packs.large import OwnPack
+from archive.packs.log import Log
+from archive.packs.logfiles import Appended, Layout, LogLimits
+from archive.packs.records import Flag, Purpose, Reference, part10_prefix
+from archive.packs.recovery import Damage, FoundRecord
+from archive.packs.storage import AppendFile, Buffer, Storage
 
 LAYOUT = Layout("packs", "pack", Purpose.PACK)
 _READ_WHOLE_BYTES_MAX = 128 << 10

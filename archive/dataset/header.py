@@ -3,7 +3,8 @@
 It runs for every instance that arrives, so the usual data set takes one loop over `struct` and one dictionary
 look-up for each element. Nothing in a data set makes it recurse; time and memory have stated bounds. It is
 lenient on values (a bad date is text) and strict on identity: without valid UIDs of study, series and
-instance there is no instance. `archive/elements.py` reads the same encodings, more slowly and from files.
+instance there is no instance. `archive/dataset/elements.py` reads the same encodings, more slowly and from
+files.
 
 There is no second opinion: of 4,000 mutated real data sets pydicom read none that is refused here but such as
 are cut or broken, which it takes for whole; and two readers might differ on who an instance is.
@@ -17,8 +18,8 @@ from mmap import mmap
 from struct import Struct
 
 from archive.catalog import CATALOG, Indexed
-from archive.charsets import DEFAULT_DECODER, decoder
-from archive.encoding import (
+from archive.dataset.charsets import DEFAULT_DECODER, decoder
+from archive.dataset.encoding import (
     DEFLATED_SYNTAXES,
     EXPLICIT_LITTLE,
     FLOAT_PIXEL_DATA,
@@ -33,9 +34,9 @@ from archive.encoding import (
     encoding_of,
     is_no_vr,
 )
+from archive.dataset.values import VALUE_BYTES_MAX, RawValue, text_of
 from archive.errors import CannotUnderstand, DatasetMismatch, TooLarge
 from archive.model import Attributes, Level, is_uid
-from archive.values import VALUE_BYTES_MAX, RawValue, text_of
 
 Buffer = bytes | bytearray | memoryview | mmap
 

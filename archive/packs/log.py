@@ -6,7 +6,7 @@ promises: whoever comes first syncs for everybody whose record is in the file by
 it, and those who come later make the next group. A sync that fails fails all its waiters for good. It is
 never tried again on the same file, since after a failed fdatasync the kernel may hold the lost pages for
 clean; the file is abandoned where it was last known synced, and its successor's header says so. A crash is
-`archive/reopening.py`'s to put right.
+`archive/packs/reopening.py`'s to put right.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from archive.errors import MissError, SyncFailed, Unavailable
-from archive.logfiles import NO_SPACE, Appended, Layout, LogFile, LogLimits, read_records, write_error
 from archive.model import START, InstanceHead, Position, RecordKind
-from archive.records import FILE_HEADER_BYTES, NO_HEAD, RECORD_HEADER_BYTES_MAX, TRAILER_BYTES, FileHeader
-from archive.recovery import Damage, FoundRecord
-from archive.reopening import Reopened, reopen
-from archive.storage import Buffer, Storage
+from archive.packs.logfiles import NO_SPACE, Appended, Layout, LogFile, LogLimits, read_records, write_error
+from archive.packs.records import (
+    FILE_HEADER_BYTES,
+    NO_HEAD,
+    RECORD_HEADER_BYTES_MAX,
+    TRAILER_BYTES,
+    FileHeader,
+)
+from archive.packs.recovery import Damage, FoundRecord
+from archive.packs.reopening import Reopened, reopen
+from archive.packs.storage import Buffer, Storage
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""Part 10 streams (PS3.10 7.1): where the data set begins and what the file meta information says of it.
-Owns the reading of group 2, from files of any origin and from our own payloads; `archive/records.py` writes
+"""Part 10 streams (PS3.10 7.1): where the data set begins and what the file meta information says of it. Owns
+the reading of group 2, from files of any origin and from our own payloads; `archive/packs/records.py` writes
 ours."""
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from struct import Struct
 from typing import BinaryIO
 
-from archive.elements import Element, Kind, WalkLimits, walk
-from archive.encoding import (
+from archive.dataset.elements import Element, Kind, WalkLimits, walk
+from archive.dataset.encoding import (
     DEFLATED_SYNTAXES,
     EXPLICIT_LITTLE,
     LONG_VRS,
     Encoding,
     encoding_of,
 )
+from archive.dataset.sources import FileSource, InflatedSource, Source, Window
 from archive.errors import CannotUnderstand, TooLarge
 from archive.model import is_uid, require_uid
-from archive.sources import FileSource, InflatedSource, Source, Window
 
 PREAMBLE_BYTES = 128
 PREFIX = b"DICM"
