@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import grpc
@@ -192,11 +193,15 @@ class Delivery:
             await self._push(stream, self._stub, batch)
 
     async def _push(self, stream: int, stub: UplinkAsyncStub, batch: list[PendingInstance]) -> None:
-        call = stub.Push()
+        try:
+            call = stub.Push()
+        except grpc.aio.UsageError:  # its channel was closed a moment ago
+            self._ended(stream, Unavailable("the hub is away"))
+            return
         hear = asyncio.create_task(self._hear(stream, call))
         failure: BaseException | None = None
         try:
-            await self._speak(stream, call, batch, hear)
+            await self._speak(stream, _Line(call, hear), batch)
             await call.done_writing()
             await hear
         except (Exception, asyncio.CancelledError) as error:
@@ -220,15 +225,13 @@ class Delivery:
         self._replicator.stream_ended(stream, now_s, self._clock(), failed=failed, blame=blame)
         self.changed()
 
-    async def _speak(
-        self, stream: int, call: Any, batch: list[PendingInstance] | None, hear: asyncio.Task[None]
-    ) -> None:
+    async def _speak(self, stream: int, line: _Line, batch: list[PendingInstance] | None) -> None:
         """Writes until there is nothing to push for a while and every verdict has come."""
         changed = self._changed[stream]
         idle_since_s = time.monotonic()
-        while not hear.done():
+        while not line.hear.done():
             if batch is not None:
-                await self._write(stream, call, batch)
+                await self._write(stream, line, batch)
                 idle_since_s = time.monotonic()
             changed.clear()
             now_s = time.monotonic()
@@ -238,9 +241,9 @@ class Delivery:
                 if idle_s >= STREAM_IDLE_S and not self._replicator.unacknowledged(stream):
                     return
                 waiting = asyncio.create_task(_until(changed, max(STREAM_IDLE_S - idle_s, 0.05)))
-                await asyncio.wait((waiting, hear), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((waiting, line.hear), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
-        await hear
+        await line.hear
 
     async def _next_batch(self, stream: int, now_s: float) -> list[PendingInstance] | None:
         """The next objects for one message: several small ones, or a large one alone."""
@@ -254,10 +257,10 @@ class Delivery:
             size += row.dataset_bytes
         return batch or None
 
-    async def _write(self, stream: int, call: Any, batch: list[PendingInstance]) -> None:
+    async def _write(self, stream: int, line: _Line, batch: list[PendingInstance]) -> None:
         if len(batch) == 1 and batch[0].dataset_bytes > GROUP_BYTES_MAX:
             try:
-                await self._write_large(call, batch[0])
+                await self._write_large(line, batch[0])
             except (Corrupt, NotFound, OSError) as error:  # the object is cut short: so is the stream
                 self._replicator.damaged(stream, batch[0], self._clock())
                 raise Unavailable("an instance can't be read here any more") from error
@@ -267,7 +270,7 @@ class Delivery:
             self._replicator.damaged(stream, row, self._clock())
         self.bytes_sent += sum(len(whole.dataset) for whole in group.objects)
         if group.objects:
-            await call.write(uplink_pb2.PushRequest(group=group))
+            await line.write(uplink_pb2.PushRequest(group=group))
 
     def _group(self, batch: list[PendingInstance]) -> tuple[uplink_pb2.PushGroup, list[PendingInstance]]:
         """The objects as one message, and those that can't be read here."""
@@ -282,18 +285,18 @@ class Delivery:
             group.objects.append(uplink_pb2.PushWhole(begin=_begin(row), dataset=dataset, digest=row.digest))
         return group, unreadable
 
-    async def _write_large(self, call: Any, row: PendingInstance) -> None:
-        await call.write(uplink_pb2.PushRequest(begin=_begin(row)))
+    async def _write_large(self, line: _Line, row: PendingInstance) -> None:
+        await line.write(uplink_pb2.PushRequest(begin=_begin(row)))
         chunks = self._chunks(row)
         ahead = asyncio.ensure_future(self._in_pool(next, chunks, None))
         try:
             while (chunk := await ahead) is not None:
                 ahead = asyncio.ensure_future(self._in_pool(next, chunks, None))
-                await call.write(uplink_pb2.PushRequest(chunk=chunk))
+                await line.write(uplink_pb2.PushRequest(chunk=chunk))
                 self.bytes_sent += len(chunk)
         finally:
             ahead.cancel()
-        await call.write(uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=row.digest)))
+        await line.write(uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=row.digest)))
 
     def _chunks(self, row: PendingInstance) -> Iterator[bytes]:
         return iter(self._archive.dataset_chunks(row.location, chunk_bytes=CHUNK_BYTES))
@@ -333,6 +336,27 @@ class Delivery:
     def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A push stream's call, and the task that hears its verdicts: it ends when the call does."""
+
+    call: Any
+    hear: asyncio.Task[None]
+
+    async def write(self, message: uplink_pb2.PushRequest) -> None:
+        """Writes unless the call ends first: gRPC leaves a write to a call that was cancelled before it began
+        hanging for ever (grpcio 1.85)."""
+        writing = asyncio.ensure_future(self.call.write(message))
+        try:
+            await asyncio.wait((writing, self.hear), return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                await self.hear
+                raise Unavailable("the hub ended the stream")
+            writing.result()
+        finally:
+            writing.cancel()
 
 
 async def _until(event: asyncio.Event, timeout_s: float | None) -> None:

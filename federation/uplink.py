@@ -204,8 +204,10 @@ class Uplink:
             stub: UplinkAsyncStub = UplinkStub(line)
             call = stub.Attach()
             try:
-                await call.write(uplink_pb2.NodeMessage(hello=self._hello()))
-                welcome = await self._welcome(call)
+                # The deadline is for the connection too: a handshake that hangs is not waited for.
+                async with asyncio.timeout(WELCOME_WAIT_S):
+                    await call.write(uplink_pb2.NodeMessage(hello=self._hello()))
+                    welcome = await self._welcome(call)
                 asks = Asks(
                     self._archive, identity, self._pool, self._hub_clock, self._make_report, self._urgent
                 )
@@ -264,8 +266,7 @@ class Uplink:
                 asks.cancel(message.cancel.ask_id)
 
     async def _welcome(self, call: Any) -> uplink_pb2.Welcome:
-        async with asyncio.timeout(WELCOME_WAIT_S):
-            message = await call.read()
+        message = await call.read()
         if message is grpc.aio.EOF or message.WhichOneof("message") != "welcome":
             raise Unavailable("the hub did not say welcome")
         welcome: uplink_pb2.Welcome = message.welcome
@@ -398,7 +399,7 @@ class Uplink:
             refused = error.code() in REFUSED
             words = f"{error.code().name}: {error.details()}"
         else:
-            refused, words = False, str(error) or type(error).__name__
+            refused, words = False, str(error) or f"no answer within {WELCOME_WAIT_S:g} s"
             if not isinstance(
                 error, (MissError, TimeoutError, asyncio.InvalidStateError, asyncio.CancelledError)
             ):
