@@ -590,3 +590,29 @@ def test_many_uids_in_one_key(index: Index) -> None:
     index.apply(list(many(40)), END, outbox=False)
     wanted = uids(studies(index))[:20] + [f"9.{number}" for number in range(5000)]
     assert len(studies(index, ("StudyInstanceUID", "\\".join(wanted)))) == 20
+
+
+def test_the_way_to_an_answer_does_not_change_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite is told whether many studies match: both ways are tried, of names and of wards."""
+    for ward, seed in (("a/one", 1), ("b/one", 2)):
+        entries = list(many(40, series=2, seed=seed))
+        head = [replace(one.record.head.provenance, ward=ward) for one in entries]
+        moved = [
+            replace(one, record=replace(one.record, head=replace(one.record.head, provenance=source)))
+            for one, source in zip(entries, head, strict=True)
+        ]
+        index.apply(moved, END, outbox=True)
+    questions = [
+        Query(level, keys, scope=scope, limit=limit, offset=offset, pending_only=pending)
+        for level in (Level.STUDY, Level.SERIES, Level.PATIENT)
+        for keys in ((("PatientName", "*smith*"),), (("PatientName", "*oss*"), ("PatientID", "*1*")), ())
+        for scope in (EVERYTHING, Scope(frozenset({"a/one"})), Scope(frozenset({"b/one", "c/none"})))
+        for limit, offset in ((None, 0), (5, 3))
+        for pending in (False, True)
+    ]
+    answers = []
+    for threshold in (0, 20_000):
+        monkeypatch.setattr("archive.index.queries.COMMON_MIN", threshold)
+        answers.append([(index.search(question), index.count(question)) for question in questions])
+    assert answers[0] == answers[1]
+    assert sum(bool(matches) for matches, _ in answers[0]) > len(questions) // 2
