@@ -227,19 +227,21 @@ class _Demo:
         pids |= {child.name: child.pid if running and child.running else None
                  for child in self.region.children}
         loaded = self.plan.get("loaded", {})
+        names = {ward.plan.id: ward.plan.full_name for ward in self.region.wards}
+        users = [user | {"ward": names.get(user["ward"]), "ward_id": user["ward"]}
+                 for user in self.plan.get("users", [])]
         return {
-            "portal": {"url": self.region.url, "users": self.plan.get("users", []),
-                       "settings": str(self.region.portal_toml)},
+            "portal": {"url": self.region.url, "users": users, "settings": str(self.region.portal_toml)},
             "hub": {"address": self.region.hub_address, "settings": str(self.region.hub_toml),
                     "state": str(self.region.folder)},
             "wards": [{
-                "id": ward.plan.id, "name": ward.plan.name, "hospital": ward.plan.hospital,
+                "id": ward.plan.id, "name": ward.plan.full_name, "hospital": ward.plan.hospital,
                 "issuer": ward.plan.issuer, "ae_title": ward.ae_title, "host": HOST, "dicom_port": ward.port,
                 "devices": list(DEVICES), "settings": str(ward.settings), "state": str(ward.state),
                 "pid": pids[ward.node.name],
             } for ward in self.region.wards],
             "ward_portal": {"url": f"http://{HOST}:{self.ports.ward_portal}",
-                            "ward": self.region.wards[0].plan.id},
+                            "ward": self.region.wards[0].plan.full_name},
             "logs": str(self.state / LOGS),
             "pids": pids,
             "loaded": {key: loaded.get(key, 0) for key in ("sent", "failed", "skipped")} | {

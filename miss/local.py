@@ -49,6 +49,11 @@ class WardPlan:
         return f"{slug(self.hospital)}/{slug(self.name)}"
 
     @property
+    def full_name(self) -> str:
+        """As people say it: a ward's own name is not unique in the region."""
+        return f"{self.hospital} {self.name}"
+
+    @property
     def folder(self) -> str:
         return self.id.replace("/", "-")
 

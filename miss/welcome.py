@@ -38,7 +38,7 @@ def _show_places(screen: Console, contents: dict[str, Any]) -> None:
     grid.add_row("portal", contents["portal"]["url"])
     grid.add_row("hub", contents["hub"]["address"])
     for ward in contents["wards"]:
-        grid.add_row(f"node of {ward['hospital']} {ward['name']}",
+        grid.add_row(f"node of {ward['name']}",
                      f"{ward['ae_title']}@{ward['host']}:{ward['dicom_port']}")
     grid.add_row(f"ward portal, {contents['ward_portal']['ward']} alone", contents["ward_portal"]["url"])
     grid.add_row("logs", contents["logs"])

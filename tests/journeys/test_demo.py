@@ -124,6 +124,8 @@ def check_contract(said: dict[str, Any], state: Path) -> None:
         "ward technician", "regional physician", "regional IT"}
     assert len({user["password"] for user in said["portal"]["users"]}) == 4
     assert [ward["hospital"] for ward in said["wards"]] == ["San Martino", "Galliera"]
+    technicians = [user for user in said["portal"]["users"] if user["role"] == "ward technician"]
+    assert [user["ward"] for user in technicians] == [ward["name"] for ward in said["wards"]]
     for ward in said["wards"]:
         assert {"RAWSCU", "MOVESCU", "STORESCU", "FINDSCU", "ECHOSCU"} <= set(ward["devices"])
         assert Path(ward["settings"]).is_file() and Path(ward["state"]).is_dir()
