@@ -41,6 +41,7 @@ GROUP_BYTES_MAX = 1 << 20
 GROUP_OBJECTS_MAX = 128
 OFFER_TIMEOUT_S = 30.0
 STREAM_IDLE_S = 10.0  # then a push stream with nothing to do is closed
+STALL_S = 120.0  # then a hub that neither takes nor answers is given up
 # What a region answers that has a fault of its own, or a line between; the rest blames what was sent.
 LINE_CODES = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -71,6 +72,7 @@ class Delivery:
         self._stub: UplinkAsyncStub | None = None
         self._changed = [asyncio.Event() for _ in range(streams + 1)]
         self._running: set[asyncio.Task[None]] = set()
+        self._heard_s: dict[int, float] = {}
         self.bytes_sent = 0
 
     def line_up(self, stub: UplinkAsyncStub) -> None:
@@ -237,10 +239,12 @@ class Delivery:
             now_s = time.monotonic()
             batch = await self._next_batch(stream, now_s)
             if batch is None:
-                idle_s = now_s - idle_since_s
+                idle_s = now_s - max(idle_since_s, self._heard_s.get(stream, 0.0))
+                if idle_s >= STALL_S:
+                    raise Unavailable("the hub gives no verdicts")
                 if idle_s >= STREAM_IDLE_S and not self._replicator.unacknowledged(stream):
                     return
-                waiting = asyncio.create_task(_until(changed, max(STREAM_IDLE_S - idle_s, 0.05)))
+                waiting = asyncio.create_task(_until(changed, max(STREAM_IDLE_S - idle_s, 1.0)))
                 await asyncio.wait((waiting, line.hear), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
         await line.hear
@@ -303,6 +307,7 @@ class Delivery:
 
     async def _hear(self, stream: int, call: Any) -> None:
         async for reply in call:
+            self._heard_s[stream] = time.monotonic()
             verdicts = reply.group if reply.WhichOneof("message") == "group" else _alone(reply)
             for receipt in verdicts.receipts:
                 if not self._replicator.received(stream, serde.receipt_from(receipt)):
@@ -350,10 +355,11 @@ class _Line:
         hanging for ever (grpcio 1.85)."""
         writing = asyncio.ensure_future(self.call.write(message))
         try:
-            await asyncio.wait((writing, self.hear), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((writing, self.hear), timeout=STALL_S, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
-                await self.hear
-                raise Unavailable("the hub ended the stream")
+                if self.hear.done():
+                    await self.hear
+                raise Unavailable("the hub does not take what is pushed")
             writing.result()
         finally:
             writing.cancel()
