@@ -43,6 +43,7 @@ from portal.retrieve import Retrieve
 from portal.security import SecurityHeaders
 from portal.settings import PortalSettings
 from portal.signin import SignIn
+from portal.transcode import AT_ONCE
 from portal.viewer import Viewer
 from portal.workers import Workers
 
@@ -79,6 +80,7 @@ def create_app(
         Audit(ledger, ledger_work, clock),
         search=Workers("search", settings.threads, settings.waiting_max),
         read=Workers("read", settings.threads, settings.waiting_max),
+        decode=Workers("decode", AT_ONCE, settings.waiting_max),
         clock=clock,
         zone=local_zone(),
         site=site,
@@ -98,7 +100,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        for part in (sign_in, context.search, context.read, ledger_work):
+        for part in (sign_in, context.search, context.read, context.decode, ledger_work):
             part.close()
 
     app = Starlette(

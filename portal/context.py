@@ -16,8 +16,9 @@ from portal.workers import Workers
 
 @dataclass(frozen=True)
 class Context:
-    """`search` may wait for wards; `read` reads from the disk: a ward that hangs does not stop images that
-    are here. `clock` gives microseconds since 1970; `site` is what the header calls this portal."""
+    """`search` may wait for wards, `read` reads from the disk, `decode` computes: neither a ward that hangs
+    nor a large picture stops images that are here. `clock` gives microseconds since 1970; `site` is what
+    the header calls this portal."""
 
     settings: PortalSettings
     source: Source
@@ -26,6 +27,7 @@ class Context:
     audit: Audit
     search: Workers
     read: Workers
+    decode: Workers
     clock: Callable[[], int]
     zone: tzinfo
     site: str

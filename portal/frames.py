@@ -66,7 +66,8 @@ class Frames:
         _, found = await locate(self._context, request, "view")
         batches = [numbers[at : at + BATCH_FRAMES] for at in range(0, len(numbers), BATCH_FRAMES)]
         # The first batch is read before the answer begins: what is not there, or not acceptable, must say so.
-        first = await self._context.read.run(self._first, found[0], numbers, batches[0], ranges)
+        layout, as_stored = await self._context.read.run(self._look, found[0], numbers, batches[0])
+        first = await self._form(found[0], batches[0], ranges, layout, as_stored, alone=len(numbers) == 1)
         if not first.accepted.is_multipart and len(numbers) == 1:
             return Response(first.encoded.frames[0], media_type=first.encoded.content_type)
         mark = multipart.boundary()
@@ -74,28 +75,37 @@ class Frames:
         body = multipart.body(self._parts(found[0], first, batches[1:]), mark)
         if len(batches) == 1:
             return Response(b"".join(body), media_type=content_type)
-        return StreamingResponse(self._context.read.stream(body), media_type=content_type)
+        pool = self._context.decode if first.decode else self._context.read
+        return StreamingResponse(pool.stream(body), media_type=content_type)
 
-    def _first(
-        self,
-        stored: StoredInstance,
-        numbers: Sequence[int],
-        batch: Sequence[int],
-        ranges: Sequence[MediaRange],
-    ) -> First:
-        """The first batch in the best form that the client takes, and where the others lie."""
+    def _look(
+        self, stored: StoredInstance, numbers: Sequence[int], batch: Sequence[int]
+    ) -> tuple[frames.Layout, Encoded]:
+        """Where the frames lie, and the first batch as it is stored."""
         with self._context.source.open_payload(stored) as payload:
             layout = frames.layout(payload)
             if max(numbers) > (1 if layout.is_video else layout.number_of_frames):
                 raise NotFound("no such frame")
-            as_stored = self._stored(payload, batch, layout)
+            return layout, self._stored(payload, batch, layout)
+
+    async def _form(
+        self,
+        stored: StoredInstance,
+        batch: Sequence[int],
+        ranges: Sequence[MediaRange],
+        layout: frames.Layout,
+        as_stored: Encoded,
+        *,
+        alone: bool,
+    ) -> First:
+        """The first batch in the best form that the client takes; decoded only for those who insist."""
         for accepted_range in ranges:
-            if not accepted_range.is_multipart and len(numbers) > 1:
+            if not accepted_range.is_multipart and not alone:
                 continue
             if takes_stored(accepted_range, as_stored):
                 return First(accepted_range, as_stored, layout, decode=False)
             if wants_octets(accepted_range):
-                decoded = self._decoded(stored, batch)
+                decoded = await self._context.decode.run(self._decoded, stored, batch)
                 if decoded is not None:
                     return First(accepted_range, decoded, layout, decode=True)
         raise NotAcceptable(
@@ -133,7 +143,7 @@ class Frames:
             return None
         with self._context.source.open_payload(stored) as payload:
             try:
-                return Encoded(OCTETS, EXPLICIT, pixels.decoded_frames(payload, stored, numbers))
+                return Encoded(OCTETS, EXPLICIT, pixels.decoded_frames(payload, stored, numbers, bytes_max))
             except (CannotUnderstand, TooLarge):
                 return None
 

@@ -25,7 +25,7 @@ from pydicom.pixels.utils import pixel_array
 
 from archive.errors import CannotUnderstand, NotFound
 from archive.model import StoredInstance
-from portal.transcode import _turns, read
+from portal.transcode import read
 
 SIDE_MAX = 4_096
 
@@ -41,27 +41,29 @@ class View:
     quality: int = 90
 
 
-def decoded_frames(payload: BinaryIO, stored: StoredInstance, numbers: Sequence[int]) -> list[bytes]:
+def decoded_frames(
+    payload: BinaryIO, stored: StoredInstance, numbers: Sequence[int], bytes_max: int
+) -> list[bytes]:
     """The frames as Explicit VR Little Endian would hold them."""
-    with _turns:
-        dataset = read(payload, stored)
-        return [_array(dataset, number, raw=True).tobytes() for number in numbers]
+    dataset = read(payload, stored, bytes_max)
+    return [_array(dataset, number, raw=True).tobytes() for number in numbers]
 
 
-def picture(payload: BinaryIO, stored: StoredInstance, number: int, view: View, media_type: str) -> bytes:
+def picture(
+    payload: BinaryIO, stored: StoredInstance, number: int, view: View, media_type: str, bytes_max: int
+) -> bytes:
     """One frame as people look at it, encoded as `media_type`."""
-    with _turns:
-        dataset = read(payload, stored)
-        if "PixelData" not in dataset and "FloatPixelData" not in dataset:
-            raise NotFound("no pixel data")
-        try:
-            shown = _shown(dataset, _array(dataset, number, raw=False), view)
-        except (NotFound, CannotUnderstand):
-            raise
-        except Exception as error:
-            raise CannotUnderstand(f"can't be rendered ({type(error).__name__})") from None
-        shown = _fitted(shown, view)
-        return png(shown) if media_type == "image/png" else jpeg(shown, view.quality)
+    dataset = read(payload, stored, bytes_max)
+    if "PixelData" not in dataset and "FloatPixelData" not in dataset:
+        raise NotFound("no pixel data")
+    try:
+        shown = _shown(dataset, _array(dataset, number, raw=False), view)
+    except (NotFound, CannotUnderstand):
+        raise
+    except Exception as error:
+        raise CannotUnderstand(f"can't be rendered ({type(error).__name__})") from None
+    shown = _fitted(shown, view)
+    return png(shown) if media_type == "image/png" else jpeg(shown, view.quality)
 
 
 def _array(dataset: Dataset, number: int, *, raw: bool) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from archive.errors import CannotUnderstand, InvalidQuery
+from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
 from archive.model import StoredInstance
 from portal import pixels, transcode
 from portal.context import Context
@@ -53,18 +53,19 @@ class Rendered:
         if len(numbers) > 1:
             raise NotAcceptable("one frame at a time is rendered")
         _, found = await locate(self._context, request, "view")
-        body = await self._context.read.run(
+        body = await self._context.decode.run(
             self._render, found[len(found) // 2], numbers[0], view, media_type
         )
         return Response(body, media_type=media_type)
 
     def _render(self, stored: StoredInstance, number: int, view: View, media_type: str) -> bytes:
-        if not transcode.can_be_explicit(stored, self._context.settings.dicomweb.decoded_bytes_max):
+        bytes_max = self._context.settings.dicomweb.decoded_bytes_max
+        if not transcode.can_be_explicit(stored, bytes_max):
             raise NotAcceptable(f"{stored.head.transfer_syntax_uid} can't be decoded here, or is too large")
         with self._context.source.open_payload(stored) as payload:
             try:
-                return pixels.picture(payload, stored, number, view, media_type)
-            except CannotUnderstand as error:
+                return pixels.picture(payload, stored, number, view, media_type, bytes_max)
+            except (CannotUnderstand, TooLarge) as error:
                 raise NotAcceptable(f"this image can't be rendered: {error}") from error
 
 

@@ -4,7 +4,7 @@ with flat memory at any size, or written anew where the client can't take them a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from http import HTTPStatus
 
@@ -56,23 +56,23 @@ class Retrieve:
         sent = [(stored, form) for stored, form in chosen if form is not None]
         if not sent:
             raise NotAcceptable(refusal(found))
+        # What is written anew is computed, not only read: that has threads of its own.
+        anew = any(form is Form.EXPLICIT for _, form in sent)
+        pool = self._context.decode if anew else self._context.read
         mark = multipart.boundary()
-        if single:
-            part = await self._context.read.run(self._one, *sent[0], ranges)
-            if is_bare(ranges):
-                response = self._stream(part.content, part.content_type)
-                if sent[0][1] is Form.STORED:
-                    response.headers["Content-Length"] = str(found[0].location.length)
-                return response
-            return self._stream(multipart.body([part], mark), multipart.content_type(DICOM, mark))
-        parts = (self._part(stored, form) for stored, form in sent)
-        status = HTTPStatus.OK if len(sent) == len(found) else HTTPStatus.PARTIAL_CONTENT
-        return self._stream(multipart.body(parts, mark), multipart.content_type(DICOM, mark), status)
-
-    def _stream(
-        self, chunks: Iterable[bytes], media_type: str, status: HTTPStatus = HTTPStatus.OK
-    ) -> Response:
-        return StreamingResponse(self._context.read.stream(iter(chunks)), status, media_type=media_type)
+        if not single:
+            parts = (self._part(stored, form) for stored, form in sent)
+            status = HTTPStatus.OK if len(sent) == len(found) else HTTPStatus.PARTIAL_CONTENT
+            body = pool.stream(multipart.body(parts, mark))
+            return StreamingResponse(body, status, media_type=multipart.content_type(DICOM, mark))
+        part = await pool.run(self._one, *sent[0], ranges)
+        if not is_bare(ranges):
+            body = pool.stream(multipart.body([part], mark))
+            return StreamingResponse(body, media_type=multipart.content_type(DICOM, mark))
+        response = StreamingResponse(pool.stream(iter(part.content)), media_type=part.content_type)
+        if not anew:
+            response.headers["Content-Length"] = str(found[0].location.length)
+        return response
 
     def _one(self, stored: StoredInstance, form: Form, ranges: Sequence[MediaRange]) -> multipart.Part:
         """One instance alone, begun before the answer is: when that fails, the status can say so."""

@@ -99,7 +99,7 @@ class DicomWebSettings:
     results_default: int = setting(100, "Results of a QIDO-RS query that gives no limit.", minimum=1)
     results_max: int = setting(1_000, "Most results of one QIDO-RS answer.", minimum=1, maximum=100_000)
     decoded_bytes_max: int = setting(
-        512 << 20,
+        256 << 20,
         "The largest instance that is decoded or written anew on request; stored bytes have no bound.",
         "bytes",
         minimum=1 << 20,

@@ -4,7 +4,7 @@ what is stored never changes. Whoever accepts `transfer-syntax=*` gets the store
 
 from __future__ import annotations
 
-import threading
+import zlib
 from dataclasses import replace
 from io import BytesIO
 from typing import BinaryIO
@@ -15,16 +15,18 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import AllTransferSyntaxes, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from archive.errors import CannotUnderstand, TooLarge
 from archive.model import Fields, StoredInstance
 from archive.packs.records import part10_prefix
 
+IMPLICIT = "1.2.840.10008.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
-NATIVE = frozenset({"1.2.840.10008.1.2", EXPLICIT, "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"})
-AT_ONCE = 2
-_turns = threading.BoundedSemaphore(AT_ONCE)
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+DEFLATED = "1.2.840.10008.1.2.1.99"
+NATIVE = frozenset({IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED})
+AT_ONCE = 2  # threads that decode: each may hold a whole instance, more than once
 
 # The lossless ones alone: pixel data that exist only lossy may stay as they are (PS3.18 8.7.3.5.2).
 LOSSLESS = frozenset(
@@ -72,35 +74,59 @@ def decoded_bytes(fields: Fields) -> int:
 
 
 def explicit_part10(payload: BinaryIO, stored: StoredInstance, bytes_max: int) -> bytes:
-    """The instance as a Part 10 stream in Explicit VR Little Endian. CannotUnderstand when pydicom can't."""
-    with _turns:
-        if stored.location.length > bytes_max:
-            raise TooLarge(f"instances of more than {bytes_max} bytes are not written anew")
-        dataset = read(payload, stored)
-        try:
-            if stored.head.transfer_syntax_uid not in NATIVE:
-                dataset.decompress(generate_instance_uid=False)
-            elif stored.head.transfer_syntax_uid == "1.2.840.10008.1.2.2":
-                swap_words(dataset)
-            head = replace(stored.head, transfer_syntax_uid=EXPLICIT)
-            out = DicomBytesIO()
-            out.is_little_endian, out.is_implicit_VR = True, False
-            write_dataset(out, dataset)
-        except Exception as error:
-            raise CannotUnderstand(
-                f"can't be written in Explicit VR Little Endian ({type(error).__name__})"
-            ) from None
-        return part10_prefix(head) + out.getvalue()
-
-
-def read(payload: BinaryIO, stored: StoredInstance) -> Dataset:
-    """The data set without group 2; the transfer syntax is the record's, whatever the file says of itself."""
+    """The instance as a Part 10 stream in Explicit VR Little Endian. CannotUnderstand when pydicom can't,
+    TooLarge past the bound."""
+    prefix = part10_prefix(replace(stored.head, transfer_syntax_uid=EXPLICIT))
+    if stored.head.transfer_syntax_uid == DEFLATED:
+        return prefix + inflated(payload, stored, bytes_max)
+    dataset = read(payload, stored, bytes_max)
     try:
-        dataset = pydicom.dcmread(BytesIO(payload.read()), force=True)
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(stored.head.transfer_syntax_uid)
+        if stored.head.transfer_syntax_uid not in NATIVE:
+            dataset.decompress(generate_instance_uid=False)
+        elif stored.head.transfer_syntax_uid == BIG_ENDIAN:
+            swap_words(dataset)
+        out = DicomBytesIO()
+        out.is_little_endian, out.is_implicit_VR = True, False
+        write_dataset(out, dataset)
+    except Exception as error:
+        kind = type(error).__name__
+        raise CannotUnderstand(f"can't be written in Explicit VR Little Endian ({kind})") from None
+    return prefix + out.getvalue()
+
+
+def read(payload: BinaryIO, stored: StoredInstance, bytes_max: int) -> Dataset:
+    """The data set; its transfer syntax is the record's, whatever the file says of itself, but that a
+    deflated one is inflated here: pydicom would inflate without a bound."""
+    if stored.location.length > bytes_max:
+        raise TooLarge(f"instances of more than {bytes_max} bytes are not decoded")
+    head = stored.head
+    if head.transfer_syntax_uid == DEFLATED:
+        head = replace(head, transfer_syntax_uid=EXPLICIT)
+        whole = part10_prefix(head) + inflated(payload, stored, bytes_max)
+    else:
+        whole = payload.read()
+    try:
+        dataset = pydicom.dcmread(BytesIO(whole), force=True)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(head.transfer_syntax_uid)
     except Exception as error:
         raise CannotUnderstand(f"the data set can't be read ({type(error).__name__})") from None
     return dataset
+
+
+def inflated(payload: BinaryIO, stored: StoredInstance, bytes_max: int) -> bytes:
+    """A deflated data set (PS3.5 A.5), inflated no further than the bound."""
+    payload.seek(stored.location.dataset_offset)
+    packed = payload.read()
+    for bits in (-zlib.MAX_WBITS, zlib.MAX_WBITS):  # raw by the standard; some writers add zlib's header
+        inflate = zlib.decompressobj(bits)
+        try:
+            plain = inflate.decompress(packed, bytes_max)
+        except zlib.error:
+            continue
+        if inflate.unconsumed_tail:
+            raise TooLarge(f"inflates to more than {bytes_max} bytes")
+        return plain + b"\0" * (len(plain) % 2)
+    raise CannotUnderstand("the deflated data set can't be inflated")
 
 
 def swap_words(dataset: Dataset) -> None:
@@ -114,7 +140,3 @@ def swap_words(dataset: Dataset) -> None:
             whole = len(element.value) // width * width
             words = numpy.frombuffer(element.value[:whole], f"u{width}")
             element.value = words.byteswap().tobytes() + element.value[whole:]
-
-
-def known_syntax(uid: str) -> bool:
-    return uid in AllTransferSyntaxes

@@ -7,6 +7,7 @@ import email
 import gzip
 import hashlib
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 from io import BytesIO
@@ -21,6 +22,7 @@ from starlette.testclient import TestClient
 
 from archive.archive import Archive
 from archive.ledger import Ledger
+from portal.settings import DicomWebSettings, PortalSettings
 from tests.datasets import (
     BIG_ENDIAN,
     DEFLATED,
@@ -398,3 +400,27 @@ def test_pixel_data_that_break_off_do_not_hide_their_series(client: TestClient, 
     stored = client.get(ROOT + path_of(cut), headers={"Accept": "application/dicom; transfer-syntax=*"})
     assert dataset_bytes(stored.content) == cut.dataset
     assert client.get(f"{ROOT}{path_of(cut)}/frames/1", headers=OHIF).status_code in (404, 422)
+
+
+def test_a_deflated_bomb_is_not_inflated(make_app: AppMaker, archive: Archive) -> None:
+    """Some kilobytes that inflate to 40 MB, under a bound of 1 MB: refused where it would have to be
+    inflated, and given back as it is stored."""
+    bomb = make_instance(transfer_syntax=DEFLATED, DataSetTrailingPadding=bytes(40_000_000))
+    assert len(bomb.dataset) < 100_000
+    take_in(archive, [bomb])
+    settings = PortalSettings(dicomweb=DicomWebSettings(decoded_bytes_max=1 << 20))
+    client = signed_in(make_app(ArchiveSource(archive), settings), "doc")
+    tracemalloc.start()
+    try:
+        for accept, status in (
+            ("application/dicom", 200),
+            (f"application/dicom; transfer-syntax={EXPLICIT}", 406),
+        ):
+            response = client.get(ROOT + path_of(bomb), headers={"Accept": accept})
+            assert response.status_code == status
+            assert status == 406 or dataset_bytes(response.content) == bomb.dataset
+        picture = client.get(f"{ROOT}{path_of(bomb)}/rendered", headers={"Accept": "image/png"})
+        assert picture.status_code == 406
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
