@@ -2,8 +2,9 @@
 the node that holds the images; nobody else decides. It never looks at a request or a database: what a
 decision needs is in the principal.
 
-Policy v0: a technician works on the own ward, a regional physician reads everything (care relations come
-later), regional IT sees the health and administers, and no images. What no rule allows is denied.
+Policy v0: a technician works on the own ward, and so does a device; a regional physician reads everything
+(care relations come later); regional IT sees the health and administers, and no images. What no rule allows
+is denied.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ PURPOSE_LENGTH_MAX = 256
 
 
 class Role(Enum):
-    """What a person is. The values are written in the ledger, in assertions and on pages."""
+    """What a person is, or a device. The values are written in the ledger, in assertions and on pages."""
 
     TECHNICIAN = "ward technician"
     PHYSICIAN = "regional physician"
     IT = "regional IT"
+    DEVICE = "device"
+
+
+PEOPLE = frozenset(Role) - {Role.DEVICE}  # who can have an account
 
 
 class Act(Enum):
@@ -37,7 +42,8 @@ class Act(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks. `ward` is a technician's own; `purpose` is kept in the audit log."""
+    """Who asks: a person, or a device by its AE title. `ward` is a technician's or device's own; `purpose` is
+    kept in the audit log."""
 
     user: str
     role: Role
@@ -67,6 +73,10 @@ def decide(principal: Principal, act: Act) -> Decision:
             return Decision(
                 True, EVERYTHING, "a regional physician sees all wards; care relations come later"
             )
+        case Role.DEVICE, Act.SEARCH | Act.READ:
+            if not principal.ward:
+                return _denied("a device belongs to a ward, and this one has none")
+            return Decision(True, Scope(frozenset({principal.ward})), "a device sees the own ward")
         case Role.IT, Act.HEALTH | Act.ADMINISTER:
             return Decision(True, NOTHING, "regional IT keeps the region running, and sees no images")
         case Role.IT, _:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archive.errors import InvalidInput, NotFound
-from federation.policy import Role
+from federation.policy import PEOPLE, Role
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_ward
@@ -34,7 +34,8 @@ Generate = Annotated[bool, typer.Option("--generate", help="Make a password and 
 @app.command()
 def add(
     name: Name,
-    role: Annotated[Role, typer.Option(help="What the person is: what they see.", show_default=False)],
+    role: Annotated[Role, typer.Option(help="What the person is: what they see.", show_default=False,
+                                       metavar="|".join(role.value for role in Role if role in PEOPLE))],
     ward: Annotated[str, typer.Option(help="The technician's own ward, as `miss status` writes it.",
                                       metavar="HOSPITAL/WARD")] = "",
     display_name: Annotated[str, typer.Option(help="How pages call the person.")] = "",
@@ -53,6 +54,8 @@ def add(
     from archive.ledger import User
 
     with open_ledger(state) as ledger:
+        if role not in PEOPLE:
+            raise InvalidInput("a device does not sign in: see `miss device add`")
         if role is Role.TECHNICIAN:
             require_ward(ledger, state, ward)
         elif ward:

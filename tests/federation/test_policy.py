@@ -16,6 +16,8 @@ ALLOWED = {
     (Role.TECHNICIAN, Act.READ): Scope(frozenset({OWN})),
     (Role.PHYSICIAN, Act.SEARCH): EVERYTHING,
     (Role.PHYSICIAN, Act.READ): EVERYTHING,
+    (Role.DEVICE, Act.SEARCH): Scope(frozenset({OWN})),
+    (Role.DEVICE, Act.READ): Scope(frozenset({OWN})),
     (Role.IT, Act.HEALTH): NOTHING,
     (Role.IT, Act.ADMINISTER): NOTHING,
 }
@@ -29,9 +31,10 @@ def test_each_role_and_act_is_decided_by_name(role: Role, act: Act) -> None:
     assert decision.reason
 
 
-def test_a_technician_without_a_ward_sees_nothing() -> None:
+@pytest.mark.parametrize("role", [Role.TECHNICIAN, Role.DEVICE])
+def test_who_belongs_to_a_ward_and_has_none_sees_nothing(role: Role) -> None:
     for ward in (None, ""):
-        decision = decide(Principal("anna", Role.TECHNICIAN, ward), Act.SEARCH)
+        decision = decide(Principal("anna", role, ward), Act.SEARCH)
         assert not decision.allowed
         assert not decision.scope.allows(OWN)
 

@@ -54,8 +54,7 @@ class Find:
         level, keys, wanted, unsupported = _careful(
             lambda: attributes.query_from_dataset(identifier, patient_root=patient_root))
         refuse_foreign_keys(level, keys, patient_root=patient_root)
-        # A device sees what its ward's technicians see.
-        principal = Principal(exchange.caller.ae_title, Role.TECHNICIAN, self.ward)
+        principal = Principal(exchange.caller.ae_title, Role.DEVICE, self.ward)
         query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
         matches = self.archive.search(query)
         status = PENDING_UNSUPPORTED_KEYS if unsupported else PENDING
