@@ -100,7 +100,7 @@ class Node:
         try:
             with self:
                 # What was made so far stays: looking at it for cycles again and again, as often as small
-                # objects come and go here, cost 5 to 8 % of the rate of small instances.
+                # objects come and go here, seemed to cost 5 to 8 % of the rate of small instances.
                 gc.freeze()
                 gc.set_threshold(*GC_THRESHOLDS)
                 self._end.wait()
