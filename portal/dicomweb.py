@@ -34,15 +34,6 @@ async def allow(
     return visitor
 
 
-async def allow_study(context: Context, request: Request, words: str, study_uid: str) -> Visitor:
-    """As `allow`, for reading of one study: hundreds of requests for frames are one row of the audit log."""
-    visitor = visitor_of(request)
-    if not decide(visitor.principal, Act.READ).allowed:
-        return await allow(context, request, Act.READ, words, {"StudyInstanceUID": study_uid})
-    await context.audit.seen(visitor, words, study_uid, address_of(request))
-    return visitor
-
-
 def base_url(request: Request) -> str:
     """Scheme and host as the client used them, so that addresses in answers work behind a proxy: the
     setting's when there is one, else what the request says."""
@@ -69,16 +60,24 @@ def compressed(request: Request, body: bytes, media_type: str) -> Response:
 
 async def locate(context: Context, request: Request, words: str) -> tuple[Visitor, Sequence[StoredInstance]]:
     """Who asks, and the instances that the path names; NotFound when there are none or none that may be
-    seen. What only a ward holds is fetched first, so this may wait for the ward."""
-    uids = {
-        name: require_uid(request.path_params[name], f"the {name}")
-        for name in ("study", "series", "instance")
-        if name in request.path_params
-    }
-    visitor = await allow_study(context, request, words, uids["study"])
-    found = await context.search.run(
-        context.source.instances, visitor.principal, uids["study"], uids.get("series"), uids.get("instance")
-    )
-    if not found:
-        raise NotFound("no such study, series or instance")
+    seen. What only a ward holds is fetched first, so this may wait for the ward. The audit log knows of it
+    when this returns: hundreds of requests for frames of one study are one row, each study that was not
+    found is one."""
+    names = ("study", "series", "instance")
+    uids = {n: require_uid(request.path_params[n], f"the {n}") for n in names if n in request.path_params}
+    visitor = visitor_of(request)
+    if not decide(visitor.principal, Act.READ).allowed:
+        await allow(context, request, Act.READ, words, uids)  # denied, written and refused
+    try:
+        found = await context.search.run(
+            context.source.instances,
+            visitor.principal,
+            uids["study"],
+            uids.get("series"),
+            uids.get("instance"),
+        )
+    except NotFound:
+        await context.audit.record(visitor, words, uids, "not found", address_of(request))
+        raise
+    await context.audit.seen(visitor, words, uids["study"], address_of(request))
     return visitor, found
