@@ -29,6 +29,7 @@ from portal import problems
 from portal.access import Gate, is_dicomweb
 from portal.assets import ASSETS
 from portal.audit import Audit
+from portal.capabilities import Capabilities
 from portal.context import Context
 from portal.dicomweb import allow
 from portal.frames import Frames
@@ -130,6 +131,8 @@ def dicomweb_routes(context: Context) -> list[BaseRoute]:
         routes += [Route(root + path, store, methods=["POST"]) for path in ("/studies", "/studies/{study}")]
         for service in services:
             routes += service.routes(root)
+        if root == ROOT:
+            routes += Capabilities(ROOT, routes).routes()
     return routes
 
 

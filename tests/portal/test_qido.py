@@ -190,3 +190,19 @@ def test_roles(make_app: AppMaker, archive: Archive, ledger: Ledger) -> None:
     assert denied.status_code == 403
     rows = {(row.who, row.outcome) for row in ledger.audit_rows(act="search by DICOMweb")}
     assert rows == {("it", "denied"), ("doc", "success"), ("tech", "success")}
+
+
+def test_capabilities_name_every_resource(client: TestClient) -> None:
+    response = client.options(f"{ROOT}/")
+    assert response.headers["content-type"] == "application/vnd.sun.wadl+xml"
+    namespace = "{http://wadl.dev.java.net/2009/02}"
+    document = ElementTree.fromstring(response.content)
+    paths = {resource.get("path") for resource in document.iter(f"{namespace}resource")}
+    assert {"studies", "studies/{study}/series/{series}/metadata", "instances"} <= paths
+    assert "studies/{study}/series/{series}/instances/{instance}/frames/{frames}" in paths
+    base = document.find(f"{namespace}resources")
+    assert base is not None and base.get("base") == "http://127.0.0.1/dicom-web"
+    assert all(
+        list(method.iter(f"{namespace}representation")) for method in document.iter(f"{namespace}method")
+    )
+    assert client.options(ROOT).content == response.content
