@@ -147,13 +147,12 @@ class Database:
         self._engine.dispose()
 
     def _thread_connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
+        held: _Held | None = getattr(self._local, "held", None)
+        if held is None:
             if self._closed:
                 raise Unavailable(f"the {self.name} is closed")
-            connection = self._connect_sqlite(mode="ro", factory=_RawConnection)
-            self._local.connection = connection
-        return connection
+            held = self._local.held = _Held(self._connect_sqlite(mode="ro", factory=_RawConnection))
+        return held.connection
 
     def _sqlite_engine(self) -> Engine:
         path = Path(self._path)
@@ -299,6 +298,20 @@ class Database:
 
 class _RawConnection(sqlite3.Connection):
     """A connection of one thread; a subclass, because only that can be referred to weakly."""
+
+
+class _Held:
+    """Closes a thread's connection when the thread ends. A connection refers to itself (by its cache of
+    statements), so that without this its descriptor and its memory would stay until a full collection, which
+    a process with large thresholds may not see for days."""
+
+    __slots__ = ("connection",)
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __del__(self) -> None:
+        self.connection.close()
 
 
 def _normalise(url: str) -> URL:
