@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from archive.errors import MissError, SettingsError
 
@@ -24,6 +26,9 @@ EXIT_ERROR = 1
 EXIT_SETTINGS = 2
 EXIT_INTERRUPTED = 130
 
+# A line feed that came from outside must not make a line of its own, nor may anything steer a terminal.
+_CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if code != ord("\t")}
+
 
 class OneLine(logging.Formatter):
     """One event, one line: time in UTC, level, logger, message; a traceback is folded into the line."""
@@ -33,8 +38,7 @@ class OneLine(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text += " | " + self.formatException(record.exc_info)
-        # A line feed that came from outside must not make a line of its own.
-        text = text.replace("\r", "\\r").replace("\n", "\\n")
+        text = text.translate(_CONTROLS)
         return f"{at.removesuffix('+00:00')}Z {record.levelname} {record.name} {text}"
 
 
@@ -74,9 +78,22 @@ def program() -> str:
     return "miss" if shutil.which("miss") or started.name != "miss" else str(started)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+class Grid(Table):
+    """A table that shows every string as it is: AE titles, versions and names come from outside, and neither
+    markup nor an escape sequence in them may do anything. What has a colour is a `Text`."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def plain(text: str) -> str:
+    """`text` with its control characters made visible."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def table(*columns: str, title: str | None = None) -> Grid:
     """A plain table; a column whose name starts with `>` is of numbers."""
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in columns:
         grid.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left",
                         overflow="fold")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from archive.errors import MissError, SettingsError
 from archive.model import Totals
@@ -111,7 +112,8 @@ class Report:
         grid = table("ward", "link", "in the region", ">pending", ">set aside", "last seen", "version")
         for ward in self.wards:
             coverage = ward.coverage
-            grid.add_row(coverage.ward, "[green]attached[/]" if self._attached(ward) else "[yellow]away[/]",
+            grid.add_row(coverage.ward,
+                         Text("attached", "green") if self._attached(ward) else Text("away", "yellow"),
                          plain_words(coverage, self.now_us, _zone()), str(coverage.pending),
                          str(coverage.set_aside), when(coverage.seen_at_us or 0), ward.version or "-")
         out.print(grid)
@@ -150,7 +152,8 @@ def _show_backlogs(backlogs: list[Backlog]) -> None:
     grid = table("node on this machine", "running", ">holds", "the region lacks", ">conflicts",
                  title="\nfrom the nodes' own disks")
     for backlog in backlogs:
-        grid.add_row(f"{backlog.ward} ({backlog.ae_title})", "yes" if backlog.listening else "[red]no[/]",
+        grid.add_row(f"{backlog.ward} ({backlog.ae_title})",
+                     "yes" if backlog.listening else Text("no", "red"),
                      str(backlog.instances), backlog.words, str(backlog.conflicts))
     out.print(grid)
 

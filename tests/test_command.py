@@ -3,17 +3,21 @@ checked."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tomllib
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from archive.database import sqlite_url
 from archive.errors import InvalidInput, SettingsError
 from archive.ledger import Connection, Ledger
 from miss.ca import duration_s
+from miss.console import OneLine, table
 from miss.device import make_device
 from miss.local import HOST
 from miss.processes import Child, free_ports, listening, wait_until
@@ -176,3 +180,17 @@ def test_a_log_that_a_stranger_wrote_into_offers_no_command(tmp_path: Path) -> N
     entry = Connection(0, HOST, "CT1; rm -rf /", "MISS", outcome="refused", reason=UNKNOWN)
     assert "'CT1; rm -rf /'" in remedy(entry)
     assert remedy(Connection(0, HOST, "CT\x1b[2J", "MISS", outcome="refused", reason=UNKNOWN)) == ""
+
+
+def test_what_a_stranger_calls_itself_is_shown_and_does_nothing() -> None:
+    grid = table("calling", "version")
+    grid.add_row("[/x]", "[red]\x1b[2J\r\nCT1")
+    screen = Console(width=200, file=StringIO(), highlight=False)
+    screen.print(grid)
+    assert isinstance(screen.file, StringIO)
+    assert screen.file.getvalue().splitlines()[1].split() == ["[/x]", r"[red]\x1b[2J\r\nCT1"]
+
+
+def test_a_stranger_cannot_steer_whoever_reads_the_log() -> None:
+    said = logging.LogRecord("a", logging.INFO, "", 0, "from %s", ("\x1b[2J\nCT1\x9b",), None)
+    assert OneLine().format(said).endswith(r"from \x1b[2J\nCT1\x9b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -32,8 +33,6 @@ def test_a_thread_takes_its_connection_with_it(tmp_path: Path) -> None:
 def _open_files(path: Path) -> int:
     found = 0
     for number in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found += os.readlink(f"/proc/self/fd/{number}").startswith(str(path))
-        except FileNotFoundError:
-            pass
     return found
