@@ -121,7 +121,12 @@ class Enrolment:
         except Forbidden as error:
             self._audit(registry.SECURITY_ALERT, invite, "key-in-use", address)
             raise Refused("key-in-use", str(error)) from error
-        if known is not None and known.serial != invite.certificate_serial:
+        if known is None:
+            return
+        # The invite is read again, after the key's certificate: the two appear in one transaction, and the
+        # same request that came twice may have made them since the invite was read above.
+        invite = self.ledger.invite(invite_id) or invite
+        if known.serial != invite.certificate_serial:
             self._audit("enrol", invite, "key-in-use", address)
             raise Refused("key-in-use", "the key has a certificate already: make a new key")
 
