@@ -99,7 +99,11 @@ class Attachments:
         if state.lost_note and (before is None or before.lost_note != state.lost_note):
             log.warning("%s attached with a new disk: %s", ward, state.lost_note)
         log.info("%s attached (version %s)", ward, state.version)
-        await self._put(state)
+        try:
+            await self._put(state)
+        except BaseException:  # it left again while its state was being written
+            await asyncio.shield(self.detach(attachment, "the line was lost"))
+            raise
         return attachment
 
     async def report(self, ward: str, report: Report) -> None:

@@ -8,6 +8,7 @@ stream instead, so that no object is blamed for it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -100,7 +101,11 @@ class Receiver:
 
 
 class Incoming:
-    """The objects of one push stream, in order; at most one of them is half here."""
+    """The objects of one push stream, in order; at most one of them is half here.
+
+    A stream may be cut while a thread still takes what had been read of it: `abort` waits for that thread,
+    which stops at the next message, so that nothing begins behind its back and is held for ever.
+    """
 
     def __init__(self, archive: Archive, ward: str) -> None:
         self._archive = archive
@@ -109,21 +114,31 @@ class Incoming:
         self._reception: Reception | None = None
         self._left = 0
         self._refusal: MissError | None = None
+        self._taking = threading.Lock()
+        self._over = False
 
     def take(self, messages: Sequence[uplink_pb2.PushRequest]) -> Taken:
         """Takes messages in the order they came. Stops at what ends the stream."""
         taken = Taken()
-        for message in messages:
-            try:
-                self._take_one(message, taken)
-            except Exception as error:
-                taken.error = error
-                self.abort()
-                break
+        with self._taking:
+            for message in messages:
+                if self._over:
+                    break
+                try:
+                    self._take_one(message, taken)
+                except Exception as error:
+                    taken.error = error
+                    self._give_up()
+                    break
         return taken
 
     def abort(self) -> None:
         """The stream ended: what is half here is given up."""
+        self._over = True
+        with self._taking:
+            self._give_up()
+
+    def _give_up(self) -> None:
         reception, self._reception, self._head = self._reception, None, None
         if reception is not None:
             reception.abort()

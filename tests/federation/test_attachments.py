@@ -111,6 +111,28 @@ def test_a_newer_attach_takes_the_place_of_an_older_one() -> None:
     assert all(state.attached for state in kept)
 
 
+def test_who_leaves_while_it_is_written_down_does_not_stay_attached() -> None:
+    async def test() -> None:
+        writing, go_on = asyncio.Event(), asyncio.Event()
+
+        async def keep(state: WardState) -> None:
+            writing.set()
+            await go_on.wait()
+
+        attachments = Attachments({}, keep, lambda: time.time_ns() // 1000)
+        attaching = asyncio.create_task(attachments.attach(WARD, HELLO))
+        await writing.wait()
+        attaching.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await attaching
+        assert attachments.attached(WARD) is None
+        assert not attachments.states[WARD].attached
+
+    asyncio.run(test())
+
+
 def test_questions_and_messages_are_bounded() -> None:
     async def test(attachments: Attachments) -> None:
         attachment = await attachments.attach(WARD, HELLO)

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -151,6 +151,25 @@ def test_what_breaks_the_conversation_ends_the_stream(
     incoming.abort()
     incoming.abort()
     assert in_region(archive) == [before.sop_instance_uid]
+
+
+def test_a_stream_that_is_cut_while_it_is_read_keeps_nothing(
+    tmp_path: Path, archive: Archive, incoming: Incoming
+) -> None:
+    instance = make_instance(padding=2 << 20)  # it streams into a pack of its own
+    messages = pieces(instance, CHUNK_BYTES_MAX)
+    cutting = threading.Thread(target=incoming.abort)
+
+    def read() -> Iterator[uplink_pb2.PushRequest]:
+        yield group(make_instance())
+        cutting.start()
+        cutting.join(0.3)
+        yield from messages[:2]
+
+    incoming.take(cast(Sequence[uplink_pb2.PushRequest], read()))
+    cutting.join()
+    assert list((tmp_path / "hub" / "large").glob("*")) == []
+    assert archive.intake.budget.taken_bytes == 0
 
 
 def test_a_uid_that_is_none_never_reaches_the_archive(archive: Archive, incoming: Incoming) -> None:
