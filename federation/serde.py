@@ -30,6 +30,7 @@ from protos import common_pb2, region_pb2, uplink_pb2
 DIGEST_BYTES = 32
 KEYS_MAX = 256
 WARDS_MAX = 10_000
+CLOCK_US_MAX = 1 << 60
 
 
 def fields_to(fields: Fields) -> common_pb2.Fields:
@@ -207,6 +208,8 @@ def report_to(report: Report) -> uplink_pb2.WardReport:
 def report_from(message: uplink_pb2.WardReport) -> Report:
     if min(message.pending, message.pending_bytes, message.set_aside) < 0:
         raise InvalidInput("a report with a negative count")
+    if not 0 <= message.clock_us <= CLOCK_US_MAX:  # or its skew would fit no message and no column
+        raise InvalidInput("a report with an impossible clock")
     return Report(
         pending=message.pending,
         pending_bytes=message.pending_bytes,

@@ -176,6 +176,9 @@ def test_what_is_out_of_bounds_is_refused() -> None:
         serde.head_from(common_pb2.InstanceHead(sop_class_uid="1.2", sop_instance_uid="../x"), ward="a/ct")
     with pytest.raises(InvalidInput):
         serde.report_from(uplink_pb2.WardReport(pending=-1))
+    for clock_us in (-1, -(1 << 63), (1 << 63) - 1):
+        with pytest.raises(InvalidInput):
+            serde.report_from(uplink_pb2.WardReport(clock_us=clock_us))
     with pytest.raises(InvalidInput):
         serde.receipt_from(uplink_pb2.Receipt(sop_instance_uid="1.2", digest=b"short", outcome="stored"))
     with pytest.raises(InvalidInput):
