@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import httpx
 import pydicom
-import pytest
 
 from miss.local import HOST
 from miss.processes import wait_until
@@ -24,6 +22,7 @@ from tests.cluster import (
     value,
 )
 from tests.datasets import instance_from_file, make_study, shipped_files
+from tests.peers import dcmtk
 
 STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
 NAMED = ("CT_small.dcm", "MR_small_RLE.dcm", "J2K_pixelrep_mismatch.dcm", "JPEG2000.dcm",
@@ -32,14 +31,12 @@ NAMED = ("CT_small.dcm", "MR_small_RLE.dcm", "J2K_pixelrep_mismatch.dcm", "JPEG2
 
 
 def test_what_storescu_sends_is_found_and_read_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
-    if shutil.which("storescu") is None:
-        pytest.skip("DCMTK's storescu is not installed")
     study = make_study(6, series=2, patient_id="STORESCU-1", patient_name="Bianchi^Carla")
     for number, instance in enumerate(study):
         (tmp_path / f"{number}.dcm").write_bytes(instance.part10)
     ward = cluster.ward(RADIOLOGY)
     sent = subprocess.run(
-        ["storescu", "-v", "-aet", "STORESCU", "-aec", ward.ae_title, "+sd", HOST, str(ward.port),
+        [dcmtk("storescu"), "-v", "-aet", "STORESCU", "-aec", ward.ae_title, "+sd", HOST, str(ward.port),
          str(tmp_path)],
         capture_output=True, text=True, timeout=60, check=False)
     assert sent.returncode == 0, sent.stderr

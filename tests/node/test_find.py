@@ -28,9 +28,9 @@ from node.dimse.services.find import read_identifier, write_identifier
 from tests.datasets import make_instance
 from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import Storing, storing
+from tests.peers import dcmtk
 
 FIND = ProposedContext(1, STUDY_ROOT_FIND, (EXPLICIT_LITTLE,))
-FINDSCU = Path("/usr/bin/findscu")
 
 
 @pytest.fixture
@@ -249,10 +249,9 @@ def test_a_nested_identifier_is_survived(served: Storing) -> None:
         assert [answer.status for answer, _ in requestor.find(level)] == [0]
 
 
-@pytest.mark.skipif(not FINDSCU.exists(), reason="DCMTK is not installed")
 def test_findscu(served: Storing, tmp_path: Path) -> None:
     uid = study(served, 2, patient_id="P1")
-    subprocess.run([str(FINDSCU), "-S", "-X", "-od", str(tmp_path), "-aet", "CT1", "-aec", AE_TITLE,
+    subprocess.run([dcmtk("findscu"), "-S", "-X", "-od", str(tmp_path), "-aet", "CT1", "-aec", AE_TITLE,
                     "-k", "QueryRetrieveLevel=STUDY", "-k", "PatientID=P1", "-k", "StudyInstanceUID",
                     "-k", "PatientName", "127.0.0.1", str(served.port)], check=True, timeout=20,
                    capture_output=True)

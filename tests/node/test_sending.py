@@ -26,9 +26,7 @@ from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor
 from node.dimse.sending import Progress, SendReport, read_meta, send_files
 from tests.datasets import CT, IMPLICIT, MR, RLE, Instance, make_instance
 from tests.node.serving import serving, wait_for
-
-STORESCP = Path("/usr/bin/storescp")
-needs_dcmtk = pytest.mark.skipif(not STORESCP.exists(), reason="DCMTK is not installed")
+from tests.peers import dcmtk
 
 
 def write(folder: Path, instances: list[Instance]) -> list[Path]:
@@ -45,7 +43,7 @@ def storescp(folder: Path, *options: str) -> Iterator[Peer]:
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen([STORESCP, "-od", folder, "+B", "+xa", *options, str(port)],
+    process = subprocess.Popen([dcmtk("storescp"), "-od", folder, "+B", "+xa", *options, str(port)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: _listens(port), "storescp listens")
@@ -67,7 +65,6 @@ def dataset_of(path: Path) -> bytes:
     return path.read_bytes()[read_meta(path).dataset_offset:]
 
 
-@needs_dcmtk
 @pytest.mark.parametrize("max_pdu", ["4096", "16384", "131072"])
 def test_dcmtk_receives_every_octet(tmp_path: Path, max_pdu: str) -> None:
     instances = [make_instance(padding=size, number=size) for size in (0, 4000, 4073, 100_000, 3_000_000)]
@@ -82,7 +79,6 @@ def test_dcmtk_receives_every_octet(tmp_path: Path, max_pdu: str) -> None:
     assert received == {instance.sop_instance_uid: instance.dataset for instance in instances}
 
 
-@needs_dcmtk
 def test_several_associations_send_everything_once(tmp_path: Path) -> None:
     instances = [make_instance(number=n) for n in range(40)]
     paths = write(tmp_path / "out", instances)
@@ -215,7 +211,6 @@ def test_the_data_set_says_what_it_is(tmp_path: Path) -> None:
     assert read_meta(path).sop_instance_uid == first.sop_instance_uid
 
 
-@needs_dcmtk
 def test_odd_chunks_are_fragmented_right(tmp_path: Path) -> None:
     """Chunks that end anywhere, an empty one too, against a peer with a small PDU."""
     instance = make_instance(padding=50_000)
@@ -246,13 +241,12 @@ def test_echo_with_a_peer_of_another_make() -> None:
         server.shutdown()
 
 
-@pytest.mark.skipif(not Path("/usr/bin/echoscu").exists(), reason="DCMTK is not installed")
 @pytest.mark.parametrize("nodelay", ["0", "1"])
 def test_dcmtk_echoes(tmp_path: Path, nodelay: str) -> None:
     with serving(tmp_path) as served:
-        subprocess.run(["/usr/bin/echoscu", "-aet", "CT1", "-aec", "MISS", "--repeat", "20", "127.0.0.1",
+        subprocess.run([dcmtk("echoscu"), "-aet", "CT1", "-aec", "MISS", "--repeat", "20", "127.0.0.1",
                         str(served.port)], check=True, timeout=20, env={**os.environ, "TCP_NODELAY": nodelay})
-        refused = subprocess.run(["/usr/bin/echoscu", "-aet", "CT9", "-aec", "MISS", "127.0.0.1",
+        refused = subprocess.run([dcmtk("echoscu"), "-aet", "CT9", "-aec", "MISS", "127.0.0.1",
                                   str(served.port)], capture_output=True, text=True, timeout=20, check=False)
         assert refused.returncode != 0
         assert "Calling AE Title Not Recognized" in refused.stdout + refused.stderr

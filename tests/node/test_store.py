@@ -31,8 +31,8 @@ from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from tests.datasets import CT, DEFLATED, MR, NATIVE, RLE, Instance, make_instance
 from tests.node.serving import AE_TITLE, Raw, data, wait_for
 from tests.node.storing import ISSUER, WARD, Storing, store, storing
+from tests.peers import dcmtk
 
-STORESCU = Path("/usr/bin/storescu")
 JPEG = "1.2.840.10008.1.2.4.70"
 
 
@@ -252,7 +252,6 @@ def test_large_objects_pass_with_flat_memory(served: Storing) -> None:
     assert stored.location.length > size
 
 
-@pytest.mark.skipif(not STORESCU.exists(), reason="DCMTK is not installed")
 @pytest.mark.parametrize("nodelay", ["0", "1"])
 def test_storescu_is_never_kept_waiting(served: Storing, tmp_path: Path, nodelay: str) -> None:
     """With Nagle on, a missing TCP_QUICKACK costs 40 ms an instance: 150 of them would be 6 s."""
@@ -263,7 +262,6 @@ def test_storescu_is_never_kept_waiting(served: Storing, tmp_path: Path, nodelay
     assert served.totals().instances == 150
 
 
-@pytest.mark.skipif(not STORESCU.exists(), reason="DCMTK is not installed")
 def test_storescu_proposes_what_it_has(served: Storing, tmp_path: Path) -> None:
     instances = [make_instance(transfer_syntax=syntax, number=n) for n, syntax in enumerate((*NATIVE, RLE))]
     options = {DEFLATED: ["-xd"], RLE: ["-xr"], NATIVE[0]: ["-xi"], NATIVE[2]: ["-xb"]}
@@ -353,7 +351,7 @@ def _written(folder: Path, instances: list[Instance]) -> list[str]:
 
 
 def _storescu(port: int, *arguments: str, nodelay: str = "1") -> None:
-    command = [str(STORESCU), "-aet", "CT1", "-aec", AE_TITLE, "127.0.0.1", str(port)]
+    command = [dcmtk("storescu"), "-aet", "CT1", "-aec", AE_TITLE, "127.0.0.1", str(port)]
     options = [argument for argument in arguments if argument.startswith("-")]
     files = [argument for argument in arguments if not argument.startswith("-")]
     subprocess.run([*command[:1], *options, *command[1:], *files], check=True, timeout=60,
