@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from archive.errors import MissError
+from archive.errors import MissError, SettingsError
 from archive.ledger import Ledger
 from federation.policy import Act
 from federation.source import Source
@@ -42,7 +43,7 @@ from portal.qido import Qido
 from portal.rendered import Rendered
 from portal.retrieve import Retrieve
 from portal.security import SecurityHeaders
-from portal.settings import PortalSettings
+from portal.settings import ListenSettings, PortalSettings
 from portal.signin import SignIn
 from portal.transcode import AT_ONCE
 from portal.viewer import Viewer
@@ -54,6 +55,7 @@ ROOT = "/dicom-web"
 BOUND_ROOT = "/dicom-web/for/{opened}"
 
 KEEP_ALIVE_S = 30
+BACKLOG = 2048  # uvicorn's own
 SHUTDOWN_S = 5
 REQUEST_HEAD_BYTES_MAX = 128 << 10  # a list of a thousand UIDs fits
 
@@ -172,6 +174,7 @@ def serve(app: Starlette, settings: PortalSettings) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S,
         h11_max_incomplete_event_size=REQUEST_HEAD_BYTES_MAX,
     )
+    listening = _listening(listen)
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -180,7 +183,17 @@ def serve(app: Starlette, settings: PortalSettings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     log.info("portal on %s://%s:%d", "https" if listen.https else "http", listen.host, listen.port)
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(listen: ListenSettings) -> socket.socket:
+    """Bound here: uvicorn ends the process by itself, without our words, when it can't have the port."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    try:
+        return socket.create_server((listen.host, listen.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        place = f"{listen.host}:{listen.port}"
+        raise SettingsError(f"listen.host, listen.port: {place} can't be had ({error.strerror})") from None
 
 
 class Room:

@@ -69,6 +69,9 @@ def test_a_region_is_set_up_by_hand(tmp_path: Path) -> None:
         node.start()
         wait_until("the node", lambda: listening(HOST, dicom_port), timeout_s=30, children=[node])
         check_devices(ward, f"SM-RADIOLOGY@{HOST}:{dicom_port}")
+        taken = miss("portal", "run", "--node", str(ward), "--set", f"listen.port={dicom_port}")
+        assert taken.returncode == 2 and f"{HOST}:{dicom_port} can't be had" in taken.stderr
+        assert "Traceback" not in taken.stderr
         wait_until("the ward's attaching", lambda: "attached" in miss(
             "status", "--state", str(region)).stdout or None, timeout_s=20)
         assert miss("ca", "revoke", "san-martino/radiology", "--reason", "a test", "--state",
