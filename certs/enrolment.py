@@ -39,6 +39,7 @@ from certs import identity as identities
 from certs import registry
 from certs.authority import Authority, Clock, clock_us
 from certs.certificate import spki_fingerprint
+from certs.connections import bounded_protocol
 from certs.identity import Identity
 from certs.invites import hash_secret, member_of
 from certs.requests import REQUEST_BYTES_MAX, requested_key
@@ -273,7 +274,7 @@ class EnrolmentServer:
             (self._settings.host, self._settings.port), backlog=CONNECTIONS_MAX,
             family=socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET)
         config = uvicorn.Config(
-            enrolment_app(self._enrolment, Failures(FAILURES_PER_MINUTE)), http="h11", ws="none",
+            enrolment_app(self._enrolment, Failures(FAILURES_PER_MINUTE)), http=bounded_protocol(), ws="none",
             lifespan="off", loop="none", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, limit_concurrency=CONNECTIONS_MAX, timeout_keep_alive=5,
             timeout_graceful_shutdown=5, h11_max_incomplete_event_size=BODY_BYTES_MAX,

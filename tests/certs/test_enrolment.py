@@ -27,7 +27,7 @@ from certs import identity as identities
 from certs import registry
 from certs.authority import Authority, hub_identity
 from certs.certificate import new_key, read_pem
-from certs.enrolment import BODY_BYTES_MAX, FAILURES_PER_MINUTE, Failures
+from certs.enrolment import BODY_BYTES_MAX, CONNECTIONS_MAX, FAILURES_PER_MINUTE, Failures
 from certs.identity import Identity
 from certs.invites import InviteText
 from certs.joining import enrol
@@ -320,6 +320,17 @@ def test_the_enrolment_port_takes_up_a_renewed_certificate(hub: RunningHub, tmp_
     renewed = hub_identity(hub.folder / "ca", hub.folder / "hub", renew=True)
     assert serial() == renewed.certificate.serial != first
     assert enrol(hub.invite(), tmp_path / "node")
+
+
+def test_who_connects_and_asks_for_nothing_keeps_nobody_out(hub: RunningHub) -> None:
+    context = ssl.create_default_context(cadata=hub.authority.bundle.roots_pem.decode())
+    with contextlib.ExitStack() as opened:
+        for _ in range(CONNECTIONS_MAX + 8):
+            plain = opened.enter_context(socket.create_connection(("127.0.0.1", hub.enrolment.port), 10))
+            silent = context.wrap_socket(plain, server_hostname="hub.liguria.miss.internal")
+            opened.enter_context(silent).sendall(b"POST /enrol HTTP/1.1\r\n")
+        status, answer = post(hub, b"", path="/bundle", method="GET")
+        assert status == 200 and answer["roots"]
 
 
 def test_a_folder_with_an_identity_is_not_enrolled_again_by_mistake(hub: RunningHub, tmp_path: Path) -> None:
