@@ -1,8 +1,9 @@
-"""How people's names are compared: without case and without accents (PS3.4 C.2.2.2.1 allows both for PN).
+"""The forms in which values are compared, in the index and in a query alike.
 
-A stored name becomes its component groups (alphabetic, ideographic, phonetic; PS3.5 6.2.1), of every value,
-folded and set between `=`: `=rossi^maria=`. A pattern is folded the same way. Nothing else is folded: every
-other VR compares as it stands.
+Names: without case and without accents (PS3.4 C.2.2.2.1 allows both for PN). A stored name becomes its
+component groups (alphabetic, ideographic, phonetic; PS3.5 6.2.1), of every value, folded and set between `=`:
+`=rossi^maria=`. A pattern is folded the same way. Dates and times from before DICOM 3.0 lose their dots and
+colons (PS3.5 6.2), integer strings their leading zeros. Every other VR compares as it stands.
 """
 
 from __future__ import annotations
@@ -40,3 +41,21 @@ def folded_name(value: str) -> str:
     groups = [fold_group(group) for name in value.split("\\") for group in name.split(SEPARATOR)]
     kept = [group for group in groups if group]
     return SEPARATOR + SEPARATOR.join(kept) + SEPARATOR if kept else ""
+
+
+def clean_date(value: str) -> str:
+    """YYYY.MM.DD, the form of ACR-NEMA, as YYYYMMDD."""
+    return value.replace(".", "") if len(value) == 10 and value[4] == value[7] == "." else value
+
+
+def clean_time(value: str) -> str:
+    """HH:MM:SS as HHMMSS."""
+    return value.replace(":", "")
+
+
+def clean_integer(value: str) -> str:
+    """An integer string as Python writes the number, so that 007 is found as 7; anything else as it is."""
+    try:
+        return str(int(value)) if len(value) <= 16 else value
+    except ValueError:
+        return value

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 from archive.catalog import BY_KEYWORD, COMPUTED, Indexed
 from archive.errors import InvalidQuery
-from archive.folding import SEPARATOR, fold_group, folded_name
-from archive.index.rows import clean_date, clean_integer, clean_time
+from archive.folding import SEPARATOR, clean_date, clean_integer, clean_time, fold_group, folded_name
 from archive.model import Level, Query
 
 KEY_CHARS_MAX = 1024

@@ -14,6 +14,7 @@ from archive.errors import InvalidInput, NotFound, Unavailable
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_node
+from miss.peers import parse_peer, require_ae_title
 
 if TYPE_CHECKING:
     from archive.ledger import Device
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The devices that may connect to a node; changes count at once.", no_args_is_help=True)
 
-AE_LENGTH_MAX = 16
 SERVICES = ("store", "find")
 
 AeTitle = Annotated[str, typer.Argument(metavar="AE-TITLE", help="The device's AE title, as it calls itself.",
@@ -106,7 +106,6 @@ def echo(
       miss device echo CT1 --state /srv/miss
       miss device echo ORTHANC@10.2.4.20:4242 --state /srv/miss
     """
-    from miss.send import parse_peer
     from node.dimse.requestor import echo as c_echo
 
     peer = parse_peer(device) if "@" in device else _listed(device, state)
@@ -132,14 +131,6 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
     if unknown := [service for service in services if service not in SERVICES]:
         raise InvalidInput(f"no service {unknown[0]}; there are: {', '.join(SERVICES)}")
     return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services))
-
-
-def require_ae_title(ae_title: str) -> str:
-    title = ae_title.strip(" ")
-    if not 0 < len(title) <= AE_LENGTH_MAX or not title.isascii() or not title.isprintable() or "\\" in title:
-        raise InvalidInput(f"an AE title has 1 to {AE_LENGTH_MAX} characters, no backslash, no control "
-                           "character (PS3.5 6.2)")
-    return title
 
 
 def _listed(ae_title: str, state: Path) -> Peer:

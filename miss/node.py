@@ -44,7 +44,7 @@ def enrol(
       miss node enrol miss1.MTI3... --state /srv/miss
       miss node enrol miss1.MTI3... --state /srv/miss --ae-title SM-RADIOLOGY --port 104
     """
-    from miss.device import require_ae_title
+    from miss.peers import require_ae_title
     from miss.region import enrol_node
 
     title = require_ae_title(ae_title) if ae_title else ""

@@ -10,10 +10,10 @@ import typer
 
 from archive.errors import InvalidInput, Unavailable
 from miss.console import err, out, size
-from miss.device import require_ae_title
+from miss.peers import parse_peer, require_ae_title
 
 if TYPE_CHECKING:
-    from node.dimse.requestor import Peer
+    pass
 
 CALLING_AE = "MISS-SEND"
 
@@ -54,18 +54,6 @@ def send(
               f"skipped {found.skipped.total()}", markup=False)
     if report.failed:
         raise Unavailable(f"{len(report.failed)} of {len(found.files)} instances were not taken")
-
-
-def parse_peer(text: str) -> Peer:
-    """AE@HOST:PORT, as DICOM people write an application entity."""
-    from certs.invites import split_address
-    from node.dimse.requestor import Peer
-
-    ae_title, at, address = text.rpartition("@")
-    if not at:
-        raise InvalidInput(f"{text!r}: write AE@HOST:PORT, for example MISS@10.2.0.5:11112")
-    host, port = split_address(address)
-    return Peer(host, port, require_ae_title(ae_title))
 
 
 def _say(reasons: Counter[str], what: str) -> None:

@@ -1,8 +1,8 @@
 """Attributes as rows of the index: the catalogue's columns, cleaned, bounded, and first come first kept.
 
-Cleaning touches only what neither database could hold or compare: NUL and lone surrogates, the dots and
-colons of dates and times from before DICOM 3.0 (PS3.5 6.2), and leading zeros of integer strings. The bytes
-of the instance are not touched by any of it. It knows no database connection.
+Cleaning touches only what neither database could hold (NUL and lone surrogates) or compare
+(`archive/folding.py`). The bytes of the instance are not touched by any of it. It knows no database
+connection.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from archive.catalog import Indexed, at_level
 from archive.database import storable
-from archive.folding import folded_name
+from archive.folding import clean_date, clean_integer, clean_time, folded_name
 from archive.index.schema import folded_column
 from archive.model import Fields, Level
 
@@ -35,24 +35,6 @@ _KEYS = frozenset(
 )
 
 Row = dict[str, Any]
-
-
-def clean_date(value: str) -> str:
-    """YYYY.MM.DD, the form of ACR-NEMA, as YYYYMMDD."""
-    return value.replace(".", "") if len(value) == 10 and value[4] == value[7] == "." else value
-
-
-def clean_time(value: str) -> str:
-    """HH:MM:SS as HHMMSS."""
-    return value.replace(":", "")
-
-
-def clean_integer(value: str) -> str:
-    """An integer string as Python writes the number, so that 007 is found as 7; anything else as it is."""
-    try:
-        return str(int(value)) if len(value) <= 16 else value
-    except ValueError:
-        return value
 
 
 _CLEANERS: dict[str, Callable[[str], str]] = {"DA": clean_date, "TM": clean_time, "IS": clean_integer}
