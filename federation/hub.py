@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from queue import SimpleQueue
 from types import TracebackType
 
 import grpc
@@ -89,12 +90,12 @@ class Hub:
 
     def run(self) -> None:
         """Runs until SIGINT or SIGTERM."""
-        ended = threading.Event()
+        ended = SimpleQueue[None]()  # an Event may not be set by a handler: it may hold the lock it interrupts
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
+            signal.signal(number, lambda *_: ended.put(None))
         self.start()
         try:
-            ended.wait()
+            ended.get()
         finally:
             self.stop()
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 import warnings
+from queue import SimpleQueue
 from types import FrameType
 from typing import Self
 
@@ -43,7 +44,9 @@ class Node:
     def __init__(self, settings: NodeSettings) -> None:
         self.settings = settings
         self.ready = threading.Event()
-        self._end = threading.Event()
+        # An Event may not be set by a signal handler: it would wait for ever for the lock that the very thread
+        # it interrupted holds. A SimpleQueue may.
+        self._end: SimpleQueue[None] = SimpleQueue()
         self._parts = contextlib.ExitStack()
         self._server: DimseServer | None = None
         self.archive: Archive
@@ -87,14 +90,14 @@ class Node:
     def stop(self) -> None:
         """Answer what is under way, then close everything; a second call does nothing."""
         self.ready.clear()
-        self._end.set()
+        self._end.put(None)
         self._parts.close()
 
     def run(self) -> None:
         """Start, serve until SIGTERM or SIGINT, stop."""
 
         def end(signum: int, frame: FrameType | None) -> None:
-            self._end.set()
+            self._end.put(None)
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -103,7 +106,7 @@ class Node:
                 # objects come and go here, seemed to cost 5 to 8 % of the rate of small instances.
                 gc.freeze()
                 gc.set_threshold(*GC_THRESHOLDS)
-                self._end.wait()
+                self._end.get()
                 log.info("stopping")
         finally:
             for number, handler in before.items():
