@@ -90,7 +90,7 @@ class Hub:
 
     def run(self) -> None:
         """Runs until SIGINT or SIGTERM."""
-        ended = SimpleQueue[None]()  # an Event may not be set by a handler: it may hold the lock it interrupts
+        ended = SimpleQueue[None]()  # no Event: the thread that a handler interrupts may hold its lock
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.put(None))
         self.start()

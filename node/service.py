@@ -44,8 +44,8 @@ class Node:
     def __init__(self, settings: NodeSettings) -> None:
         self.settings = settings
         self.ready = threading.Event()
-        # An Event may not be set by a signal handler: it would wait for ever for the lock that the very thread
-        # it interrupted holds. A SimpleQueue may.
+        # A signal handler may not set an Event: it would wait for ever for the lock that the very thread it
+        # interrupted holds. It may put into a SimpleQueue.
         self._end: SimpleQueue[None] = SimpleQueue()
         self._parts = contextlib.ExitStack()
         self._server: DimseServer | None = None
