@@ -19,6 +19,7 @@ from certs.profiles import Profile
 from miss import configuration
 from miss.configuration import Process
 from miss.ledgers import LEDGER
+from miss.peers import AE_LENGTH_MAX
 
 if TYPE_CHECKING:
     from federation.settings import HubSettings
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 AUTHORITY = "ca"
 IDENTITY = "identity"
-AE_LENGTH_MAX = 16
 
 
 def create_region(folder: Path, region: str, *, host: str, port: int, enrol_port: int,
