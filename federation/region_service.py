@@ -196,15 +196,15 @@ class RegionService(region_pb2_grpc.RegionServicer):
             uids = {uid for match in answer.matches for h in match.holdings for uid in h.sop_instance_uids}
             if not uids:
                 return
-            await self._arrive(uids, until_s)
+            await self._arrive(ward, uids, until_s)
             if not answer.truncated:
                 return
         raise InvalidInput("a study past every bound")
 
-    async def _arrive(self, uids: set[str], until_s: float) -> None:
+    async def _arrive(self, ward: str, uids: set[str], until_s: float) -> None:
         expected = {uid: self._arrivals.expect(uid) for uid in uids}
         try:
-            here = await self._pools.work(self._here, uids)
+            here = await self._pools.work(self._here, ward, uids)
             late = [future for uid, future in expected.items() if uid not in here]
             if not late:
                 return
@@ -216,8 +216,19 @@ class RegionService(region_pb2_grpc.RegionServicer):
             for uid, future in expected.items():
                 self._arrivals.forget(uid, future)
 
-    def _here(self, uids: set[str]) -> set[str]:
-        return {uid for uid in uids if self._archive.index.lookup(uid) is not None}
+    def _here(self, ward: str, uids: set[str]) -> set[str]:
+        """Which of them the region has from this ward. The same instance of another ward is not enough: who
+        may read this ward's alone does not see it until this ward's receipt says that it is here too.
+        """
+        index, own = self._archive.index, Scope(frozenset({ward}))
+
+        def is_here(uid: str) -> bool:
+            known = index.lookup(uid)
+            return known is not None and bool(
+                index.instances(known.study_uid, known.series_uid, uid, scope=own)
+            )
+
+        return {uid for uid in uids if is_here(uid)}
 
 
 async def _all(coroutines: Any) -> None:

@@ -25,6 +25,7 @@ from federation.fanout import WardMatches
 from federation.hub import Hub
 from federation.node_source import NodeSource
 from federation.policy import Principal, Role
+from federation.receiving import Receiver
 from federation.region_source import RegionSource
 from protos import region_pb2
 from tests.datasets import Instance, make_instance
@@ -286,6 +287,29 @@ def test_a_technician_sees_the_own_ward_and_its_coverage_alone(
     assert [match.instance_count for match in answer.matches] == [2]
     hidden = source.search(technician(second), replace(STUDIES, scope=Scope(frozenset({first.ward.id}))))
     assert hidden.matches == []
+
+
+def test_a_copy_of_another_ward_is_read_when_the_own_one_is_known(
+    region: Region, nodes: list[Node], source: RegionSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = nodes
+    shared = study("1.2.7", 2)
+    first.take(shared)
+    first.start()
+    eventually(lambda: first.pending == 0, "the first is in the region")
+    second.take(shared)
+    second.start(hold=True)
+    reported(region, second, 2)
+    (listed,) = source.search(technician(second), STUDIES).matches
+    assert listed.instance_count == 2
+    at_once = Receiver.verdicts
+
+    def late(self: Receiver, *args: Any) -> Any:
+        threading.Event().wait(0.5)  # a hub that has much to do
+        return at_once(self, *args)
+
+    monkeypatch.setattr(Receiver, "verdicts", late)
+    assert len(source.instances(technician(second), "1.2.7")) == 2  # what was listed is not "not found"
 
 
 def test_regional_it_gets_no_images_and_no_names(source: RegionSource) -> None:
