@@ -126,7 +126,14 @@ def read_records(
 ) -> Iterator[FoundRecord | Damage]:
     """The records from `start` to `stop`, in order. What can't be read comes as Damage, and the records
     behind it follow. `ends` says where files with a successor end."""
-    for number in numbers[bisect.bisect_left(numbers, start.file) :]:
+    later = numbers[bisect.bisect_left(numbers, start.file) :]
+    if not later or later[0] > stop.file:
+        # The file itself is gone, and no later one is read that would say that it was there.
+        first = start.offset if start.file == stop.file else FILE_HEADER_BYTES
+        if start < stop and first < stop.offset:
+            yield Damage(stop.file, max(first, FILE_HEADER_BYTES), stop.offset)
+        return
+    for number in later:
         if number > stop.file:
             return
         yield from _missing_before(storage, layout, number, numbers, start)

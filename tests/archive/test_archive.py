@@ -499,3 +499,20 @@ def test_a_rebuild_waits_for_nobody_and_reports_damage(settings: ArchiveSettings
     assert report.records == 3
     assert len(report.damages) == 1 and "pack 1 from" in report.damages[0]
     assert time.monotonic() - began < 30
+
+
+def test_a_pack_that_is_gone_is_damage_whatever_was_known_of_it(settings: ArchiveSettings) -> None:
+    with Archive.open(settings, outbox=True) as archive:
+        for number in range(3):
+            instance = make_instance(number=number)
+            store(archive, instance)
+            archive.wait_indexed()
+            receipt = Fact(FactKind.RECEIPT, instance.sop_instance_uid, instance.digest, "a/ct", 1, "stored")
+            archive.record_facts([receipt])
+        pack = settings.state / archive.instances(instance.study_uid)[0].location.pack
+    pack.unlink()
+    with Archive.open(settings, outbox=True):
+        pass  # a new pack follows the one that is gone
+    report = rebuild(settings, outbox=True)
+    assert report.records == 0 and report.facts == 3
+    assert report.damages and all("pack 1 from" in damage for damage in report.damages)
