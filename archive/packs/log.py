@@ -344,7 +344,8 @@ class Log:
 
     def mark(self) -> bool:
         """In an idle moment: a MARK whose `durable_to` promises the last group too. False when there is
-        nothing to promise, or the log is not idle."""
+        nothing to promise, or the log is not idle. In a full file it begins the next one, whose header
+        promises as well."""
         with self._lock:
             current = self._current
             if (
@@ -352,12 +353,11 @@ class Log:
                 or current.failed
                 or current.durable < current.end
                 or current.end <= current.marked_end
-                or not self._fits(current, 0)
             ):
                 return False
             current.marked_end = current.end  # tried once: a full disk is not asked again and again
             mark = self._append(RecordKind.MARK, NO_HEAD, (), 0, b"", _NO_DIGEST, 0)
-            current.marked_end = current.end
+            mark.log_file.marked_end = mark.log_file.end
         self.wait_durable(mark)
         return True
 

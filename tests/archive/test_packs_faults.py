@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from archive.errors import Corrupt, MissError, OutOfResources, SyncFailed
@@ -205,6 +205,7 @@ def test_every_acknowledged_instance_survives(operations: list[tuple[str, int]],
     st.integers(0, 1 << 30),
     st.booleans(),
 )
+@example([1, 1, 317, 765, 765, 893, 893, 893, 4477, 4924, 5244, 13820, 13884], [(1.0, 1)], 0, False)  # full
 def test_rot_in_what_was_promised_is_reported_and_costs_nothing_else(
     sizes: list[int], flips: list[tuple[float, int]], seed: int, power_loss: bool
 ) -> None:
