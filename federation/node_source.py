@@ -44,6 +44,15 @@ class NodeSource:
             raise NotFound("no such study, series or instance")
         return found
 
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance] | None:
+        return self.instances(principal, study_uid, series_uid, sop_instance_uid)
+
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
         return self._archive.open_payload(instance.location)
 

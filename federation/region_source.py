@@ -23,7 +23,7 @@ from typing import BinaryIO
 import grpc
 
 from archive.archive import Archive
-from archive.errors import MissError, NotFound
+from archive.errors import MissError, NotFound, Unavailable
 from archive.ledger import Ledger, WardState
 from archive.model import Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
@@ -109,13 +109,34 @@ class RegionSource:
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
     ) -> Sequence[StoredInstance]:
+        found = self.at_hand(principal, study_uid, series_uid, sop_instance_uid)
+        if found is not None:
+            return found
         scope = require(principal, Act.READ)
-        if sop_instance_uid is not None:
-            found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
-            if found:  # an instance is whole or not here: nothing to wait for
-                return found
-        self._promote(principal, scope, study_uid, sop_instance_uid)
+        whole = self._promote(principal, study_uid, sop_instance_uid)
         found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+        if not found and not whole:
+            # The same for every UID, known or not: it says that nobody can tell.
+            raise Unavailable("it is not in the region, and a ward that may have it does not answer now")
+        if not found:
+            raise NotFound("no such study, series or instance")
+        return found
+
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance] | None:
+        scope = require(principal, Act.READ)
+        # The wards before the region: what moves in between is seen.
+        elsewhere = self._may_be_elsewhere(principal, scope, study_uid)
+        found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+        if found and sop_instance_uid is not None:
+            return found  # an instance is whole or not here: nothing to wait for
+        if elsewhere:
+            return None
         if not found:
             raise NotFound("no such study, series or instance")
         return found
@@ -231,13 +252,15 @@ class RegionSource:
 
     # Reading promotes.
 
-    def _promote(
-        self, principal: Principal, scope: Scope, study_uid: str, sop_instance_uid: str | None
-    ) -> None:
-        states, wards = self._ledger.ward_states(), self._wards(scope)
-        key = (principal.ward or "", study_uid)
-        if not self._worth_asking(wards, states) or self._whole.has(key):
-            return
+    def _may_be_elsewhere(self, principal: Principal, scope: Scope, study_uid: str) -> bool:
+        """Whether a ward may hold something of the study that the region lacks."""
+        states = self._ledger.ward_states()
+        return self._worth_asking(self._wards(scope), states) and not self._whole.has(
+            _whose(principal, study_uid)
+        )
+
+    def _promote(self, principal: Principal, study_uid: str, sop_instance_uid: str | None) -> bool:
+        """Has the wards push what they hold of it; whether each of them answered in full."""
         request = region_pb2.PromoteRequest(
             study_uid=study_uid,
             sop_instance_uid=sop_instance_uid or "",
@@ -248,12 +271,13 @@ class RegionSource:
             reply = self._hub.stub.Promote(request, timeout=self._promote_deadline_s + HUB_MARGIN_S)
         except grpc.RpcError as error:
             log.warning("the hub does not promote: %s", _words(error))
-            return
+            return False
         if reply.complete and sop_instance_uid is None:
-            self._whole.add(key)
+            self._whole.add(_whose(principal, study_uid))
         for one in map(serde.coverage_from, reply.coverage):
             if one.state is CoverageState.INCOMPLETE:
                 log.info("a study is read while %s is incomplete: %s", one.ward, one.reason)
+        return bool(reply.complete)
 
 
 class _Recently:
@@ -273,6 +297,10 @@ class _Recently:
     def has(self, key: tuple[str, str]) -> bool:
         with self._lock:
             return time.monotonic() - self._at_s.get(key, -WHOLE_S) < WHOLE_S
+
+
+def _whose(principal: Principal, study_uid: str) -> tuple[str, str]:
+    return principal.ward or "", study_uid
 
 
 def _listed(level: Level, wards: Sequence[WardMatches]) -> tuple[str, set[str]]:

@@ -45,6 +45,18 @@ class Source(Protocol):
     ) -> Sequence[StoredInstance]:
         """The instances to read; what only a ward holds is fetched first (reading promotes). Raises NotFound
         when there are none that the principal may see: what is hidden looks like what does not exist.
+        Unavailable when there are none and a ward that may have some did not answer.
+        """
+
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> Sequence[StoredInstance] | None:
+        """`instances` as far as nobody has to be asked for it, so that it never waits; None when a ward may
+        hold more of it.
         """
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:

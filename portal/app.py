@@ -82,6 +82,7 @@ def create_app(
         sign_in,
         Audit(ledger, ledger_work, clock),
         search=Workers("search", settings.threads, settings.waiting_max),
+        fetch=Workers("fetch", settings.threads, settings.waiting_max),
         read=Workers("read", settings.threads, settings.waiting_max),
         decode=Workers("decode", AT_ONCE, settings.waiting_max),
         clock=clock,
@@ -103,7 +104,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        for part in (sign_in, context.search, context.read, context.decode, ledger_work):
+        for part in (sign_in, context.search, context.fetch, context.read, context.decode, ledger_work):
             part.close()
 
     app = Starlette(

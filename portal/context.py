@@ -16,9 +16,9 @@ from portal.workers import Workers
 
 @dataclass(frozen=True)
 class Context:
-    """`search` may wait for wards, `read` reads from the disk, `decode` computes: neither a ward that hangs
-    nor a large picture stops images that are here. `clock` gives microseconds since 1970; `site` is what
-    the header calls this portal."""
+    """`search` asks wards, `fetch` waits until they have delivered, `read` reads what is here, `decode`
+    computes: neither a ward that hangs nor a large picture stops images that are here. `clock` gives
+    microseconds since 1970; `site` is what the header calls this portal."""
 
     settings: PortalSettings
     source: Source
@@ -26,6 +26,7 @@ class Context:
     sign_in: SignIn
     audit: Audit
     search: Workers
+    fetch: Workers
     read: Workers
     decode: Workers
     clock: Callable[[], int]

@@ -69,13 +69,10 @@ async def locate(context: Context, request: Request, words: str) -> tuple[Visito
     if not decide(visitor.principal, Act.READ).allowed:
         await allow(context, request, Act.READ, words, uids)  # denied, written and refused
     try:
-        found = await context.search.run(
-            context.source.instances,
-            visitor.principal,
-            uids["study"],
-            uids.get("series"),
-            uids.get("instance"),
-        )
+        asked = visitor.principal, uids["study"], uids.get("series"), uids.get("instance")
+        found = await context.read.run(context.source.at_hand, *asked)
+        if found is None:
+            found = await context.fetch.run(context.source.instances, *asked)
     except NotFound:
         await context.audit.record(visitor, words, uids, "not found", address_of(request))
         raise

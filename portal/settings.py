@@ -116,7 +116,9 @@ class PortalSettings:
         "ledger in the region's or the node's state folder.",
         secret=True,
     )
-    threads: int = setting(16, "Threads that search, and as many that read.", minimum=2, maximum=256)
+    threads: int = setting(
+        16, "Threads that search, as many that wait for wards, as many that read.", minimum=2, maximum=256
+    )
     waiting_max: int = setting(500, "Calls that may wait for a thread; more are answered 503.", minimum=1)
     assets: Path | None = setting(
         None, "The folder that `python -m portal.assets` made; empty is the package's own."

@@ -74,6 +74,15 @@ class EmptySource:
         require(principal, Act.READ)
         raise NotFound("nothing is here")
 
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance] | None:
+        return self.instances(principal, study_uid, series_uid, sop_instance_uid)
+
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
         raise NotFound("nothing is here")
 
@@ -146,6 +155,15 @@ class ArchiveSource:
         if not found:
             raise NotFound("nothing is here")
         return found
+
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance] | None:
+        return self.instances(principal, study_uid, series_uid, sop_instance_uid)
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
         return self.archive.open_payload(instance.location)

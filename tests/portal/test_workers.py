@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from archive.archive import Archive
 from archive.errors import OutOfResources
+from archive.model import StoredInstance
+from federation.policy import Principal
 from portal import multipart
 from portal.app import Room
+from portal.settings import PortalSettings
 from portal.workers import Workers
+from tests.datasets import make_instance
+from tests.portal.portals import AppMaker, ArchiveSource, signed_in, take_in
 
 
 def test_past_the_bound_a_call_is_refused_at_once() -> None:
@@ -105,3 +112,56 @@ def test_a_body_is_made_in_chunks_of_bounded_size() -> None:
         held.clear()
     assert sum(sizes) > 40_000_000 and max(sizes) < multipart.CHUNK_BYTES + 400_000
     assert most <= 4  # three pieces and a bit make a chunk: nothing is read ahead
+
+
+class Waiting(ArchiveSource):
+    """An archive, and a study that a ward was asked for and does not deliver."""
+
+    gate = threading.Event()
+    begun = threading.Semaphore(0)
+
+    def at_hand(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance] | None:
+        if study_uid == "1.2.3":
+            return None
+        return super().at_hand(principal, study_uid, series_uid, sop_instance_uid)
+
+    def instances(
+        self,
+        principal: Principal,
+        study_uid: str,
+        series_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[StoredInstance]:
+        if study_uid == "1.2.3":
+            self.begun.release()
+            self.gate.wait(30)
+        return super().instances(principal, study_uid, series_uid, sop_instance_uid)
+
+
+def test_a_ward_that_does_not_deliver_stops_nothing_that_is_here(
+    make_app: AppMaker, archive: Archive
+) -> None:
+    instance = make_instance()
+    take_in(archive, [instance])
+    app, metadata = make_app(Waiting(archive), PortalSettings(threads=2)), "/dicom-web/studies/{}/metadata"
+
+    def ask(study_uid: str) -> int:
+        headers = {"Accept": "application/dicom+json"}
+        return int(signed_in(app, "doc").get(metadata.format(study_uid), headers=headers).status_code)
+
+    with ThreadPoolExecutor() as browsers:
+        waiting = [browsers.submit(ask, "1.2.3") for _ in range(4)]
+        try:
+            for _ in range(2):  # as many as there are threads
+                assert Waiting.begun.acquire(timeout=10)
+            assert browsers.submit(ask, instance.study_uid).result(10) == 200
+            assert signed_in(app, "doc").get("/studies").status_code == 200
+        finally:
+            Waiting.gate.set()
+        assert [one.result(30) for one in waiting] == [404] * 4
