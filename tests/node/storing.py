@@ -30,6 +30,7 @@ class Storing(Serving):
     """A running server whose services are a node's."""
 
     archive: Archive
+    find: Find
 
     def stored(self, instance: Instance) -> list[StoredInstance]:
         self.archive.wait_indexed()
@@ -61,10 +62,11 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
             **archive_settings: int) -> Iterator[Storing]:
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
+        find = Find(archive, WARD, AE_TITLE, responses_max)
         table: dict[int, tuple[ServiceName, Service]] = {
             Field.C_ECHO: (ServiceName.ECHO, Echo()),
             Field.C_STORE: (ServiceName.STORE, Store(archive.intake, WARD, ISSUER)),
-            Field.C_FIND: (ServiceName.FIND, Find(archive, WARD, AE_TITLE, responses_max)),
+            Field.C_FIND: (ServiceName.FIND, find),
         }
         with serving(folder, table=table, limits=limits, private=private) as served:
-            yield Storing(served.server, served.ledger, served.admission, archive)
+            yield Storing(served.server, served.ledger, served.admission, archive, find)

@@ -24,7 +24,7 @@ from node.dimse.contexts import (
 )
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
-from node.dimse.services.find import read_identifier, write_identifier
+from node.dimse.services.find import MATCHES_HELD_MAX, read_identifier, write_identifier
 from tests.datasets import make_instance
 from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import Storing, storing
@@ -269,3 +269,15 @@ def test_pynetdicom_finds(served: Storing) -> None:
     association.release()
     assert [status.Status for status, _ in answers] == [0xFF00, 0x0000]
     assert answers[0][1] is not None and answers[0][1].StudyInstanceUID == uid
+
+
+def test_matches_that_nobody_reads_are_bounded(tmp_path: Path) -> None:
+    with storing(tmp_path) as served:
+        first = make_instance(number=1)
+        served.send(first)
+        query = identifier("STUDY", StudyInstanceUID="")
+        assert served.find.held.take(MATCHES_HELD_MAX)  # others have asked, and do not read
+        assert find(served, query)[0] == [0xA700]
+        served.find.held.give_back(MATCHES_HELD_MAX)
+        assert find(served, query)[0] == [0xFF00, 0x0000]
+        assert served.find.held.taken_bytes == 0

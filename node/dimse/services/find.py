@@ -4,9 +4,11 @@ the archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
+from threading import Semaphore
 from typing import TYPE_CHECKING, TypeVar
 
 from pydicom.dataset import Dataset
@@ -14,10 +16,11 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
+from archive.budget import ByteBudget
 from archive.catalog import BY_KEYWORD
 from archive.dataset import attributes
 from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
-from archive.model import Level, Query
+from archive.model import Level, Match, Query
 from federation.policy import Act, Principal, Role, require
 from node.dimse.acceptor import Exchange
 from node.dimse.association import Context
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from archive.archive import Archive
 
 IDENTIFIER_BYTES_MAX = 1 << 20
+SEARCHES_MAX = 4            # at once; the next one waits for its turn
+SEARCH_WAIT_S = 30.0
+MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
 
 _UNIQUE_KEYS = frozenset(("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
 T = TypeVar("T")
@@ -43,6 +49,8 @@ class Find:
     ward: str
     ae_title: str
     responses_max: int
+    held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
+    searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         association = exchange.association
@@ -56,18 +64,34 @@ class Find:
         refuse_foreign_keys(level, keys, patient_root=patient_root)
         principal = Principal(exchange.caller.ae_title, Role.DEVICE, self.ward)
         query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
-        matches = self.archive.search(query)
         status = PENDING_UNSUPPORTED_KEYS if unsupported else PENDING
-        for match in matches[:self.responses_max]:
-            if association.cancelled(command.message_id):
-                exchange.respond(context, command, CANCELLED)
-                return
-            answer = attributes.to_dataset(match, wanted, level=level, retrieve_ae=self.ae_title)
-            exchange.respond(context, command, status,
-                             dataset=write_identifier(answer, context.transfer_syntax))
+        with self._matches(query) as matches:
+            for match in matches[:self.responses_max]:
+                if association.cancelled(command.message_id):
+                    exchange.respond(context, command, CANCELLED)
+                    return
+                answer = attributes.to_dataset(match, wanted, level=level, retrieve_ae=self.ae_title)
+                exchange.respond(context, command, status,
+                                 dataset=write_identifier(answer, context.transfer_syntax))
         if len(matches) > self.responses_max:
             raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
         exchange.respond(context, command, SUCCESS)
+
+    @contextmanager
+    def _matches(self, query: Query) -> Iterator[list[Match]]:
+        """The matches, held while they are sent: peers that ask and do not read must not fill the memory."""
+        if not self.searching.acquire(timeout=SEARCH_WAIT_S):
+            raise OutOfResources("too many searches at once")
+        try:
+            matches = self.archive.search(query)
+            if not self.held.take(len(matches)):
+                raise OutOfResources("too many matches are on their way to other devices")
+        finally:
+            self.searching.release()
+        try:
+            yield matches
+        finally:
+            self.held.give_back(len(matches))
 
 
 def read_identifier(octets: bytes, transfer_syntax_uid: str) -> Dataset:
