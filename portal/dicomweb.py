@@ -15,6 +15,7 @@ from archive.model import StoredInstance, require_uid
 from federation.policy import Act, decide
 from portal.access import address_of, visitor_of
 from portal.context import Context
+from portal.negotiate import MediaRange, accepted
 from portal.signin import Visitor
 
 COMPRESSED_BYTES_MIN = 2_048
@@ -32,6 +33,12 @@ async def allow(
     if not decision.allowed:
         raise Forbidden(decision.reason)
     return visitor
+
+
+def accept_of(request: Request) -> list[MediaRange]:
+    """What the caller accepts, best first; several header lines are one list (RFC 9110 5.3)."""
+    header = ", ".join(request.headers.getlist("accept"))
+    return accepted(header, request.query_params.get("accept"))
 
 
 def base_url(request: Request) -> str:

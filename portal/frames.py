@@ -16,8 +16,8 @@ from archive.errors import CannotUnderstand, InvalidQuery, NotFound, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, pixels, transcode
 from portal.context import Context
-from portal.dicomweb import locate
-from portal.negotiate import OCTETS, MediaRange, NotAcceptable, accepted, forbid_mixture
+from portal.dicomweb import accept_of, locate
+from portal.negotiate import OCTETS, MediaRange, NotAcceptable, forbid_mixture
 from portal.transcode import EXPLICIT
 
 PATH = "/studies/{study}/series/{series}/instances/{instance}/frames/{frames}"
@@ -60,7 +60,7 @@ class Frames:
         return [Route(root + PATH, self.answer)]
 
     async def answer(self, request: Request) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         forbid_mixture(r for r in ranges if not r.media.startswith("image/"))
         numbers = frame_numbers(request.path_params["frames"])
         _, found = await locate(self._context, request, "view")

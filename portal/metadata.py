@@ -21,13 +21,12 @@ from archive.errors import CannotUnderstand, TooLarge
 from archive.model import Level, Match, StoredInstance
 from portal import dicomxml, multipart
 from portal.context import Context
-from portal.dicomweb import LEVEL, accepts_gzip, base_url, locate
+from portal.dicomweb import LEVEL, accept_of, accepts_gzip, base_url, locate
 from portal.negotiate import (
     DICOM_JSON,
     DICOM_XML,
     OCTETS,
     NotAcceptable,
-    accepted,
     first,
     forbid_mixture,
 )
@@ -51,7 +50,7 @@ class Metadata:
         ]
 
     async def metadata(self, request: Request) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         forbid_mixture(ranges)
         chosen = first(ranges, [(DICOM_JSON, True), ("application/json", True), (DICOM_XML, False)])
         if chosen is None:
@@ -93,7 +92,7 @@ class Metadata:
                 yield from_index(stored, root)
 
     async def bulk(self, request: Request) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         chosen = first(ranges, [(OCTETS, None)])
         if chosen is None:
             raise NotAcceptable(f"bulk data are {OCTETS}, alone or in multipart/related")

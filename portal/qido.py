@@ -16,19 +16,18 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from archive.dataset import attributes
-from archive.model import Level, Match, Query, require_uid
+from archive.model import Level, Match, Query, is_uid, require_uid
 from federation.coverage import WardCoverage
-from federation.policy import Act
+from federation.policy import Act, decide
 from federation.source import Answer
 from portal import dicomxml, multipart
 from portal.access import visitor_of
 from portal.context import Context
-from portal.dicomweb import allow, base_url, compressed
+from portal.dicomweb import accept_of, allow, base_url, compressed
 from portal.negotiate import (
     DICOM_JSON,
     DICOM_XML,
     NotAcceptable,
-    accepted,
     first,
     forbid_mixture,
 )
@@ -73,7 +72,7 @@ class Qido:
         return search
 
     async def _search(self, request: Request, resource: Resource) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         forbid_mixture(ranges)
         chosen = first(ranges, [(DICOM_JSON, "json"), ("application/json", "json"), (DICOM_XML, "xml")])
         if chosen is None:
@@ -103,15 +102,17 @@ class Qido:
         principal = visitor_of(request).principal
         source, run = self._context.source, self._context.search.run
         opened = request.path_params.get("opened")
-        if opened is not None and not any(keyword == "StudyInstanceUID" for keyword, _ in query.keys):
+        if opened is not None and not _names_studies(query):
             person = await run(source.person_of, principal, require_uid(opened, "the opened study"))
             if person is None or not person.patient_id:
                 # Nobody's study, or a person without an ID: no other study can be known to be theirs.
-                query = replace(query, keys=(*query.keys, ("StudyInstanceUID", opened)))
+                others = (key for key in query.keys if key[0] != "StudyInstanceUID")
+                query = replace(query, keys=(*others, ("StudyInstanceUID", opened)))
             else:
                 query = replace(query, person=frozenset({person}))
         if query.limit == 0:
-            return Answer([], await run(source.coverage), None)
+            scope = decide(principal, Act.SEARCH).scope
+            return Answer([], [ward for ward in await run(source.coverage) if scope.allows(ward.ward)], None)
         return await run(source.search, principal, query)
 
     async def _answer(
@@ -156,6 +157,13 @@ class Qido:
             text = "".join(c if " " <= c <= "~" else "?" for c in words)
             response.headers.append("Warning", f"299 {service}: {text}")
         return response
+
+
+def _names_studies(query: Query) -> bool:
+    """Whether the studies that may match are named one by one: a key that is empty or a wildcard names none
+    (PS3.4 C.2.2.2.3)."""
+    named = next((value for keyword, value in query.keys if keyword == "StudyInstanceUID"), "")
+    return all(is_uid(uid) for uid in named.split("\\"))
 
 
 def retrieve_url(service: str, match: Match) -> str:

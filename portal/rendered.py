@@ -13,9 +13,9 @@ from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
 from archive.model import StoredInstance
 from portal import pixels, transcode
 from portal.context import Context
-from portal.dicomweb import locate
+from portal.dicomweb import accept_of, locate
 from portal.frames import frame_numbers
-from portal.negotiate import MediaRange, NotAcceptable, accepted, first, forbid_mixture
+from portal.negotiate import MediaRange, NotAcceptable, first, forbid_mixture
 from portal.pixels import View
 from portal.retrieve import PATHS
 
@@ -46,7 +46,7 @@ class Rendered:
         return await self._picture(request, box)
 
     async def _picture(self, request: Request, view: View) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         forbid_mixture(ranges)
         media_type = picture_type(ranges)
         numbers = frame_numbers(request.path_params.get("frames", "1"))

@@ -16,8 +16,8 @@ from archive.errors import CannotUnderstand, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, transcode
 from portal.context import Context
-from portal.dicomweb import locate
-from portal.negotiate import DICOM, MediaRange, NotAcceptable, accepted, forbid_mixture
+from portal.dicomweb import accept_of, locate
+from portal.negotiate import DICOM, MediaRange, NotAcceptable, forbid_mixture
 from portal.transcode import EXPLICIT
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Retrieve:
         return [Route(root + path, self.retrieve) for path in PATHS]
 
     async def retrieve(self, request: Request) -> Response:
-        ranges = accepted(request.headers.get("accept"), request.query_params.get("accept"))
+        ranges = accept_of(request)
         forbid_mixture(ranges)
         _, found = await locate(self._context, request, "retrieve")
         single = "instance" in request.path_params

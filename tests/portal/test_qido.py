@@ -169,6 +169,12 @@ def test_priors_are_bound_to_the_person_who_was_opened(client: TestClient, archi
     assert uids(client, f"/for/{opened}/studies?StudyInstanceUID={opened}") == [opened]
     assert uids(client, f"/for/{opened}/studies?StudyInstanceUID={theirs.study_uid}") == [theirs.study_uid]
     assert uids(client, f"/for/1.2.3.4{question}") == []
+    # A key that names no study lifts no bound.
+    for nothing in ("", "*", "**", "%00", "%20", "%5C"):
+        url = f"{ROOT}/for/{opened}{question}&StudyInstanceUID={nothing}"
+        response = client.get(url, headers=JSON)
+        found = {value(r, "0020000D") for r in response.json()} if response.status_code == 200 else set()
+        assert theirs.study_uid not in found, nothing
     assert client.get(f"{ROOT}/for/no-uid{question}", headers=JSON).status_code == 400
 
 
@@ -177,6 +183,21 @@ def test_without_a_patient_id_there_are_no_priors(client: TestClient, archive: A
     take_in(archive, nameless)
     opened = nameless[0].study_uid
     assert uids(client, f"/for/{opened}/studies?00100020=") == [opened]
+
+
+def test_who_sees_one_ward_sees_the_coverage_of_one(make_app: AppMaker) -> None:
+    other = replace(EmptySource().wards[0], ward=GASLINI, hospital="Gaslini")
+    client = signed_in(make_app(EmptySource((*EmptySource().wards, other))), "tech")
+    response = client.get(f"{ROOT}/studies?limit=0", headers=JSON)
+    assert response.status_code == 204
+    assert list(json.loads(response.headers["MISS-Coverage"])["wards"]) == ["san-martino/radiology"]
+
+
+def test_several_accept_lines_are_one_list(client: TestClient, archive: Archive) -> None:
+    take_in(archive, [make_instance()])
+    lines = [("Accept", "text/html"), ("Accept", "application/dicom+json;q=0.5")]
+    response = client.send(client.build_request("GET", f"{ROOT}/studies", headers=lines))
+    assert response.status_code == 200 and len(response.json()) == 1
 
 
 def test_roles(make_app: AppMaker, archive: Archive, ledger: Ledger) -> None:
