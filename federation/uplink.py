@@ -53,6 +53,7 @@ GOODBYE_S = 0.5
 LASTING_S = 10.0
 WELCOME_WAIT_S = 10.0
 START_WAIT_S = 30.0
+RESTART_S = 10.0  # after an error that nobody foresaw
 REPORT_GAP_S = 0.05  # between two reports, however often the backlog comes and goes
 REFUSED = frozenset({grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED})
 
@@ -92,6 +93,7 @@ class Uplink:
         self._rate = _Rate()
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main_task: asyncio.Task[None] | None = None
         self._status = UplinkStatus(False, self._address(0), None, "not started", 0.0)
@@ -100,6 +102,8 @@ class Uplink:
         """Starts dialling; returns at once, whether a hub is there or not."""
         if not self.settings.enabled or self._thread is not None:
             return
+        self._ready.clear()
+        self._stopping.clear()
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
         self._thread.start()
         if not self._ready.wait(START_WAIT_S):
@@ -110,7 +114,10 @@ class Uplink:
         thread, loop, task = self._thread, self._loop, self._main_task
         if thread is None or loop is None or task is None:
             return
-        loop.call_soon_threadsafe(task.cancel)
+        self._stopping.set()
+        loop, task = self._loop or loop, self._main_task or task  # those of a restart, if there was one
+        with contextlib.suppress(RuntimeError):  # the loop has ended by an error
+            loop.call_soon_threadsafe(task.cancel)
         thread.join()
         self._thread = None
 
@@ -125,12 +132,18 @@ class Uplink:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._main())
-        except asyncio.CancelledError:
-            pass
-        except Exception:
-            log.exception("the uplink ended; the node serves modalities without it")
-            self._status = replace(self._status, attached=False, reason="it ended by an error; see the log")
+            while not self._stopping.is_set():
+                try:
+                    asyncio.run(self._main())
+                except asyncio.CancelledError:
+                    return
+                except Exception:
+                    # A fault nobody foresaw: what waits is in the outbox, so a fresh start loses nothing.
+                    log.exception("the uplink ended by an error; it starts again in %g s", RESTART_S)
+                    reason = "it ended by an error and will start again; see the log"
+                    self._status = replace(self._status, attached=False, since_us=None, reason=reason)
+                self._ready.set()
+                self._stopping.wait(RESTART_S)
         finally:
             self._ready.set()
 
@@ -138,6 +151,8 @@ class Uplink:
         settings = self.settings
         self._loop = asyncio.get_running_loop()
         self._main_task = asyncio.current_task()
+        if self._stopping.is_set():
+            return
         self._pool = ThreadPoolExecutor(settings.workers, "uplink")
         self._report_now = asyncio.Event()
         self._attach_anew = asyncio.Event()

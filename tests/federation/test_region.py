@@ -15,7 +15,8 @@ import pytest
 
 from archive.archive import Archive
 from archive.errors import Forbidden, NotFound, SettingsError, Unavailable
-from archive.model import EVERYTHING, Level, Match, PatientKey, Query, Scope, SeriesHolding
+from archive.index.index import Index
+from archive.model import EVERYTHING, Level, Match, PatientKey, Position, Query, Scope, SeriesHolding
 from certs.identity import Identity
 from certs.registry import revoke
 from federation import region_service, serde
@@ -626,6 +627,26 @@ def test_a_revoked_node_is_cut_within_five_seconds_and_serves_on(region: Region,
     second.take(study("1.2.8", 2))
     eventually(lambda: second.pending == 0, "the other ward is not disturbed")
     assert first.pending == 2
+
+
+def test_an_error_that_nobody_foresaw_ends_no_uplink_for_good(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("federation.uplink.RESTART_S", 0.2)
+    node, struck = nodes[0].start(), threading.Event()
+    positions = Index.positions
+
+    def failing(index: Index) -> tuple[Position, Position]:
+        if threading.current_thread().name.startswith("uplink") and not struck.is_set():
+            struck.set()
+            raise ZeroDivisionError
+        return positions(index)
+
+    monkeypatch.setattr(Index, "positions", failing)
+    assert struck.wait(10)
+    node.take(study("1.2.99", 3))
+    eventually(lambda: node.pending == 0, "what was stored is in the region")
+    node.leave()  # and it ends as any other
 
 
 def test_an_older_attach_makes_room_for_a_newer_one(region: Region, hub: Hub, nodes: list[Node]) -> None:
