@@ -17,7 +17,8 @@ from typing import Any
 from archive.archive import Archive
 from archive.errors import InvalidInput, InvalidQuery, MissError, Unavailable
 from archive.ledger import Ledger
-from archive.model import Level, Match, Query, Scope, Ward, require_uid
+from archive.model import Level, Query, Scope, Ward, require_uid
+from certs.credentials import MESSAGE_BYTES_MAX
 from certs.gate import peer
 from federation import serde, status
 from federation.arrivals import Arrivals
@@ -32,6 +33,10 @@ from protos import common_pb2, region_pb2, region_pb2_grpc, uplink_pb2
 log = logging.getLogger(__name__)
 
 ROUNDS_MAX = 1_000  # of 1,000 instances each: no study is larger
+REPLY_BYTES_MAX = MESSAGE_BYTES_MAX - (1 << 20)  # of matches in one reply; the rest is for the coverage
+MATCH_OVERHEAD = 8  # the tag and the length of one in the message
+TRUNCATED = "it listed only 1,000 of the pending instances that match"
+TOO_MUCH = "what the wards hold back does not fit in one answer: search for less"
 
 
 @dataclass(slots=True)
@@ -39,7 +44,20 @@ class Asking:
     """What came of asking the wards."""
 
     asked: dict[str, Asked] = field(default_factory=dict)
-    matches: list[Match] = field(default_factory=list)
+    matches: list[common_pb2.Match] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, ward: str, matches: list[common_pb2.Match], truncated: bool) -> None:
+        """A ward's answer, if the reply has room for all of it; the ward is incomplete otherwise: after an
+        hour without the hub every ward has a backlog, and one message past the bound would be no answer.
+        """
+        size = sum(match.ByteSize() + MATCH_OVERHEAD for match in matches)
+        if self.size + size > REPLY_BYTES_MAX:
+            self.asked[ward] = Asked(TOO_MUCH)
+            return
+        self.size += size
+        self.matches += matches
+        self.asked[ward] = Asked(TRUNCATED if truncated else "")
 
 
 class RegionService(region_pb2_grpc.RegionServicer):
@@ -79,7 +97,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
         except Exception as error:
             await status.abort(context, error)
         return region_pb2.SearchReply(
-            matches=[serde.match_to(match) for match in asking.matches],
+            matches=asking.matches,
             coverage=[serde.coverage_to(one) for one in self._coverage(wards, asking.asked)],
         )
 
@@ -151,9 +169,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
             except MissError as error:
                 asking.asked[ward] = Asked(str(error) or "it did not answer")
                 return
-            asking.matches += answer.matches
-            truncated = "it listed only 1,000 of the pending instances that match"
-            asking.asked[ward] = Asked(truncated if answer.truncated else "")
+            asking.add(ward, [serde.match_to(match) for match in answer.matches], answer.truncated)
 
         await _all(one(ward.id) for ward in self._worth_asking(wards, query.scope))
         return asking

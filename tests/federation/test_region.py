@@ -514,6 +514,25 @@ def test_a_ward_that_hangs_costs_its_deadline_and_is_named(
     assert coverage[second.ward.id].state is CoverageState.ANSWERED
 
 
+def test_what_does_not_fit_in_one_reply_is_named_and_the_rest_is_answered(
+    region: Region, nodes: list[Node], source: RegionSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = nodes
+    for node, uid, count in ((first, "1.2.7", 2), (second, "1.2.8", 100)):
+        node.take(study(uid, count))
+        node.start(hold=True)
+        reported(region, node, count)
+    monkeypatch.setattr(region_service, "REPLY_BYTES_MAX", 8_000)  # two images fit, a hundred do not
+    answer = source.search(EVA, Query(Level.IMAGE))
+    assert {match.study["StudyInstanceUID"] for match in answer.matches} == {"1.2.7"}
+    coverage = by_ward(answer.coverage)
+    assert coverage[first.ward.id].state is CoverageState.ANSWERED
+    assert coverage[second.ward.id].state is CoverageState.INCOMPLETE
+    assert "search for less" in coverage[second.ward.id].reason
+    (less,) = source.search(EVA, Query(Level.IMAGE, (("SOPInstanceUID", "1.2.8.1.3"),))).matches
+    assert less.pending_at == (second.ward.id,)
+
+
 def test_coverage_survives_the_hub_and_needs_none(
     region: Region, hub: Hub, nodes: list[Node], source: RegionSource
 ) -> None:
