@@ -53,7 +53,8 @@ def enrol(
     """
     text = InviteText.parse(invite)
     if identities.exists(folder) and not replace:
-        raise SettingsError(f"{folder} holds the identity {Identity.load(folder).uri} already")
+        raise SettingsError(f"{folder} holds the identity {Identity.load(folder).uri} already; "
+                            "--replace takes a new one in its place")
     key = identities.pending_key(folder, f"invite {text.id}")
     root = _pinned_root(text, timeout_s)
     region = trust_domain(root)

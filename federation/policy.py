@@ -40,6 +40,14 @@ class Act(Enum):
     ADMINISTER = "administer"
 
 
+_IN_WORDS = {
+    Act.SEARCH: "search for studies",
+    Act.READ: "see images",
+    Act.HEALTH: "see the region's health",
+    Act.ADMINISTER: "administer the region",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who asks: a person, or a device by its AE title. `ward` is a technician's or device's own; `purpose` is
@@ -82,7 +90,7 @@ def decide(principal: Principal, act: Act) -> Decision:
         case Role.IT, _:
             return _denied("regional IT sees the region's health and no images")
         case _:
-            return _denied(f"a {principal.role.value} may not {act.value}")
+            return _denied(f"{principal.role.value}: not allowed to {_IN_WORDS[act]}")
 
 
 def require(principal: Principal, act: Act) -> Scope:

@@ -87,9 +87,10 @@ def invite(
     with open_ledger(state) as ledger:
         line = make_invite(ledger, state, hospital=hospital, ward=ward, issuer=issuer, portal=portal,
                            life_s=duration_s(ttl), who=getpass.getuser())
-    command = "miss portal enrol" if portal else "miss node enrol"
-    err.print(f"good for {ttl} and for one key; on the new machine:\n\n  {command} INVITE --state DIR\n",
-              markup=False)
+    command = ("miss portal enrol INVITE --region HUB-FOLDER --state DIR" if portal else
+               "miss node enrol INVITE --state DIR")
+    err.print(f"good for {ttl} and for one key; where the new member is to run:\n\n  {command}\n",
+              markup=False, soft_wrap=True)
     out.print(line, markup=False, soft_wrap=True)
 
 
@@ -162,7 +163,7 @@ def revoke(
 ) -> None:
     """Takes a member's certificates back: its calls are refused and its open streams end within seconds.
 
-    The member comes back with a new invite.
+    The member comes back with a new invite, enrolled with --replace.
 
     \b
     Examples:
@@ -176,7 +177,10 @@ def revoke(
     if not rows:
         err.print("nothing to do: it was revoked already", style="yellow")
     for row in rows:
-        err.print(f"revoked {row.identity}, serial {row.serial}", style="green", markup=False)
+        err.print(f"revoked {row.identity}, serial {row.serial}", style="green", markup=False,
+                  soft_wrap=True)
+    if rows:
+        err.print("it comes back with a new invite, enrolled with --replace")
 
 
 def duration_s(text: str) -> int:

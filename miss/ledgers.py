@@ -53,5 +53,7 @@ def require_ward(ledger: Ledger, state: Path, ward: str) -> None:
         from certs.identity import Identity
 
         known = [Identity.load(configuration.node(state / Process.NODE.file).identity).ward]
+    if not ward:
+        raise InvalidInput(f"a ward technician needs --ward; there are: {', '.join(known) or 'none yet'}")
     if ward not in known:
         raise InvalidInput(f"no ward {ward!r} here; there are: {', '.join(known) or 'none yet'}")

@@ -22,6 +22,9 @@ app = typer.Typer(help="A ward's node: enrol it, run it, look after it.", no_arg
 Invite = Annotated[str, typer.Argument(metavar="INVITE", show_default=False,
                                        help="The line that `miss ca invite` printed.")]
 
+Replace = Annotated[bool, typer.Option(
+    "--replace", help="Take a new identity in place of one that was revoked or lapsed.")]
+
 
 @app.command()
 def enrol(
@@ -30,8 +33,7 @@ def enrol(
                                           show_default=False)] = "",
     host: Annotated[str, typer.Option(help="The address that modalities connect to.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="The port that modalities connect to.")] = 11112,
-    replace: Annotated[bool, typer.Option(
-        "--replace", help="Take a new identity in place of one that was revoked or lapsed.")] = False,
+    replace: Replace = False,
     state: State = Path("."),
 ) -> None:
     """Makes the node's key, trades the invite for a certificate and writes a node.toml.

@@ -12,7 +12,7 @@ from miss import configuration
 from miss.configuration import Overrides, Process, SettingsFile, State
 from miss.console import err, program, set_up_logging
 from miss.hub import LogLevel
-from miss.node import Invite
+from miss.node import Invite, Replace
 
 app = typer.Typer(help="Pages, viewer and DICOMweb.", no_args_is_help=True)
 
@@ -56,6 +56,7 @@ def enrol(
     region: Annotated[Path, typer.Option(
         "--region", metavar="DIR", file_okay=False, exists=True, show_default=False,
         help="The hub's state folder, which the portal reads.")],
+    replace: Replace = False,
     state: State = Path("."),
 ) -> None:
     """Makes the portal's key, trades the invite for a certificate and writes a portal.toml.
@@ -66,6 +67,6 @@ def enrol(
     """
     from miss.region import enrol_portal
 
-    identity = enrol_portal(invite, state, region)
+    identity = enrol_portal(invite, state, region, replace=replace)
     err.print(f"enrolled as {identity.uri}", style="green", markup=False)
     err.print(f"next: {program()} portal run --settings {state / Process.PORTAL.file}", markup=False)

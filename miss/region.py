@@ -85,11 +85,11 @@ def write_node_settings(identity: Identity, state: Path, *, ae_title: str = "", 
 
 
 def enrol_portal(invite: str, state: Path, region: Path, *, port: int = 8080,
-                 basic_auth: bool = False) -> Identity:
+                 basic_auth: bool = False, replace: bool = False) -> Identity:
     """A portal's folder: identity/ and portal.toml over the regional store in `region`."""
     state.mkdir(parents=True, exist_ok=True)
     os.chmod(state, 0o700)
-    identity = enrol(invite, state / IDENTITY)
+    identity = enrol(invite, state / IDENTITY, replace=replace)
     if identity.profile is not Profile.PORTAL:
         raise InvalidInput(f"the invite was for {identity.uri}: use `miss node enrol`")
     if not (state / Process.PORTAL.file).exists():

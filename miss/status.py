@@ -80,6 +80,9 @@ class Report:
         with open_ledger(region) as ledger:
             states = ledger.ward_states()
             self.wards = [status_of(ward, states.get(ward.id), self.now_us) for ward in ledger.wards()]
+            rows = [row for row in ledger.certificates() if row.ward]
+        active = {row.ward for row in rows if row.state == "active"}
+        self.revoked = {row.ward for row in rows if row.state == "revoked"} - active
         self.totals = _totals(settings.archive_settings())
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +96,8 @@ class Report:
                 "conflicts": self.totals.conflicts},
             "wards": [{
                 "ward": ward.coverage.ward, "hospital": ward.coverage.hospital, "name": ward.coverage.name,
-                "issuer": ward.issuer, "attached": self._attached(ward), "state": ward.coverage.state.value,
+                "issuer": ward.issuer, "attached": self._attached(ward),
+                "revoked": ward.coverage.ward in self.revoked, "state": ward.coverage.state.value,
                 "words": plain_words(ward.coverage, self.now_us), "pending": ward.coverage.pending,
                 "set_aside": ward.coverage.set_aside, "complete_to_us": ward.coverage.complete_to_us,
                 "seen_at_us": ward.coverage.seen_at_us, "version": ward.version,
@@ -113,12 +117,18 @@ class Report:
         for ward in self.wards:
             coverage = ward.coverage
             grid.add_row(coverage.ward,
-                         Text("attached", "green") if self._attached(ward) else Text("away", "yellow"),
+                         self._link(ward),
                          plain_words(coverage, self.now_us, _zone()), str(coverage.pending),
                          str(coverage.set_aside), when(coverage.seen_at_us or 0), ward.version or "-")
         out.print(grid)
         if not self.wards:
             err.print("no ward was invited yet: miss ca invite --help")
+
+    def _link(self, ward: WardStatus) -> Text:
+        words = "attached" if self._attached(ward) else "away"
+        if ward.coverage.ward in self.revoked:
+            return Text(f"{words}, revoked", "red")
+        return Text(words, "green" if self._attached(ward) else "yellow")
 
     def _attached(self, ward: WardStatus) -> bool:
         return ward.attached and self.hub_answers

@@ -59,11 +59,13 @@ def _show_commands(screen: Console, contents: dict[str, Any], state: Path) -> No
     target = f"-aec {ward['ae_title']} {ward['host']} {ward['dicom_port']}"
     screen.print("\n[bold]Try[/]")
     for line in (
-        f"storescu -v -aet STORESCU {target} +sd +r FOLDER",
+        f"storescu -v -nh -aet STORESCU {target} +sd +r FOLDER",
         f"findscu -S -aet FINDSCU {target} -k QueryRetrieveLevel=STUDY -k PatientName -k StudyDate",
         f"{program()} send FOLDER --to {ward['ae_title']}@{ward['host']}:{ward['dicom_port']}",
         f"{program()} status --state {state}",
         f"{program()} node log --refused --state {ward['state']}",
     ):
         screen.print(f"  {line}", markup=False, soft_wrap=True)
-    screen.print(f"\n{state / 'demo.json'} says it all. Ctrl-C stops it.", markup=False, soft_wrap=True)
+    screen.print("\nstorescu alone sends what is not compressed; miss send sends any file as it is.",
+                 soft_wrap=True)
+    screen.print(f"{state / 'demo.json'} says it all. Ctrl-C stops it.", markup=False, soft_wrap=True)

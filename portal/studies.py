@@ -187,7 +187,7 @@ def _row(match: Match, wards: Mapping[str, WardCoverage]) -> Row:
     return Row(
         patient_name=person_name(patient.get("PatientName", "")) or "(no name)",
         patient_id=patient.get("PatientID", "") or "(no ID)",
-        issuer=patient.get("IssuerOfPatientID", "") or match.issuer,
+        issuer=(patient.get("IssuerOfPatientID", "") or match.issuer) if patient.get("PatientID") else "",
         born=dicom_date(patient.get("PatientBirthDate", "")),
         sex=patient.get("PatientSex", ""),
         date=dicom_date(study.get("StudyDate", "")) or "(no date)",

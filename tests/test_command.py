@@ -76,7 +76,7 @@ def test_a_region_is_set_up_by_hand(tmp_path: Path) -> None:
             "status", "--state", str(region)).stdout or None, timeout_s=20)
         assert miss("ca", "revoke", "san-martino/radiology", "--reason", "a test", "--state",
                     str(region)).returncode == 0
-        wait_until("the ward's going", lambda: "away" in miss(
+        wait_until("the ward's going", lambda: "away, revoked" in miss(
             "status", "--state", str(region)).stdout or None, timeout_s=20)
         shown = miss("ca", "show", "san-martino/radiology", "--state", str(region))
         assert "revoked (a test)" in shown.stdout
