@@ -3,6 +3,7 @@ owns the order of the layers (headers, room, gate, routes) and holds no logic of
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -27,7 +28,7 @@ from archive.ledger import Ledger
 from federation.policy import Act
 from federation.source import Source
 from portal import problems
-from portal.access import Gate, is_dicomweb
+from portal.access import Gate, is_dicomweb, is_public
 from portal.assets import ASSETS
 from portal.audit import Audit
 from portal.capabilities import Capabilities
@@ -57,6 +58,7 @@ BOUND_ROOT = "/dicom-web/for/{opened}"
 KEEP_ALIVE_S = 30
 BACKLOG = 2048  # uvicorn's own
 SHUTDOWN_S = 5
+PUBLIC_S_MAX = 120.0  # the viewer's largest file over a thin line
 REQUEST_HEAD_BYTES_MAX = 128 << 10  # a list of a thousand UIDs fits
 
 
@@ -198,18 +200,22 @@ def _listening(listen: ListenSettings) -> socket.socket:
 
 
 class Room:
-    """Bounds the requests that are served at once; those past the bound are answered at once."""
+    """Bounds the requests that are served at once; those past the bound are answered at once. What is public
+    has a room and a time of its own: who can't sign in can't keep out those who have, and a stranger who
+    reads nothing of what was asked for keeps nobody from signing in for long."""
 
-    def __init__(self, app: ASGIApp, *, requests_max: int) -> None:
+    def __init__(self, app: ASGIApp, *, requests_max: int, public_s_max: float = PUBLIC_S_MAX) -> None:
         self._app = app
         self._requests_max = requests_max
-        self._served = 0
+        self._public_s_max = public_s_max
+        self._served = {True: 0, False: 0}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._served >= self._requests_max:
+        public = is_public(scope["path"])
+        if self._served[public] >= self._requests_max:
             busy = problems.problem(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "too many requests at once",
@@ -217,8 +223,13 @@ class Room:
             )
             await busy(scope, receive, send)
             return
-        self._served += 1
+        self._served[public] += 1
         try:
-            await self._app(scope, receive, send)
+            async with asyncio.timeout(self._public_s_max if public else None) as bound:
+                await self._app(scope, receive, send)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            log.info("a client took more than %g s for %s: cut", self._public_s_max, scope["method"])
         finally:
-            self._served -= 1
+            self._served[public] -= 1

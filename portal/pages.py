@@ -4,6 +4,7 @@ cover."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from archive.errors import Forbidden, MissError, NotAuthenticated
+from archive.errors import Forbidden, InvalidInput, MissError, NotAuthenticated
 from federation.policy import Act, decide
 from portal import health, studies
 from portal.access import address_of, cookie_name, visitor_of
@@ -25,6 +26,7 @@ from portal.signin import TooManyTries, Visitor
 
 HERE = Path(__file__).parent
 FORM_BYTES_MAX = 16 << 10
+FORM_S_MAX = 10.0
 NEXT_CHARS_MAX = 2_000
 POLICY_NOTE = (
     "Care relations come later: until then a regional physician sees every ward, "
@@ -246,10 +248,14 @@ def own_path(path: str) -> str:
 async def read_form(request: Request) -> dict[str, str]:
     """The fields of a posted form: small, text only."""
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > FORM_BYTES_MAX:
-            raise Forbidden("a form that is too large")
+    try:
+        async with asyncio.timeout(FORM_S_MAX):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > FORM_BYTES_MAX:
+                    raise Forbidden("a form that is too large")
+    except TimeoutError:
+        raise InvalidInput("a form that did not come in time") from None
     request._body = body
     form = await request.form(max_files=0, max_fields=20)
     return {name: value for name, value in form.items() if isinstance(value, str)}

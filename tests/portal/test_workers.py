@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from archive.archive import Archive
-from archive.errors import OutOfResources
+from archive.errors import InvalidInput, OutOfResources
 from archive.model import StoredInstance
 from federation.policy import Principal
-from portal import multipart
+from portal import multipart, pages
 from portal.app import Room
 from portal.settings import PortalSettings
 from portal.workers import Workers
@@ -92,6 +93,56 @@ def test_requests_past_the_bound_are_answered_at_once() -> None:
         sent.clear()
         await room(scope, receive, send)
         assert sent == []
+
+    asyncio.run(main())
+
+
+def test_strangers_fill_their_own_room_and_not_for_ever() -> None:
+    async def main() -> None:
+        entered = asyncio.Event()
+
+        async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+            entered.set()
+            if scope["path"] == "/login":
+                await asyncio.Event().wait()  # a body that never comes
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> Message:
+            return {"type": "http.request"}
+
+        sent: list[int] = []
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent.append(message["status"])
+
+        def scope(path: str) -> Scope:
+            return {"type": "http", "method": "POST", "path": path, "headers": []}
+
+        room = Room(inner, requests_max=1, public_s_max=0.2)
+        stranger = asyncio.create_task(room(scope("/login"), receive, send))
+        await entered.wait()
+        await room(scope("/login"), receive, send)
+        await room(scope("/dicom-web/studies"), receive, send)
+        assert sent == [503, 200]
+        await asyncio.wait_for(stranger, 10)
+        await room(scope("/static/miss.css"), receive, send)
+        assert sent == [503, 200, 200]
+
+    asyncio.run(main())
+
+
+def test_a_form_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "FORM_S_MAX", 0.1)
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        return {}
+
+    async def main() -> None:
+        scope: Scope = {"type": "http", "method": "POST", "path": "/login", "headers": []}
+        with pytest.raises(InvalidInput, match="in time"):
+            await asyncio.wait_for(pages.read_form(Request(scope, receive)), 10)
 
     asyncio.run(main())
 
