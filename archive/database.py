@@ -44,6 +44,9 @@ SQLITE_CACHE_KIB = 16_384
 # Serialization failure, deadlock, and what two that make the same table at once may see: all repeat.
 _RETRY_STATES = frozenset({"40001", "40P01", "42P07", "42710", "23505"})
 _FULL_STATES = frozenset({"53100", "53200", "53300"})
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_RESTORE = "restore it from a backup"
+_CURES = {"index": "stop the process and run `miss rebuild`, which makes it anew"}
 
 
 def Characters() -> TypeEngine[str]:
@@ -293,6 +296,8 @@ class Database:
         message = str(cause) if isinstance(cause, sqlite3.Error) else type(cause).__name__
         if state in _FULL_STATES or (isinstance(cause, sqlite3.Error) and "full" in message):
             return OutOfResources(f"the {self.name} has no room: {state or message}")
+        if getattr(cause, "sqlite_errorcode", None) in _DAMAGED:
+            return Unavailable(f"the {self.name} is damaged ({message}): {_CURES.get(self.name, _RESTORE)}")
         return Unavailable(f"the {self.name} does not answer: {message}{f' {state}' if state else ''}")
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from archive.ledger import Ledger, WardState
+from archive.ledger.certificates import ACTIVE
 from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import slug
@@ -194,14 +195,16 @@ class LocalRegion:
         self.await_attached()
 
     def await_attached(self, timeout_s: float = ATTACH_TIMEOUT_S) -> None:
-        """Returns when every node is attached to the hub that runs now."""
+        """Returns when every node that the region still admits is attached to the hub that runs now."""
         with self.ledger() as ledger:
-            wait_until("the nodes' attaching to the hub", lambda: self._attached(ledger.ward_states()),
+            admitted = {row.ward for row in ledger.certificates() if row.state == ACTIVE}
+            wait_until("the nodes' attaching to the hub",
+                       lambda: self._attached(admitted, ledger.ward_states()),
                        timeout_s=timeout_s, children=[self.hub, *(ward.node for ward in self.wards)])
 
-    def _attached(self, states: Mapping[str, WardState]) -> bool | None:
+    def _attached(self, admitted: Collection[str | None], states: Mapping[str, WardState]) -> bool | None:
         now_us = int(time.time() * 1e6)
-        there = [states.get(ward.plan.id) for ward in self.wards]
+        there = [states.get(ward.plan.id) for ward in self.wards if ward.plan.id in admitted]
         return all(state is not None and is_present(state, now_us) for state in there) or None
 
     def stop(self) -> None:

@@ -479,6 +479,8 @@ def test_an_index_that_is_garbage_is_rebuilt(settings: ArchiveSettings) -> None:
     for name in settings.state.glob("index.db-*"):
         name.unlink()
     (settings.state / "index.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(Unavailable, match="miss rebuild"):
+        Archive.open(settings, outbox=True)
     report = rebuild(settings, outbox=True)
     assert report.records and report.facts and not report.damages
     with Archive.open(settings, outbox=True) as archive:

@@ -91,6 +91,9 @@ def test_the_demo_keeps_its_word(tmp_path: Path) -> None:
         assert "ended with code -9" in demo.stderr.read()
         assert not any(json.loads((state / "demo.json").read_text())["pids"].values())
 
+        # A ward that the region lets in no more keeps nobody waiting.
+        subprocess.run([sys.executable, "-P", "-m", "miss", "ca", "revoke", said["wards"][1]["id"],
+                        "--reason", "a test", "--state", str(state / "region")], check=True, timeout=30)
         started = time.monotonic()
         demo = start(state)
         again = until_ready(demo)
