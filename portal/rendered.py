@@ -13,13 +13,15 @@ from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
 from archive.model import StoredInstance
 from portal import pixels, transcode
 from portal.context import Context
-from portal.dicomweb import accept_of, locate
+from portal.dicomweb import accept_of, base_url, locate
 from portal.frames import frame_numbers
 from portal.negotiate import MediaRange, NotAcceptable, first, forbid_mixture
 from portal.pixels import View
 from portal.retrieve import PATHS
 
 INSTANCE = PATHS[-1]
+NO_ANNOTATION = "The annotation parameter is not supported. The image is rendered without annotations."
+FUNCTIONS = frozenset({"linear"})  # the one of PS3.18 8.3.5.1.4 that is drawn here
 THUMBNAIL = View(width=128, height=128, quality=80)
 
 
@@ -56,7 +58,10 @@ class Rendered:
         body = await self._context.decode.run(
             self._render, found[len(found) // 2], numbers[0], view, media_type
         )
-        return Response(body, media_type=media_type)
+        headers = {}
+        if request.query_params.get("annotation"):
+            headers["Warning"] = f"299 {base_url(request)}/dicom-web: {NO_ANNOTATION}"
+        return Response(body, media_type=media_type, headers=headers)
 
     def _render(self, stored: StoredInstance, number: int, view: View, media_type: str) -> bytes:
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max
@@ -86,7 +91,7 @@ def read_view(parameters: Mapping[str, str]) -> View:
         center, window = _window(parameters.get("window", ""))
         quality = int(parameters.get("quality", "90"))
     except ValueError:
-        raise InvalidQuery("viewport is w,h; window is center,width,function; quality is 1 to 100") from None
+        raise InvalidQuery("viewport is w,h; window is center,width,linear; quality is 1 to 100") from None
     if not 1 <= quality <= 100:
         raise InvalidQuery("quality is 1 to 100")
     return View(width, height, center, window, quality)
@@ -104,7 +109,10 @@ def _box(text: str) -> tuple[int | None, int | None]:
 def _window(text: str) -> tuple[float | None, float | None]:
     if not text:
         return None, None
-    center, width = (float(part) for part in text.split(",")[:2])
+    center_text, width_text, *function = text.split(",")
+    center, width = float(center_text), float(width_text)
     if not (abs(center) < 1e9 and 0 < width < 1e9):
+        raise ValueError(text)
+    if function and function[0].strip().lower() not in FUNCTIONS:
         raise ValueError(text)
     return center, width

@@ -328,6 +328,11 @@ def test_a_window_is_applied(client: TestClient, archive: Archive) -> None:
         for q in ("", "?window=30000,60000,linear")
     }
     assert len(answers) == 2
+    png = {"Accept": "image/png"}
+    assert client.get(f"{url}?window=100,50,sigmoid", headers=png).status_code == 400  # not drawn as another
+    plain, noted = client.get(url, headers=png), client.get(f"{url}?annotation=patient", headers=png)
+    assert "warning" not in plain.headers and "not supported" in noted.headers["warning"]
+    assert noted.content == plain.content
 
 
 def test_storing_is_refused_in_words(client: TestClient) -> None:
