@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
@@ -256,6 +256,8 @@ async def read_form(request: Request) -> dict[str, str]:
                     raise Forbidden("a form that is too large")
     except TimeoutError:
         raise InvalidInput("a form that did not come in time") from None
+    except ClientDisconnect:  # not our error: a stranger who hangs up fills no log with it
+        raise InvalidInput("a form that was not sent to its end") from None
     request._body = body
     form = await request.form(max_files=0, max_fields=20)
     return {name: value for name, value in form.items() if isinstance(value, str)}

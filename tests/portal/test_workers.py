@@ -139,10 +139,15 @@ def test_a_form_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.Event().wait()
         return {}
 
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
     async def main() -> None:
         scope: Scope = {"type": "http", "method": "POST", "path": "/login", "headers": []}
         with pytest.raises(InvalidInput, match="in time"):
             await asyncio.wait_for(pages.read_form(Request(scope, receive)), 10)
+        with pytest.raises(InvalidInput, match="to its end"):
+            await pages.read_form(Request(scope, gone))
 
     asyncio.run(main())
 
