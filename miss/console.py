@@ -51,8 +51,9 @@ def set_up_logging(level: str = "INFO") -> None:
     root.setLevel(level)
     logging.captureWarnings(True)
     # pydicom quotes values in its warnings, and httpx query strings: both would be patient data in a log.
-    for name in ("pydicom", "py.warnings", "pynetdicom", "httpx", "httpcore", "uvicorn.access"):
+    for name in ("py.warnings", "pynetdicom", "httpx", "httpcore", "uvicorn.access"):
         logging.getLogger(name).setLevel("ERROR")
+    logging.getLogger("pydicom").setLevel("CRITICAL")  # and a traceback for each image it has no decoder for
 
 
 def run(command: Callable[[], None]) -> None:

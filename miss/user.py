@@ -25,6 +25,8 @@ app = typer.Typer(help="The people who may sign in to a portal.", no_args_is_hel
 LETTERS = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
 GENERATED_LENGTH = 16  # 93 bits: more than any guessing needs
 
+ROLES = tuple(role.value for role in Role if role in PEOPLE)
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name that the person signs in with.",
                                      show_default=False)]
 Stdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from stdin, one line.")]
@@ -34,8 +36,8 @@ Generate = Annotated[bool, typer.Option("--generate", help="Make a password and 
 @app.command()
 def add(
     name: Name,
-    role: Annotated[Role, typer.Option(help="What the person is: what they see.", show_default=False,
-                                       metavar="|".join(role.value for role in Role if role in PEOPLE))],
+    role: Annotated[str, typer.Option(help="What the person is: what they see.", show_default=False,
+                                      metavar="|".join(ROLES))],
     ward: Annotated[str, typer.Option(help="The technician's own ward, as `miss status` writes it.",
                                       metavar="HOSPITAL/WARD")] = "",
     display_name: Annotated[str, typer.Option(help="How pages call the person.")] = "",
@@ -54,17 +56,17 @@ def add(
     from archive.ledger import User
 
     with open_ledger(state) as ledger:
-        if role not in PEOPLE:
-            raise InvalidInput("a device does not sign in: see `miss device add`")
-        if role is Role.TECHNICIAN:
+        if role not in ROLES:
+            raise InvalidInput(f"no role {role!r}; there are: {', '.join(ROLES)}")
+        if role == Role.TECHNICIAN.value:
             require_ward(ledger, state, ward)
         elif ward:
-            raise InvalidInput(f"a {role.value} has no ward of their own: leave --ward out")
+            raise InvalidInput(f"a {role} has no ward of their own: leave --ward out")
         if ledger.user(name) is not None:
             raise InvalidInput(f"there is a user {name} already; see `miss user password`")
         password = _password(name, stdin=password_stdin, generate=generate)
-        create(ledger, User(name, display_name or name, role.value, ward or None, True), password)
-    err.print(f"{name} may sign in as {role.value}{f' of {ward}' if ward else ''}", style="green")
+        create(ledger, User(name, display_name or name, role, ward or None, True), password)
+    err.print(f"{name} may sign in as {role}{f' of {ward}' if ward else ''}", style="green")
     if generate:
         out.print(password, markup=False)
 

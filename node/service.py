@@ -9,7 +9,6 @@ import logging
 import resource
 import signal
 import threading
-import warnings
 from queue import SimpleQueue
 from types import FrameType
 from typing import Self
@@ -66,9 +65,6 @@ class Node:
         ae_title = settings.require_ae_title()
         self.identity = load_identity(settings)
         _allow_descriptors(settings.dimse.associations_max * DESCRIPTORS_EACH + DESCRIPTORS_BESIDE)
-        # Its warnings quote values of data sets, and no log of ours may (design: invariant 9).
-        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", module="pydicom")
         with contextlib.ExitStack() as parts:
             self.ledger = Ledger.open(settings.ledger_url)
             parts.callback(self.ledger.close)
