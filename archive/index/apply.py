@@ -249,6 +249,7 @@ class _Batch:
             sop_class_uid=head.sop_class_uid,
             study_instance_uid=attributes.study_uid,
             series_instance_uid=attributes.series_uid,
+            patient_hash=patient_hash(_patient_key(entry), attributes.study_uid),
             number=number_of(row["instance_number"]),
             **_stored(entry, facts),
         )

@@ -218,9 +218,10 @@ class _Question:
         if self._level is Level.STUDY:
             return self._study_visible()
         if self._level is Level.SERIES:
-            return _series_visible(self._wards, self._pending)
+            visible = _series_visible(self._wards, self._pending)
+            return visible if self._pending else and_(visible, _names_its_patient(self._wards or []))
         if not self._pending:
-            return _instance_in(self._wards or [])
+            return and_(_instance_in(self._wards or []), _names_its_patient(self._wards or []))
         return exists().where(
             outbox.c.sop_instance_uid == instance.c.sop_instance_uid, *_pending_in(self._wards)
         )
@@ -230,9 +231,9 @@ class _Question:
         if self._pending:
             return exists().where(outbox.c.study_instance_uid == uid, *_pending_in(self._wards))
         of_wards = _studies_of(self._wards or [])
-        if self._hints.small:
-            return uid.in_(of_wards)
-        return of_wards.where(series_ward.c.study_instance_uid == uid).exists()
+        here = of_wards.where(series_ward.c.study_instance_uid == uid).exists()
+        visible: ColumnElement[bool] = uid.in_(of_wards) if self._hints.small else here
+        return and_(visible, _names_its_patient(self._wards or []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,11 +388,23 @@ def _same_series(home: Table) -> ColumnElement[bool]:
     )
 
 
-def _instance_in(wards: list[str]) -> ColumnElement[bool]:
+def _instance_in(wards: list[str], instance: FromClause = instance) -> ColumnElement[bool]:
     held = exists().where(
         holding.c.sop_instance_uid == instance.c.sop_instance_uid, holding.c.ward.in_(wards)
     )
     return or_(instance.c.ward.in_(wards), held)
+
+
+def _names_its_patient(wards: list[str]) -> ColumnElement[bool]:
+    """Whether one of the wards has an instance that names the study's patient. A study's row shows the
+    patient whom its first instance named: a ward that sent something else under another's Study Instance UID
+    is not told who that patient is."""
+    own = instance.alias("own")
+    return exists().where(
+        own.c.study_instance_uid == study.c.study_instance_uid,
+        own.c.patient_hash == study.c.patient_hash,
+        _instance_in(wards, own),
+    )
 
 
 def _pending_in(wards: list[str] | None) -> list[ColumnElement[bool]]:

@@ -132,7 +132,7 @@ instance = Table(
     metadata,
     *_columns(Characters(), "study_instance_uid", "series_instance_uid"),
     *_catalogued(Level.IMAGE),
-    *_columns(LargeBinary, "digest"),
+    *_columns(LargeBinary, "digest", "patient_hash"),  # of the patient whom this instance names
     *_columns(Integer, "number"),
     *_stored(),
     PrimaryKeyConstraint("sop_instance_uid"),

@@ -409,6 +409,26 @@ def test_a_scope_limits_rows_and_counts(index: Index) -> None:
     assert index.instances("1.2.3", scope=NOTHING) == []
 
 
+def test_a_ward_is_not_told_whose_study_it_sent_something_under(index: Index) -> None:
+    put(
+        index,
+        entry("1.1", ward="a/one", issuer="A", patient_fields={"PatientID": "1", "PatientName": "Rossi^A"}),
+        entry("1.2", ward="b/one", issuer="B", patient_fields={"PatientID": "1", "PatientName": "Neri^U"}),
+        outbox=False,
+    )
+    theirs, own = Scope(frozenset({"b/one"})), Scope(frozenset({"a/one"}))
+    for level in Level:
+        assert index.search(Query(level, scope=theirs)) == [] and index.count(Query(level, scope=theirs)) == 0
+        assert index.search(Query(level, (("PatientName", "Rossi*"),), theirs)) == [], "nor by asking"
+        assert len(index.search(Query(level, scope=own))) == 1
+    assert len(index.instances("1.2.3", scope=theirs)) == 1, "what it sent stays its own to read"
+    (match,) = studies(index, scope=own)
+    assert match.instance_count == 1
+    index.apply_facts([fact(FactKind.COPY, "1.1", ward="b/one")], END)
+    (match,) = studies(index, scope=theirs)
+    assert match.instance_count == 2, "who holds a copy has read the name in it"
+
+
 def test_a_copy_is_held_by_both_wards_and_counted_once(index: Index) -> None:
     three_wards(index)
     copies = [
