@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, insert, or_, select, update
 
 from archive.ledger.tables import Subject, as_row, certificate, counter
 
@@ -78,6 +78,6 @@ class CertificateRegister(Subject):
         return self._database.write(work)
 
 
-def _named(name: str):  # type: ignore[no-untyped-def]
+def _named(name: str) -> ColumnElement[bool]:
     lowered = name.lower()
     return or_(certificate.c.fingerprint == lowered, certificate.c.serial == lowered)
