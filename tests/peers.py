@@ -1,23 +1,23 @@
-"""Where the programs are that the tests speak to. pynetdicom installs scripts of the same names as DCMTK's
-beside our interpreter: those are not what is meant."""
+"""Where the programs are that the tests speak to. pynetdicom installs scripts of the same names as DCMTK's,
+in whichever environment it is: those are not what is meant."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-_OURS = Path(sys.prefix, "bin")
-_ELSEWHERE = os.pathsep.join(
-    folder for folder in os.get_exec_path() if not Path(folder).is_dir() or not Path(folder).samefile(_OURS))
 
 
 def dcmtk(program: str) -> str:
     """The path of a DCMTK program; the test that asks is skipped where there is none."""
-    found = shutil.which(program, path=_ELSEWHERE)
-    if found is None:
-        pytest.skip(f"DCMTK's {program} is not installed")
-    return found
+    for folder in os.get_exec_path():
+        found = shutil.which(program, path=folder)
+        if found is not None and not _is_script(found):
+            return found
+    pytest.skip(f"DCMTK's {program} is not installed")
+
+
+def _is_script(path: str) -> bool:
+    with open(path, "rb") as program:
+        return program.read(2) == b"#!"
