@@ -7,7 +7,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from starlette.applications import Starlette
@@ -16,8 +16,9 @@ from starlette.testclient import TestClient
 from archive.archive import Archive
 from archive.errors import NotFound
 from archive.ledger import Session, User
-from archive.model import Level, PatientKey, Provenance, Query, StoredInstance
+from archive.model import PatientKey, Provenance, Query, Scope, StoredInstance, Ward
 from federation.coverage import CoverageState, WardCoverage
+from federation.node_source import NodeSource
 from federation.policy import Act, Principal, require
 from federation.source import Answer
 from portal.access import cookie_name
@@ -130,51 +131,19 @@ def signed_in(app: Starlette, name: str, address: str = "127.0.0.1") -> TestClie
     return client
 
 
-@dataclass
-class ArchiveSource:
-    """One archive as a source: what a node's portal asks, with the decision and nothing federated."""
+class ArchiveSource(NodeSource):
+    """The node's own source over an archive of several wards, with the coverage that a test wants."""
 
-    archive: Archive
-    wards: tuple[WardCoverage, ...] = EmptySource().wards
-
-    def search(self, principal: Principal, query: Query) -> Answer:
-        asked = replace(query, scope=require(principal, Act.SEARCH))
-        matches = self.archive.search(asked)
-        after = self.archive.count(replace(asked, limit=None, offset=0)) - query.offset - len(matches)
-        return Answer(matches, list(self.wards), max(0, after))
-
-    def instances(
-        self,
-        principal: Principal,
-        study_uid: str,
-        series_uid: str | None = None,
-        sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance]:
-        scope = require(principal, Act.READ)
-        found = self.archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
-        if not found:
-            raise NotFound("nothing is here")
-        return found
-
-    def at_hand(
-        self,
-        principal: Principal,
-        study_uid: str,
-        series_uid: str | None = None,
-        sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance] | None:
-        return self.instances(principal, study_uid, series_uid, sop_instance_uid)
-
-    def open_payload(self, instance: StoredInstance) -> BinaryIO:
-        return self.archive.open_payload(instance.location)
+    def __init__(self, archive: Archive, wards: tuple[WardCoverage, ...] = EmptySource().wards) -> None:
+        super().__init__(archive, Ward(WARD, "San Martino", "Radiology", "SANMARTINO"))
+        self.archive = archive
+        self.wards = wards
 
     def coverage(self) -> list[WardCoverage]:
         return list(self.wards)
 
-    def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
-        query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), scope=require(principal, Act.SEARCH))
-        found = self.archive.search(query)
-        return PatientKey(found[0].issuer, found[0].patient.get("PatientID", "")) if found else None
+    def _scope(self, principal: Principal, act: Act) -> Scope:
+        return require(principal, act)
 
 
 def provenance(ward: str = WARD, issuer: str = "SANMARTINO") -> Provenance:

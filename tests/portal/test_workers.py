@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -182,7 +182,7 @@ class Waiting(ArchiveSource):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance] | None:
+    ) -> Sequence[StoredInstance] | None:
         if study_uid == "1.2.3":
             return None
         return super().at_hand(principal, study_uid, series_uid, sop_instance_uid)
@@ -193,7 +193,7 @@ class Waiting(ArchiveSource):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance]:
+    ) -> Sequence[StoredInstance]:
         if study_uid == "1.2.3":
             self.begun.release()
             self.gate.wait(30)
