@@ -13,12 +13,22 @@ from archive.ledger.tables import Subject, as_row, connection_log, device, log_k
 
 CONNECTIONS_MAX = 100_000
 _TRIM_ONE_IN = 256
+_DEVICE = (
+    "SELECT ae_title, address, name, issuer, enabled, port, services, transport, certificate, sop_classes,"
+    " transfer_syntaxes, on_conflict FROM device WHERE ae_title = ?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """A modality or workstation. `address` is an IP address, a network in CIDR form, or "*" for any; `issuer`
-    overrides the ward's; `port` is where it listens, when it can be called."""
+    overrides the ward's; `port` is where it listens, when it can be called.
+
+    `transport` is how it may come: "plain", "tls" or "any"; `certificate` pins the key that it must show over
+    TLS (SHA-256 of its SubjectPublicKeyInfo, hex; "" pins none). Empty `sop_classes` and `transfer_syntaxes`
+    are all that the node takes; `on_conflict` says what becomes of other content for a UID that is here
+    ("keep", "refuse", "propose").
+    """
 
     ae_title: str
     address: str
@@ -27,12 +37,18 @@ class Device:
     enabled: bool = True
     port: int | None = None
     services: frozenset[str] = frozenset({"store", "find"})
+    transport: str = "any"
+    certificate: str = ""
+    sop_classes: frozenset[str] = frozenset()
+    transfer_syntaxes: frozenset[str] = frozenset()
+    on_conflict: str = "keep"
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One association, accepted or refused. `contexts` and `operations` are JSON; `ended` says how it
-    ended."""
+    """One association, accepted or refused, or a connection that never got so far ("failed"). `contexts` and
+    `operations` are JSON; `ended` says how it ended. `certificate` names the one that was shown (subject and
+    fingerprint); `times` is how many alike of one address this row stands for."""
 
     at_us: int
     address: str
@@ -47,6 +63,9 @@ class Connection:
     bytes_out: int = 0
     ended: str = ""
     ended_us: int = 0
+    transport: str = "plain"
+    certificate: str = ""
+    times: int = 1
 
 
 class Devices(Subject):
@@ -75,7 +94,7 @@ class Devices(Subject):
     def device(self, ae_title: str) -> Device | None:
         """The device with this AE title; microseconds on SQLite, as every association asks."""
         row = self._database.quick(
-            "SELECT ae_title, address, name, issuer, enabled, port, services FROM device WHERE ae_title = ?",
+            _DEVICE,
             (ae_title.replace("\x00", ""),),
         )
         return None if row is None else _device(*row)
@@ -112,8 +131,34 @@ class ConnectionLog(Subject):
 
 
 def _device(
-    ae_title: str, address: str, name: str, issuer: str | None, enabled: bool, port: int | None, services: str
+    ae_title: str,
+    address: str,
+    name: str,
+    issuer: str | None,
+    enabled: bool,
+    port: int | None,
+    services: str,
+    transport: str,
+    certificate: str,
+    sop_classes: str,
+    transfer_syntaxes: str,
+    on_conflict: str,
 ) -> Device:
     return Device(
-        ae_title, address, name, issuer, bool(enabled), port, frozenset(filter(None, services.split(",")))
+        ae_title,
+        address,
+        name,
+        issuer,
+        bool(enabled),
+        port,
+        _set(services),
+        transport,
+        certificate,
+        _set(sop_classes),
+        _set(transfer_syntaxes),
+        on_conflict,
     )
+
+
+def _set(joined: str) -> frozenset[str]:
+    return frozenset(filter(None, joined.split(",")))

@@ -19,6 +19,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Table,
+    inspect,
     text,
 )
 from sqlalchemy.types import TypeEngine
@@ -68,6 +69,7 @@ device = Table(
     metadata,
     _key("ae_title"),
     *_columns(Characters(), "address", "name", "services"),
+    *_columns(Characters(), "transport", "certificate", "sop_classes", "transfer_syntaxes", "on_conflict"),
     *_columns(Characters(), "issuer", null=True),
     *_columns(Integer, "port", null=True),
     *_columns(Boolean, "enabled"),
@@ -90,7 +92,10 @@ connection_log = Table(
         "contexts",
         "operations",
         "ended",
+        "transport",
+        "certificate",
     ),
+    *_columns(Integer, "times"),
 )
 Index("connection_log_outcome", connection_log.c.outcome, connection_log.c.id)
 
@@ -180,7 +185,33 @@ def _first(connection: Connection) -> None:
     connection.execute(counter.insert().values(name="revocation", value=0))
 
 
-STEPS: tuple[Step, ...] = (_first,)
+_ADDED_SECOND = {
+    "device": {
+        "transport": "TEXT NOT NULL DEFAULT 'any'",
+        "certificate": "TEXT NOT NULL DEFAULT ''",
+        "sop_classes": "TEXT NOT NULL DEFAULT ''",
+        "transfer_syntaxes": "TEXT NOT NULL DEFAULT ''",
+        "on_conflict": "TEXT NOT NULL DEFAULT 'keep'",
+    },
+    "connection_log": {
+        "transport": "TEXT NOT NULL DEFAULT 'plain'",
+        "certificate": "TEXT NOT NULL DEFAULT ''",
+        "times": "INTEGER NOT NULL DEFAULT 1",
+    },
+}
+
+
+def _second(connection: Connection) -> None:
+    """Devices by certificate, transport, SOP class and transfer syntax; how a connection came and how often.
+    A ledger that this release makes has them from the first step."""
+    for table, columns in _ADDED_SECOND.items():
+        there = {column["name"] for column in inspect(connection).get_columns(table)}
+        for name, definition in columns.items():
+            if name not in there:
+                connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
+
+
+STEPS: tuple[Step, ...] = (_first, _second)
 
 
 def log_key(at_us: int) -> str:

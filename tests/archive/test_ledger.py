@@ -280,6 +280,44 @@ def test_an_older_schema_goes_forward_by_the_steps_it_lacks(database_url: str) -
     assert ran == [1, 2, 3]
 
 
+FIRST_DEVICE = """
+CREATE TABLE device (ae_title TEXT NOT NULL PRIMARY KEY, address TEXT NOT NULL, name TEXT NOT NULL,
+services TEXT NOT NULL, issuer TEXT, port INTEGER, enabled BOOLEAN NOT NULL)
+"""
+FIRST_CONNECTION_LOG = """
+CREATE TABLE connection_log (id TEXT NOT NULL PRIMARY KEY, at_us BIGINT NOT NULL, bytes_in BIGINT NOT NULL,
+bytes_out BIGINT NOT NULL, ended_us BIGINT NOT NULL, address TEXT NOT NULL, calling_ae TEXT NOT NULL,
+called_ae TEXT NOT NULL, device TEXT NOT NULL, outcome TEXT NOT NULL, reason TEXT NOT NULL,
+contexts TEXT NOT NULL, operations TEXT NOT NULL, ended TEXT NOT NULL)
+"""
+
+
+def test_a_ledger_of_the_first_schema_opens_with_what_it_holds(database_url: str) -> None:
+    """The tables are spelt out as the first release made them."""
+
+    def first(connection: DatabaseConnection) -> None:
+        for statement in (
+            FIRST_DEVICE,
+            FIRST_CONNECTION_LOG,
+            "INSERT INTO device VALUES ('CT1', '10.0.0.5', 'CT', 'find,store', NULL, 104, TRUE)",
+            "INSERT INTO connection_log VALUES ('0', 1, 2, 3, 4, '10.0.0.5', 'CT1', 'MISS', 'CT', 'accepted',"
+            " '', '[]', '{}', 'released')",
+        ):
+            connection.execute(text(statement))
+
+    Database(database_url, name="ledger", steps=[first]).close()
+    ledger = Ledger.open(database_url)
+    device = Device("CT1", "10.0.0.5", "CT", port=104)
+    assert ledger.device("CT1") == device and ledger.devices() == [device]
+    assert ledger.connections() == [
+        Connection(1, "10.0.0.5", "CT1", "MISS", "CT", bytes_in=2, bytes_out=3, ended="released", ended_us=4)
+    ]
+    changed = replace(device, transport="tls", certificate="ab", sop_classes=frozenset({"1.2", "1.3"}))
+    ledger.add_device(changed)
+    assert ledger.device("CT1") == changed and ledger.devices() == [changed]
+    ledger.close()
+
+
 def test_a_step_that_fails_leaves_nothing(database_url: str) -> None:
     def broken(connection: DatabaseConnection) -> None:
         connection.execute(text("CREATE TABLE half (a INTEGER)"))
