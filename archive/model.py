@@ -153,6 +153,15 @@ class Outcome(Enum):
     CONFLICT = "conflict"
 
 
+class ConflictPolicy(Enum):
+    """What becomes of another content under a UID that is here, by the device that sends it. The values are
+    the ledger's words."""
+
+    KEEP = "keep"        # the first stays, the second is kept apart and shown
+    REFUSE = "refuse"    # not stored
+    PROPOSE = "propose"  # kept apart, as a correction that a person may accept
+
+
 class FactKind(Enum):
     """What can't be derived from instances (design: the fact log). The values are written to disk."""
 
@@ -161,6 +170,11 @@ class FactKind(Enum):
     SET_ASIDE = "set-aside"  # replication gave up on this instance, with the reason
     RETRY = "retry"          # a person asked to try it again
     DAMAGE = "damage"        # a promised record no longer matches its digest
+    ACCEPTED = "accepted"    # a person made this content the live one of its UID
+    REJECTED = "rejected"    # a person closed the conflict; the content is kept
+    EQUIVALENT = "equivalent"  # the live content in another encoding: no conflict
+    REFUSED = "refused"      # another content under a UID that is here, not stored
+    PROPOSED = "proposed"    # this content was sent as a correction of the live one
 
 
 @dataclass(frozen=True, slots=True)

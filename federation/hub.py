@@ -22,7 +22,9 @@ import grpc.aio
 
 from archive.archive import Archive
 from archive.errors import MissError, SettingsError, Unavailable
+from archive.handlers import handlers_of
 from archive.ledger import Ledger, WardState
+from archive.orders import OrderDesk
 from certs.authority import Authority, clock_us, hub_identity
 from certs.credentials import SERVER_OPTIONS, server_credentials
 from certs.enrolment import EnrolmentServer
@@ -127,10 +129,13 @@ class Hub:
         ledger = await asyncio.to_thread(Ledger.open, settings.ledger)
         archive = await asyncio.to_thread(Archive.open, settings.archive_settings(), outbox=False)
         pools = Pools(settings.workers, self._clock)
+        desk = OrderDesk(ledger, handlers_of(archive))
+        desk.start()
         try:
             await self._serve(authority, identity, ledger, archive, pools)
         finally:
             await asyncio.to_thread(pools.shutdown)
+            await asyncio.to_thread(desk.stop)
             await asyncio.to_thread(archive.close)
             ledger.close()
 

@@ -15,7 +15,9 @@ from typing import Self
 
 from archive.archive import Archive
 from archive.errors import SettingsError
+from archive.handlers import handlers_of
 from archive.ledger import Ledger
+from archive.orders import OrderDesk
 from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import Profile
@@ -70,6 +72,9 @@ class Node:
             parts.callback(self.ledger.close)
             self.archive = Archive.open(settings.archive_settings(), outbox=True)
             parts.callback(self.archive.close)
+            desk = OrderDesk(self.ledger, handlers_of(self.archive))
+            desk.start()
+            parts.callback(desk.stop)
             server = self._listen(ae_title)
             parts.callback(server.stop, settings.dimse.stop_grace_s)
             if settings.uplink.enabled:

@@ -13,6 +13,7 @@ from archive.ledger.audit import AuditLog, AuditRow
 from archive.ledger.certificates import CertificateRegister, CertificateRow
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
+from archive.ledger.orders import Order, Orders
 from archive.ledger.tables import STEPS
 from archive.ledger.users import Session, Throttle, User, Users
 from archive.ledger.wards import Wards, WardState
@@ -25,6 +26,7 @@ __all__ = [
     "Device",
     "Invite",
     "Ledger",
+    "Order",
     "Session",
     "Throttle",
     "User",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 
-class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog):
+class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders):
     """An open ledger."""
 
     @classmethod

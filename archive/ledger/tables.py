@@ -161,6 +161,16 @@ audit = Table(
 Index("audit_who", audit.c.who, audit.c.id)
 Index("audit_correlation", audit.c.correlation)
 
+# What commands ask of the process that runs; `detail` is JSON.
+order_ = Table(
+    "order_",
+    metadata,
+    _key("id"),
+    *_columns(Characters(), "kind", "detail", "by", "state", "answer"),
+    *_columns(BigInteger, "at_us", "answered_us"),
+)
+Index("order_state", order_.c.state, order_.c.id)
+
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
@@ -211,7 +221,12 @@ def _second(connection: Connection) -> None:
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second)
+def _third(connection: Connection) -> None:
+    """Orders; a ledger that is made now has them from the first step."""
+    order_.create(connection, checkfirst=True)
+
+
+STEPS: tuple[Step, ...] = (_first, _second, _third)
 
 
 def log_key(at_us: int) -> str:

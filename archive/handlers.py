@@ -1,0 +1,12 @@
+"""Which orders an archive carries out, each with the function that does. Node and hub give them to their
+order desk, a command to its own when neither runs. Every handler is safe to repeat."""
+
+from __future__ import annotations
+
+from archive.archive import Archive
+from archive.orders import Handler
+
+
+def handlers_of(archive: Archive) -> dict[str, Handler]:
+    """By the kind of an order."""
+    return {}
