@@ -16,7 +16,7 @@ from typing import Protocol
 from archive.errors import MissError
 from node.dimse import status as codes
 from node.dimse.association import Association, Context, Limits
-from node.dimse.contexts import Offer, ServiceName, negotiate
+from node.dimse.contexts import Offer, Permitted, ServiceName, negotiate
 from node.dimse.errors import AssociationEnded, PeerAborted, PeerReleased, Stopping, TimedOut, Violation
 from node.dimse.messages import Command, Field, response
 from node.dimse.pdu import (
@@ -47,12 +47,16 @@ TEMPORARY_CONGESTION = Rejection(2, 3, 1)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A device that was let in. `issuer` is of its Patient IDs where it has one of its own."""
+    """A device that was let in. `issuer` is of its Patient IDs where it has one of its own; empty
+    `sop_classes` and `transfer_syntaxes` are all that the node takes."""
 
     ae_title: str
     name: str
     issuer: str | None
     services: frozenset[ServiceName]
+    on_conflict: str = "keep"
+    sop_classes: frozenset[str] = frozenset()
+    transfer_syntaxes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +213,8 @@ class Acceptor:
         """Serve the association to its end; what is still to be said to the peer afterwards, if anything."""
         entry = self._entry
         entry.outcome = "accepted"
-        accept, contexts = negotiate(request, self._services.offer, caller.services,
-                                     self._limits.max_pdu_bytes)
+        permitted = Permitted(caller.services, caller.sop_classes, caller.transfer_syntaxes)
+        accept, contexts = negotiate(request, self._services.offer, permitted, self._limits.max_pdu_bytes)
         for proposed, answer in zip(request.contexts, accept.contexts, strict=True):
             verdict = answer.transfer_syntax if answer.id in contexts else f"refused {answer.result}"
             entry.contexts.append(f"{proposed.abstract_syntax[:64]} {verdict}")

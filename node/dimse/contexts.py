@@ -105,7 +105,24 @@ class Offer:
                 and not transfer_syntax_uid.startswith(_STANDARD_ROOT))
 
 
-def negotiate(request: AssociateRequest, offer: Offer, permitted: frozenset[ServiceName],
+@dataclass(frozen=True, slots=True)
+class Permitted:
+    """What one device may ask for. Empty `sop_classes` and `transfer_syntaxes` are all that the node takes;
+    verification is everybody's."""
+
+    services: frozenset[ServiceName]
+    sop_classes: frozenset[str] = frozenset()
+    transfer_syntaxes: frozenset[str] = frozenset()
+
+    def takes_class(self, service: ServiceName, sop_class_uid: str) -> bool:
+        return service is not ServiceName.STORE or not self.sop_classes or sop_class_uid in self.sop_classes
+
+    def takes_syntax(self, service: ServiceName, transfer_syntax_uid: str) -> bool:
+        return (service is not ServiceName.STORE or not self.transfer_syntaxes
+                or transfer_syntax_uid in self.transfer_syntaxes)
+
+
+def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted,
               max_pdu_bytes: int) -> tuple[AssociateAccept, dict[int, Context]]:
     """Answer every proposed context: the first transfer syntax that the requestor names and we take."""
     answers: list[AnsweredContext] = []
@@ -121,17 +138,17 @@ def negotiate(request: AssociateRequest, offer: Offer, permitted: frozenset[Serv
     return accept, contexts
 
 
-def _answer(proposed: ProposedContext, offer: Offer, permitted: frozenset[ServiceName]) -> AnsweredContext:
+def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted) -> AnsweredContext:
     # A refused context still carries one transfer syntax, which is not looked at (PS3.8 9.3.3.2).
     first = proposed.transfer_syntaxes[0] if proposed.transfer_syntaxes else IMPLICIT_LITTLE
     ignored = first if is_uid(first) else IMPLICIT_LITTLE
     service = offer.service(proposed.abstract_syntax)
-    if service is None:
+    if service is None or not permitted.takes_class(service, proposed.abstract_syntax):
         return AnsweredContext(proposed.id, ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED, ignored)
-    if service not in permitted:
+    if service not in permitted.services:
         return AnsweredContext(proposed.id, ContextResult.USER_REJECTION, ignored)
     for uid in proposed.transfer_syntaxes:
-        if offer.takes_syntax(service, uid):
+        if offer.takes_syntax(service, uid) and permitted.takes_syntax(service, uid):
             return AnsweredContext(proposed.id, ContextResult.ACCEPTANCE, uid)
     return AnsweredContext(proposed.id, ContextResult.TRANSFER_SYNTAXES_NOT_SUPPORTED, ignored)
 

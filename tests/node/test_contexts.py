@@ -8,15 +8,15 @@ from pydicom._uid_dict import UID_dictionary
 from pydicom.uid import AllTransferSyntaxes
 
 from node.dimse import contexts, pdu
-from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, Offer, ServiceName
+from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, Offer, Permitted, ServiceName
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
-EVERY_SERVICE = frozenset(ServiceName)
+EVERY_SERVICE = Permitted(frozenset(ServiceName))
 PRIVATE = "1.3.12.2.1107.5.9.1"
 
 
 def answer(*proposed: tuple[str, tuple[str, ...]], offer: Offer | None = None,
-           permitted: frozenset[ServiceName] = EVERY_SERVICE) -> list[tuple[int, str]]:
+           permitted: Permitted = EVERY_SERVICE) -> list[tuple[int, str]]:
     request = pdu.AssociateRequest("A", "B", tuple(
         pdu.ProposedContext(2 * n + 1, *context) for n, context in enumerate(proposed)))
     accept, agreed = contexts.negotiate(request, offer or Offer(), permitted, 16384)
@@ -40,9 +40,19 @@ def test_results_3_and_4_and_the_others_are_accepted() -> None:
 
 def test_a_service_that_the_device_may_not_use_is_refused() -> None:
     """45."""
-    permitted = frozenset((ServiceName.ECHO, ServiceName.STORE))
+    permitted = Permitted(frozenset((ServiceName.ECHO, ServiceName.STORE)))
     assert answer((contexts.STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE,)),
                   permitted=permitted) == [(1, ""), (0, IMPLICIT_LITTLE)]
+
+
+def test_a_device_has_sop_classes_and_transfer_syntaxes_of_its_own() -> None:
+    """32: of storage alone; verification and queries are allowed by service."""
+    mr = "1.2.840.10008.5.1.4.1.1.4"
+    permitted = Permitted(frozenset(ServiceName), frozenset((CT,)), frozenset((EXPLICIT_LITTLE,)))
+    assert answer((mr, (EXPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE, EXPLICIT_LITTLE)),
+                  (contexts.VERIFICATION, (IMPLICIT_LITTLE,)), (contexts.STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)),
+                  permitted=permitted) == [
+        (3, ""), (4, ""), (0, EXPLICIT_LITTLE), (0, IMPLICIT_LITTLE), (0, IMPLICIT_LITTLE)]
 
 
 def test_private_classes_and_syntaxes_by_the_switch() -> None:
