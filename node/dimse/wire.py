@@ -97,7 +97,7 @@ class Wire:
 
     def send(self, octets: Buffer) -> None:
         try:
-            self._sock.sendall(octets)
+            self._send_whole(octets)
         except BlockingIOError:
             raise TimedOut("the peer does not read what it is sent") from None
         except OSError as error:
@@ -109,7 +109,7 @@ class Wire:
         rest = list(buffers)
         try:
             while rest:
-                sent = self._sock.sendmsg(rest[:VECTOR_MAX])
+                sent = self._send_some(rest[:VECTOR_MAX])
                 self.bytes_out += sent
                 done = 0
                 while done < len(rest) and sent >= len(rest[done]):
@@ -172,7 +172,7 @@ class Wire:
             if self.busy or self.start != self._end:
                 self._acknowledge_at_once()
             try:
-                count = self._sock.recv_into(self._view[self._end:])
+                count = self._receive_into(self._view[self._end:])
                 break
             except BlockingIOError:
                 waited_s += self._receive_timeout_s
@@ -205,6 +205,19 @@ class Wire:
     def _acknowledge_at_once(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    # The rest is what another transport does otherwise (`tls.py`).
+
+    def _receive_into(self, view: memoryview) -> int:
+        """One receive; 0 at the end. BlockingIOError when nothing came within the receive timeout."""
+        return self._sock.recv_into(view)
+
+    def _send_some(self, buffers: Sequence[Buffer]) -> int:
+        """How many octets of these were sent, at least one. BlockingIOError when the peer does not read."""
+        return self._sock.sendmsg(buffers)
+
+    def _send_whole(self, octets: Buffer) -> None:
+        self._sock.sendall(octets)
 
     def _set_receive_timeout(self, seconds: float) -> None:
         if seconds != self._receive_timeout_s:
