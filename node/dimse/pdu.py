@@ -12,6 +12,7 @@ from enum import IntEnum
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 ASSOCIATE_BYTES_MAX = 64 << 10  # 128 contexts with twenty transfer syntaxes each stay below it
 CONTEXTS_MAX = 128              # odd IDs from 1 to 255 (PS3.8 9.3.2.2)
+MAX_PDU_BYTES_UNSAID = 16 << 10  # what a peer gets that leaves its maximum out against PS3.8 D.1.1
 HEADER_BYTES = 6                # of a PDU: type, reserved, length
 PDV_HEADER_BYTES = 6            # of a presentation data value: length, context ID, message control header
 IMPLEMENTATION_CLASS_UID = "2.25.322689067499482637133746055194812954208"  # MISS, made once; never changes
@@ -113,8 +114,20 @@ class UserIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class CommonExtended:
+    """SOP class common extended negotiation (PS3.7 D.3.3.6): of which service a class is, and which general
+    classes it may be handled as. It is never answered."""
+
+    sop_class_uid: str
+    service_class_uid: str
+    related_classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AssociateRequest:
-    """A-ASSOCIATE-RQ. `max_pdu_bytes` is what the sender can receive; 0 is no limit (PS3.8 D.1)."""
+    """A-ASSOCIATE-RQ. `max_pdu_bytes` is what the sender can receive; 0 is no limit (PS3.8 D.1). The window
+    is of operations that the requestor may invoke, and of those that it may perform (PS3.7 D.3.3.3).
+    `as_received` are the AE titles and reserved octets, which an A-ASSOCIATE-AC sends back untested."""
 
     called_ae: str
     calling_ae: str
@@ -128,11 +141,15 @@ class AssociateRequest:
     user_identity: UserIdentity | None = None
     application_context: str = APPLICATION_CONTEXT
     protocol_version: int = 1
+    common_extended: tuple[CommonExtended, ...] = ()
+    as_received: bytes = field(default=b"", repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class AssociateAccept:
-    """A-ASSOCIATE-AC; the AE titles are the request's, sent back (PS3.8 9.3.3)."""
+    """A-ASSOCIATE-AC; the AE titles are the request's, sent back as they came (PS3.8 9.3.3). The window
+    counts as in the request: what the requestor may invoke, and perform. `identity_answer` is the server
+    response of a user identity that was verified."""
 
     called_ae: str
     calling_ae: str
@@ -141,6 +158,10 @@ class AssociateAccept:
     implementation_class_uid: str = IMPLEMENTATION_CLASS_UID
     implementation_version: str = IMPLEMENTATION_VERSION
     roles: tuple[Role, ...] = ()
+    extended: tuple[tuple[str, bytes], ...] = ()
+    asynchronous_window: tuple[int, int] | None = None
+    identity_answer: bytes | None = field(default=None, repr=False)
+    as_received: bytes = field(default=b"", repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,18 +212,29 @@ def encode_request(request: AssociateRequest) -> bytes:
         syntaxes = b"".join(_item(0x40, uid.encode("ascii")) for uid in context.transfer_syntaxes)
         abstract = _item(0x30, context.abstract_syntax.encode("ascii"))
         body += _item(0x20, bytes((context.id, 0, 0, 0)) + abstract + syntaxes)
-    information = _user_information(request) + _extra_request_information(request)
+    information = _user_information(request)
+    for common in request.common_extended:
+        information += _common_extended(common)
+    identity = request.user_identity
+    if identity is not None:
+        information += _item(0x58, bytes((identity.kind, identity.wants_answer))
+                             + _count(identity.primary) + _count(identity.secondary))
     body += _item(0x50, information)
     return header(PduType.ASSOCIATE_RQ, len(body)) + body
 
 
 def encode_accept(accept: AssociateAccept) -> bytes:
     body = _fixed_part(1, accept.called_ae, accept.calling_ae)
+    if accept.as_received:
+        body = body[:4] + accept.as_received
     body += _item(0x10, APPLICATION_CONTEXT.encode("ascii"))
     for context in accept.contexts:
         syntax = _item(0x40, context.transfer_syntax.encode("ascii"))
         body += _item(0x21, bytes((context.id, 0, context.result, 0)) + syntax)
-    body += _item(0x50, _user_information(accept))
+    information = _user_information(accept)
+    if accept.identity_answer is not None:
+        information += _item(0x59, _count(accept.identity_answer))
+    body += _item(0x50, information)
     return header(PduType.ASSOCIATE_AC, len(body)) + body
 
 
@@ -227,7 +259,8 @@ def decode_request(body: memoryview) -> AssociateRequest:
     return AssociateRequest(
         called, calling, tuple(contexts.values()), information.max_pdu_bytes, information.class_uid,
         information.version, tuple(information.roles), tuple(information.extended), information.window,
-        information.identity, application_context, version,
+        information.identity, application_context, version, tuple(information.common),
+        bytes(body[4:68]),
     )
 
 
@@ -244,7 +277,8 @@ def decode_accept(body: memoryview) -> AssociateAccept:
     if len(contexts) > CONTEXTS_MAX:
         raise InvalidPdu("more answers than there can be presentation contexts")
     return AssociateAccept(called, calling, tuple(contexts), information.max_pdu_bytes, information.class_uid,
-                           information.version, tuple(information.roles))
+                           information.version, tuple(information.roles), tuple(information.extended),
+                           information.window, information.answer)
 
 
 def decode_rejection(body: memoryview) -> Rejection:
@@ -327,27 +361,28 @@ def _parse_answered(value: memoryview) -> AnsweredContext:
 
 
 def _user_information(source: AssociateRequest | AssociateAccept) -> bytes:
+    """What request and answer have in common, in the order of the item types."""
     octets = _item(0x51, struct.pack(">I", source.max_pdu_bytes))
     octets += _item(0x52, source.implementation_class_uid.encode("ascii"))
+    if source.asynchronous_window is not None:
+        octets += _item(0x53, struct.pack(">HH", *source.asynchronous_window))
     for role in source.roles:
-        uid = role.sop_class_uid.encode("ascii")
-        octets += _item(0x54, struct.pack(">H", len(uid)) + uid + bytes((role.scu, role.scp)))
-    return octets + _item(0x55, source.implementation_version.encode("ascii")[:16])
-
-
-def _extra_request_information(request: AssociateRequest) -> bytes:
-    octets = b""
-    if request.asynchronous_window is not None:
-        octets += _item(0x53, struct.pack(">HH", *request.asynchronous_window))
-    for sop_class, application_information in request.extended:
-        uid = sop_class.encode("ascii")
-        octets += _item(0x56, struct.pack(">H", len(uid)) + uid + application_information)
-    identity = request.user_identity
-    if identity is not None:
-        octets += _item(0x58, bytes((identity.kind, identity.wants_answer))
-                        + struct.pack(">H", len(identity.primary)) + identity.primary
-                        + struct.pack(">H", len(identity.secondary)) + identity.secondary)
+        octets += _item(0x54, _count(role.sop_class_uid.encode("ascii")) + bytes((role.scu, role.scp)))
+    octets += _item(0x55, source.implementation_version.encode("ascii")[:16])
+    for sop_class, application_information in source.extended:
+        octets += _item(0x56, _count(sop_class.encode("ascii")) + application_information)
     return octets
+
+
+def _common_extended(common: CommonExtended) -> bytes:
+    related = b"".join(_count(uid.encode("ascii")) for uid in common.related_classes)
+    return _item(0x57, _count(common.sop_class_uid.encode("ascii"))
+                 + _count(common.service_class_uid.encode("ascii")) + _count(related))
+
+
+def _count(octets: bytes) -> bytes:
+    """A value after its two-octet length."""
+    return struct.pack(">H", len(octets)) + octets
 
 
 class _Information:
@@ -355,11 +390,13 @@ class _Information:
     bound."""
 
     def __init__(self) -> None:
-        self.max_pdu_bytes = 0
+        self.max_pdu_bytes = MAX_PDU_BYTES_UNSAID
         self.class_uid = ""
         self.version = ""
         self.roles: list[Role] = []
         self.extended: list[tuple[str, bytes]] = []
+        self.common: list[CommonExtended] = []
+        self.answer: bytes | None = None
         self.window: tuple[int, int] | None = None
         self.identity: UserIdentity | None = None
 
@@ -379,8 +416,23 @@ class _Information:
             elif kind == 0x56:
                 uid, rest = _counted(octets)
                 self.extended.append((_uid(uid), bytes(rest)))
+            elif kind == 0x57:
+                self.common.append(_parse_common(octets))
             elif kind == 0x58:
                 self.identity = _parse_identity(octets)
+            elif kind == 0x59:
+                self.answer = bytes(_counted(octets)[0])
+
+
+def _parse_common(octets: memoryview) -> CommonExtended:
+    sop_class, rest = _counted(octets)
+    service_class, rest = _counted(rest)
+    related, _ = _counted(rest)
+    classes: list[str] = []
+    while related:
+        uid, related = _counted(related)
+        classes.append(_uid(uid))
+    return CommonExtended(_uid(sop_class), _uid(service_class), tuple(classes))
 
 
 def _parse_identity(octets: memoryview) -> UserIdentity:
