@@ -23,6 +23,8 @@ from sqlalchemy import (
     MetaData,
     PrimaryKeyConstraint,
     Table,
+    false,
+    inspect,
     text,
 )
 from sqlalchemy.types import TypeEngine
@@ -139,13 +141,31 @@ instance = Table(
 )
 Index("instance_series", instance.c.study_instance_uid, instance.c.series_instance_uid)
 
+# Contents that are kept and not served: `state` is a ConflictState. `compared` says that it was compared with
+# the live content, and derives from nothing: a rebuilt index compares again.
 conflict = Table(
     "conflict",
     metadata,
     *_columns(Characters(), "sop_instance_uid", "study_instance_uid", "series_instance_uid", "sop_class_uid"),
     *_columns(LargeBinary, "digest"),
     *_stored(),
+    Column("state", Characters(), nullable=False, server_default="open"),
+    Column("decided_by", Characters(), nullable=False, server_default=""),
+    Column("decided_us", BigInteger, nullable=False, server_default="0"),
+    Column("compared", Boolean, nullable=False, server_default=false()),
     PrimaryKeyConstraint("sop_instance_uid", "digest"),
+)
+Index("conflict_state", conflict.c.state, conflict.c.compared)
+
+# Contents that were not taken, since another is here under their UID.
+refusal = Table(
+    "refusal",
+    metadata,
+    *_columns(Characters(), "sop_instance_uid", "ward", "device"),
+    *_columns(LargeBinary, "digest"),
+    *_columns(BigInteger, "at_us"),
+    PrimaryKeyConstraint("sop_instance_uid", "digest"),
+    sqlite_with_rowid=False,
 )
 
 # `urgent` and `tries` derive from nothing: a rebuilt index starts with none.
@@ -159,6 +179,7 @@ outbox = Table(
     *_columns(BigInteger, "received_at_us", "bytes"),
     *_columns(Integer, "tries"),
     *_columns(Boolean, "conflict", "urgent", "set_aside"),
+    Column("accepted_us", BigInteger, nullable=False, server_default="0"),  # the region is to be told: live
     PrimaryKeyConstraint("sop_instance_uid", "digest"),
     sqlite_with_rowid=False,
 )
@@ -193,8 +214,8 @@ position = Table(
     PrimaryKeyConstraint("log"),
 )
 
-DERIVED = (patient, study, series, series_ward, instance, conflict, outbox, holding, early_fact)
-UNDERIVED_COLUMNS = frozenset({"urgent", "tries"})
+DERIVED = (patient, study, series, series_ward, instance, conflict, refusal, outbox, holding, early_fact)
+UNDERIVED_COLUMNS = frozenset({"urgent", "tries", "compared"})
 
 
 def _first(connection: Connection) -> None:
@@ -217,4 +238,27 @@ def _first(connection: Connection) -> None:
         ))  # fmt: skip
 
 
-STEPS: tuple[Step, ...] = (_first,)
+def _second(connection: Connection) -> None:
+    """Nothing yet."""
+
+
+def _third(connection: Connection) -> None:
+    """Conflicts have a state, refusals are kept, and what was accepted is told to the region."""
+    for table in (conflict, outbox):
+        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        for column in table.c:
+            if column.name not in there and column.name in _ADDED_THIRD:
+                connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {_ADDED_THIRD[column.name]}"))
+    connection.execute(text("CREATE INDEX IF NOT EXISTS conflict_state ON conflict (state, compared)"))
+    refusal.create(connection, checkfirst=True)
+
+
+_ADDED_THIRD = {
+    "state": "state TEXT NOT NULL DEFAULT 'open'",
+    "decided_by": "decided_by TEXT NOT NULL DEFAULT ''",
+    "decided_us": "decided_us BIGINT NOT NULL DEFAULT 0",
+    "compared": "compared BOOLEAN NOT NULL DEFAULT FALSE",
+    "accepted_us": "accepted_us BIGINT NOT NULL DEFAULT 0",
+}
+
+STEPS: tuple[Step, ...] = (_first, _second, _third)
