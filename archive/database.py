@@ -44,9 +44,16 @@ SQLITE_CACHE_KIB = 16_384
 # Serialization failure, deadlock, and what two that make the same table at once may see: all repeat.
 _RETRY_STATES = frozenset({"40001", "40P01", "42P07", "42710", "23505"})
 _FULL_STATES = frozenset({"53100", "53200", "53300"})
+# Data that the database can't hold: out of range, against a constraint, past a limit of the server.
+_REFUSED_CLASSES = frozenset({"22", "23", "54"})
+_REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError)
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _RESTORE = "restore it from a backup"
 _CURES = {"index": "stop the process and run `miss rebuild`, which makes it anew"}
+
+
+class Unacceptable(Unavailable):
+    """The database answers, and refuses what it was to write: trying again does not help."""
 
 
 def Characters() -> TypeEngine[str]:
@@ -298,6 +305,9 @@ class Database:
             return OutOfResources(f"the {self.name} has no room: {state or message}")
         if getattr(cause, "sqlite_errorcode", None) in _DAMAGED:
             return Unavailable(f"the {self.name} is damaged ({message}): {_CURES.get(self.name, _RESTORE)}")
+        if isinstance(cause, _REFUSED) or (state or "")[:2] in _REFUSED_CLASSES or "binding" in message:
+            # SQLite's own words would name a column at most, PostgreSQL's are its error's class.
+            return Unacceptable(f"the {self.name} refuses what it was to write: {message} {state or ''}")
         return Unavailable(f"the {self.name} does not answer: {message}{f' {state}' if state else ''}")
 
 

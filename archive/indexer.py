@@ -21,6 +21,7 @@ from archive.model import Attributes, Fact, FactKind, IndexEntry, Position, Reco
 from archive.packs.facts import FactLog
 from archive.packs.packs import Packs
 from archive.packs.recovery import Damage
+from archive.poison import apply_around_poison
 from archive.recent import Recent
 
 log = logging.getLogger(__name__)
@@ -198,17 +199,19 @@ class Indexer:
             else:
                 found.append(IndexEntry(record, attributes))
         with self._writing:
-            self._apply(found, position)
+            damages += self._apply(found, position)
             if damages:
                 self._record_facts(damages)
         return True
 
-    def _apply(self, entries: Sequence[IndexEntry], position: Position) -> None:
-        self._index.apply(entries, position, outbox=self._outbox)
+    def _apply(self, entries: Sequence[IndexEntry], position: Position) -> list[Fact]:
+        """Bring records in; what is to be said of those that the index can't take."""
+        poison = apply_around_poison(self._index, entries, position, outbox=self._outbox)
         self._position = max(self._position, position)
         self._recent.retire(position)
         with self._moved:
             self._moved.notify_all()
+        return [_damage_fact(_whole(entry.record)) for entry in poison]
 
     def _catch_up(self) -> None:
         replay = Replay(self._index, self._packs, self._facts, outbox=self._outbox)
@@ -246,7 +249,8 @@ class Replay:
         if stop <= self.position:
             return
         for entries, position in _batches(self._entries(stop)):
-            self.index.apply(entries, position, outbox=self.outbox)
+            poison = apply_around_poison(self.index, entries, position, outbox=self.outbox)
+            self.damages += [_damage_fact(_whole(entry.record)) for entry in poison]
             self.records += len(entries)
             if self.records // 10_000 > (self.records - len(entries)) // 10_000:
                 log.info("%d records read from the packs", self.records)
@@ -288,6 +292,12 @@ def read_attributes(packs: Packs, record: Record) -> Attributes | None:
             return scan(dataset, record.head.transfer_syntax_uid)
     except (InvalidInput, TooLarge, Corrupt, NotFound) as error:
         log.error("record %d can't be read from its pack: %s", record.sequence, error)
+        return None
+    except (MissError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # Whatever it is, one record's header may not keep the index from all that follow it.
+        log.error("record %d can't be read from its pack: %s", record.sequence, type(error).__name__)
         return None
 
 

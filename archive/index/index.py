@@ -75,6 +75,16 @@ class Index:
 
         self._database.write(work)
 
+    def try_out(self, entries: Sequence[IndexEntry], *, outbox: bool) -> None:
+        """Apply records and take them back: raises what `apply` would."""
+
+        def work(connection: Any) -> None:
+            with connection.begin_nested() as tried:
+                apply_entries(connection, entries, into_outbox=outbox)
+                tried.rollback()
+
+        self._database.write(work)
+
     def apply_facts(self, facts: Sequence[Fact], position: Position) -> None:
         """Apply facts up to `position` in one transaction."""
 
