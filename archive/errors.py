@@ -17,6 +17,7 @@ Annex C and PS3.4 Table B.2-1), `federation/status.py` (gRPC code) and `portal/p
     ├── NotAuthenticated      the caller has not said who it is
     ├── OutOfResources        disk full, memory budget spent, too many at once: try later
     ├── Unavailable           a part that is needed does not answer: try later
+    │   └── Evicted               its bytes were given up here: the region has them
     ├── TooLarge              past a stated bound
     ├── Corrupt               stored bytes do not match their digest
     ├── SyncFailed            the disk did not confirm a write: nothing may be acknowledged
@@ -77,6 +78,10 @@ class OutOfResources(MissError):
 
 class Unavailable(MissError):
     """A part that is needed does not answer: the caller may try later."""
+
+
+class Evicted(Unavailable):
+    """The instance is listed here, and its bytes were given up: the region has them."""
 
 
 class TooLarge(MissError):

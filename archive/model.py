@@ -170,6 +170,9 @@ class FactKind(Enum):
     SET_ASIDE = "set-aside"  # replication gave up on this instance, with the reason
     RETRY = "retry"          # a person asked to try it again
     DAMAGE = "damage"        # a promised record no longer matches its digest
+    EVICTED = "evicted"      # its bytes are given up here, the region has them; `entry` is what stood there
+    MOVED = "moved"          # `entry` stood in a pack that goes; what counts of it was written once more
+    DROPPED = "dropped"      # a pack is gone on purpose: which, and where it ended, is in `detail`
     ACCEPTED = "accepted"    # a person made this content the live one of its UID
     REJECTED = "rejected"    # a person closed the conflict; the content is kept
     EQUIVALENT = "equivalent"  # the live content in another encoding: no conflict
@@ -179,8 +182,8 @@ class FactKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact. `ward` is whom it is about (a COPY's holder), `detail` a short reason without patient
-    data."""
+    """One fact. `ward` is whom it is about (a COPY's holder), `detail` a short reason without patient data.
+    `entry` is the record that an EVICTED or MOVED is about, as the index needs it to be made anew."""
 
     kind: FactKind
     sop_instance_uid: str
@@ -188,6 +191,7 @@ class Fact:
     ward: str
     at_us: int
     detail: str = ""
+    entry: IndexEntry | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +270,8 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
-    """An instance that can be read here. `digest` is SHA-256 of the data set without group 2."""
+    """An instance that is listed here, and can be read here unless it was evicted: then the region has it.
+    `digest` is SHA-256 of the data set without group 2."""
 
     study_uid: str
     series_uid: str
@@ -274,6 +279,7 @@ class StoredInstance:
     digest: bytes
     location: Location
     instance: Fields
+    evicted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +344,7 @@ class Known:
     digest: bytes
     study_uid: str
     series_uid: str
+    here: bool = True  # its bytes are on this disk: neither evicted nor known to be damaged
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ CODES: Mapping[type[MissError], grpc.StatusCode] = {
     errors.NotAuthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.OutOfResources: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Evicted: grpc.StatusCode.UNAVAILABLE,
     errors.TooLarge: grpc.StatusCode.OUT_OF_RANGE,
     errors.Corrupt: grpc.StatusCode.DATA_LOSS,
     errors.SyncFailed: grpc.StatusCode.ABORTED,

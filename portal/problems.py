@@ -14,6 +14,7 @@ from archive.errors import (
     CannotUnderstand,
     Corrupt,
     DatasetMismatch,
+    Evicted,
     Forbidden,
     Gone,
     InvalidInput,
@@ -49,6 +50,7 @@ STATUSES: dict[type[MissError], HTTPStatus] = {
     NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     OutOfResources: HTTPStatus.SERVICE_UNAVAILABLE,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    Evicted: HTTPStatus.SERVICE_UNAVAILABLE,
     TooLarge: HTTPStatus.CONTENT_TOO_LARGE
     if hasattr(HTTPStatus, "CONTENT_TOO_LARGE")
     else HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

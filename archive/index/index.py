@@ -41,7 +41,10 @@ from archive.model import (
 
 CONFLICTS_MAX = 10_000
 
-_LOOKUP = "SELECT digest, study_instance_uid, series_instance_uid FROM instance WHERE sop_instance_uid = ?"
+_LOOKUP = (
+    "SELECT digest, study_instance_uid, series_instance_uid, damaged OR evicted FROM instance"
+    " WHERE sop_instance_uid = ?"
+)
 _HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ?"
 _HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ?"
 
@@ -97,7 +100,7 @@ class Index:
     def lookup(self, sop_instance_uid: str) -> Known | None:
         """The live content with this UID; microseconds on SQLite, as intake asks it of every instance."""
         row = self._database.quick(_LOOKUP, (sop_instance_uid,))
-        return None if row is None else Known(bytes(row[0]), row[1], row[2])
+        return None if row is None else Known(bytes(row[0]), row[1], row[2], not row[3])
 
     def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
         """Whether this very content is here, live or as a conflict."""

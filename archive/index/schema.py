@@ -82,6 +82,7 @@ def _stored() -> list[Column[Any]]:
         *_columns(BigInteger, "received_at_us", "payload_offset", "payload_length", "receipt_us"),
         *_columns(Integer, "dataset_offset"),
         *_columns(Boolean, "damaged"),
+        Column("evicted", Boolean, nullable=False, server_default=false()),
     ]
 
 
@@ -206,6 +207,19 @@ early_fact = Table(
     sqlite_with_rowid=False,
 )
 
+# Space that facts say may be given back and that is not yet: payloads to punch, packs to remove (their length
+# is 0). Progress, not content: a rebuilt index starts with all that ever was, and giving back twice is safe.
+reclaim = Table(
+    "reclaim",
+    metadata,
+    *_columns(Characters(), "pack", "sop_instance_uid"),
+    *_columns(BigInteger, "payload_offset", "payload_length", "due_us"),
+    *_columns(Integer, "dataset_offset"),
+    *_columns(LargeBinary, "digest"),
+    PrimaryKeyConstraint("pack", "payload_offset"),
+)
+Index("reclaim_due", reclaim.c.due_us)
+
 position = Table(
     "position",
     metadata,
@@ -239,7 +253,12 @@ def _first(connection: Connection) -> None:
 
 
 def _second(connection: Connection) -> None:
-    """Nothing yet."""
+    """Instances may be evicted."""
+    for table in (instance, conflict):
+        if "evicted" not in {column["name"] for column in inspect(connection).get_columns(table.name)}:
+            added = f"ALTER TABLE {table.name} ADD COLUMN evicted BOOLEAN NOT NULL DEFAULT FALSE"
+            connection.execute(text(added))
+    reclaim.create(connection, checkfirst=True)
 
 
 def _third(connection: Connection) -> None:

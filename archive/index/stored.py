@@ -25,6 +25,7 @@ def instance_of(row: Any) -> StoredInstance:
         digest=bytes(row.digest),
         location=location_of(row),
         instance=fields_of(Level.IMAGE, row._mapping),
+        evicted=bool(row.evicted),
     )
 
 

@@ -33,6 +33,7 @@ STATUS: dict[type[errors.MissError], int] = {
     errors.NotAuthenticated: NOT_AUTHORIZED,
     errors.OutOfResources: OUT_OF_RESOURCES,
     errors.Unavailable: OUT_OF_RESOURCES,  # a part that is needed is away: senders try A7xx again later
+    errors.Evicted: OUT_OF_RESOURCES,
     errors.TooLarge: OUT_OF_RESOURCES,
     errors.SyncFailed: OUT_OF_RESOURCES,
     errors.Corrupt: PROCESSING_FAILURE,
