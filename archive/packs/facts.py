@@ -2,7 +2,8 @@
 
 One record holds a batch, so that a batch is there whole or not at all, and one sync serves it. It also
 holds how far the index had read the packs when the batch was applied: a rebuild applies facts and instances
-in the same order.
+in the same order. A batch with entries of the index in it is deflated: the instances of a study say the same
+of nearly everything.
 """
 
 from __future__ import annotations
@@ -11,11 +12,25 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from archive.errors import Corrupt, TooLarge
-from archive.model import START, Fact, FactKind, InstanceHead, Position, Provenance
+from archive.model import (
+    START,
+    Attributes,
+    Fact,
+    FactKind,
+    IndexEntry,
+    InstanceHead,
+    Location,
+    Position,
+    Provenance,
+    Record,
+    RecordKind,
+)
 from archive.packs.log import Log
 from archive.packs.logfiles import Layout, LogLimits
 from archive.packs.records import Purpose
@@ -28,18 +43,21 @@ LAYOUT = Layout("facts", "facts", Purpose.FACTS)
 BATCH_FACTS_MAX = 10_000
 BATCH_BYTES_MAX = 16 << 20
 _KIND = 16  # beside the kinds of a pack's records
+_INFLATED_BYTES_MAX = 256 << 20
+_DEFLATED = b"x"  # how zlib begins; JSON begins with a brace
 
 LIMITS = LogLimits(file_bytes_max=256 << 20, file_age_s_max=365 * 86400.0, ahead_bytes=1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
 class FactBatch:
-    """Facts that were recorded together. `after` is how far the index had read the packs, `end` where the
-    next batch begins."""
+    """Facts that were recorded together. `after` is how far the index had read the packs, `start` where the
+    batch begins and `end` where the next one does."""
 
     facts: tuple[Fact, ...]
     after: Position
     end: Position
+    start: Position = START
 
 
 class FactLog:
@@ -81,8 +99,12 @@ class FactLog:
         self._log.wait_durable(appended)
         return appended.end
 
-    def read(self, start: Position = START) -> Iterator[FactBatch]:
-        """The batches from `start` on. A batch that can't be read any more is stepped over and logged."""
+    def read(
+        self, start: Position = START, *, kinds: Collection[FactKind] | None = None
+    ) -> Iterator[FactBatch]:
+        """The batches from `start` on; with `kinds` only those that may hold such facts. A batch that can't
+        be read any more is stepped over and logged."""
+        words = None if kinds is None else [f'"{kind.value}"'.encode() for kind in kinds]
         for item in self._log.read(start, self._log.durable):
             if isinstance(item, Damage):
                 log.error("facts file %d is damaged from %d to %d", item.number, item.offset, item.end)
@@ -91,8 +113,12 @@ class FactLog:
                 payload = self._storage.reader(LAYOUT.name_of(item.number)).read(
                     header.payload_offset, header.payload_bytes
                 )
-                facts, after = _decode(payload)
-                yield FactBatch(facts, after, Position(item.number, header.end))
+                text = _inflated(payload)
+                if words is not None and not any(word in text for word in words):
+                    continue
+                facts, after = _decode(text)
+                start = Position(item.number, header.offset)
+                yield FactBatch(facts, after, Position(item.number, header.end), start)
 
     def mark(self) -> bool:
         """In an idle moment: promise the last batch by a MARK."""
@@ -103,21 +129,58 @@ class FactLog:
 
 
 def _encode(facts: Sequence[Fact], after: Position) -> bytes:
-    rows = [
-        [fact.kind.value, fact.sop_instance_uid, fact.digest.hex(), fact.ward, fact.at_us, fact.detail]
-        for fact in facts
-    ]
+    rows: list[list[Any]] = []
+    for fact in facts:
+        row = [fact.kind.value, fact.sop_instance_uid, fact.digest.hex(), fact.ward, fact.at_us, fact.detail]
+        rows.append(row if fact.entry is None else [*row, _encode_entry(fact.entry)])
     body = {"after": [after.file, after.offset], "facts": rows}
-    return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    if len(text) > _INFLATED_BYTES_MAX:
+        raise TooLarge(f"a batch of facts holds at most {_INFLATED_BYTES_MAX} bytes of text")
+    return zlib.compress(text) if any(fact.entry is not None for fact in facts) else text
 
 
-def _decode(payload: bytes) -> tuple[tuple[Fact, ...], Position]:
+def _encode_entry(entry: IndexEntry) -> list[Any]:
+    record, found = entry.record, entry.attributes
+    head, place = record.head, record.location
+    source = head.provenance
+    return [
+        [int(record.kind), record.sequence, record.end.file, record.end.offset],
+        [head.sop_class_uid, head.transfer_syntax_uid, source.ward, source.issuer, source.device,
+         source.calling_ae, source.received_at_us],
+        [place.pack, place.offset, place.length, place.dataset_offset],
+        [dict(found.patient), dict(found.study), dict(found.series), dict(found.instance)],
+    ]  # fmt: skip
+
+
+def _decode_entry(uid: str, digest: bytes, body: list[Any]) -> IndexEntry:
+    (kind, sequence, *end), (sop_class, syntax, *source), place, levels = body
+    head = InstanceHead(sop_class, uid, syntax, Provenance(*source))
+    record = Record(RecordKind(kind), sequence, head, digest, Location(*place), Position(*end))
+    return IndexEntry(record, Attributes(*levels))
+
+
+def _inflated(payload: bytes) -> bytes:
+    if not payload.startswith(_DEFLATED):
+        return payload
     try:
-        body = json.loads(payload)
-        facts = tuple(
-            Fact(FactKind(kind), uid, bytes.fromhex(digest), ward, at_us, detail)
-            for kind, uid, digest, ward, at_us, detail in body["facts"]
-        )
-        return facts, Position(*body["after"])
-    except (ValueError, KeyError, TypeError) as error:
+        inflater = zlib.decompressobj()
+        text = inflater.decompress(payload, _INFLATED_BYTES_MAX)
+    except zlib.error as error:
+        raise Corrupt("a batch of facts can't be inflated") from error
+    if not inflater.eof:
+        raise Corrupt("a batch of facts can't be inflated")
+    return text
+
+
+def _decode(text: bytes) -> tuple[tuple[Fact, ...], Position]:
+    try:
+        body = json.loads(text)
+        facts = []
+        for kind, uid, digest_hex, ward, at_us, detail, *entry in body["facts"]:
+            digest = bytes.fromhex(digest_hex)
+            told = _decode_entry(uid, digest, entry[0]) if entry else None
+            facts.append(Fact(FactKind(kind), uid, digest, ward, at_us, detail, told))
+        return tuple(facts), Position(*body["after"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Corrupt("a batch of facts was written by a release that this one does not know") from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from archive.errors import MissError, SyncFailed, Unavailable
 from archive.model import START, InstanceHead, Position, RecordKind
@@ -364,11 +364,26 @@ class Log:
     # Reading
 
     def read(
-        self, start: Position, stop: Position, *, check_digests: bool = True
+        self, start: Position, stop: Position, *, check_digests: bool = True, gone: Container[int] = ()
     ) -> Iterator[FoundRecord | Damage]:
         """The records from `start` to `stop`, in order; `stop` lies at or below `durable`. What can't be read
         comes as Damage, and the records behind it follow."""
         numbers = list(self._numbers)
         return read_records(
-            self._storage, self.layout, numbers, self._ends, start, stop, check_digests=check_digests
-        )
+            self._storage, self.layout, numbers, self._ends, start, stop,
+            check_digests=check_digests, gone=gone,
+        )  # fmt: skip
+
+    def sealed(self) -> dict[int, int]:
+        """The files that have a successor, by number, and where each ends."""
+        with self._lock:
+            sealed = sorted(self._numbers)[:-1]
+            ends = dict(self._ends)
+        sizes = {number: self._storage.size(self.layout.name_of(number)) for number in sealed}
+        return {number: ends.get(number, size) for number, size in sizes.items()}
+
+    def forget(self, number: int) -> None:
+        """A sealed file was removed on purpose."""
+        with self._lock:
+            self._numbers.remove(number)
+            self._ends.pop(number, None)

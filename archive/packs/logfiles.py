@@ -8,7 +8,7 @@ import bisect
 import errno
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from archive.errors import MissError, OutOfResources, SyncFailed
@@ -123,9 +123,11 @@ def read_records(
     stop: Position,
     *,
     check_digests: bool,
+    gone: Container[int] = (),
 ) -> Iterator[FoundRecord | Damage]:
     """The records from `start` to `stop`, in order. What can't be read comes as Damage, and the records
-    behind it follow. `ends` says where files with a successor end."""
+    behind it follow. `ends` says where files with a successor end, `gone` at what ends of records no digest
+    is checked."""
     later = numbers[bisect.bisect_left(numbers, start.file) :]
     if not later or later[0] > stop.file:
         # The file itself is gone, and no later one is read that would say that it was there.
@@ -139,7 +141,7 @@ def read_records(
         yield from _missing_before(storage, layout, number, numbers, start)
         offset = start.offset if number == start.file else 0
         end = stop.offset if number == stop.file else ends.get(number)
-        yield from _read_file(storage, layout, number, offset, end, check_digests)
+        yield from _read_file(storage, layout, number, offset, end, check_digests, gone)
 
 
 def _missing_before(
@@ -154,7 +156,13 @@ def _missing_before(
 
 
 def _read_file(
-    storage: Storage, layout: Layout, number: int, start: int, end: int | None, check_digests: bool
+    storage: Storage,
+    layout: Layout,
+    number: int,
+    start: int,
+    end: int | None,
+    check_digests: bool,
+    gone: Container[int],
 ) -> Iterator[FoundRecord | Damage]:
     start = max(start, FILE_HEADER_BYTES)
     try:
@@ -171,7 +179,9 @@ def _read_file(
         yield Damage(number, start, end)
         return
     stop = min(end, size)
-    reader = RecordReader(file, Framing(header), stop, mark_kind=RecordKind.MARK, check_digests=check_digests)
+    reader = RecordReader(
+        file, Framing(header), stop, mark_kind=RecordKind.MARK, check_digests=check_digests, gone=gone
+    )
     yield from reader.walk(start)
     if size < end:
         log.error("%s is shorter than it was", layout.name_of(number))

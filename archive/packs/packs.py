@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -121,10 +121,11 @@ class Packs:
     # Reading
 
     def read(
-        self, start: Position, stop: Position, *, check_digests: bool = True
+        self, start: Position, stop: Position, *, check_digests: bool = True, gone: Container[int] = ()
     ) -> Iterator[Record | Damage]:
-        """The instances between two places, marks left out, and what can't be read between them."""
-        for item in self.log.read(start, stop, check_digests=check_digests):
+        """The instances between two places, marks left out, and what can't be read between them. The payloads
+        of records that end at a place in `gone` were given up: they are not looked at."""
+        for item in self.log.read(start, stop, check_digests=check_digests, gone=gone):
             if isinstance(item, Damage):
                 yield item
             elif item.header.kind != RecordKind.MARK:

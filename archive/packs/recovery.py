@@ -11,7 +11,7 @@ Above all of them nobody was promised anything: there the file ends.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from archive.model import InstanceHead
@@ -70,8 +70,9 @@ class Tail:
 class Window:
     """A file read forwards through one buffer, so that small records do not cost a system call each."""
 
-    def __init__(self, file: AppendFile) -> None:
+    def __init__(self, file: AppendFile, window_bytes: int = _WINDOW_BYTES) -> None:
         self._file = file
+        self._window_bytes = window_bytes
         self._data = b""
         self._offset = 0
 
@@ -79,19 +80,29 @@ class Window:
         """The bytes there are of `length` at `offset`."""
         start = offset - self._offset
         if start < 0 or start + length > len(self._data):
-            self._data = self._file.read(offset, max(length, _WINDOW_BYTES))
+            self._data = self._file.read(offset, max(length, self._window_bytes))
             self._offset = offset
             start = 0
         return memoryview(self._data)[start : start + length]
 
 
 class RecordReader:
-    """Reads the records of one file between its header and `stop`."""
+    """Reads the records of one file between its header and `stop`. The digests of those that end at a place
+    in `gone` are not checked; who checks none at all may read through a small window."""
 
     def __init__(
-        self, file: AppendFile, framing: Framing, stop: int, *, mark_kind: int, check_digests: bool = True
+        self,
+        file: AppendFile,
+        framing: Framing,
+        stop: int,
+        *,
+        mark_kind: int,
+        check_digests: bool = True,
+        gone: Container[int] = (),
+        window_bytes: int = _WINDOW_BYTES,
     ) -> None:
-        self._window = Window(file)
+        self._window = Window(file, window_bytes)
+        self._gone = gone
         self._file = file
         self._framing = framing
         self._stop = stop
@@ -115,7 +126,11 @@ class RecordReader:
         digest = self._framing.decode_trailer(trailer, head, prefix, header.payload_bytes)
         if digest is None:
             return Damage(self._framing.header.number, offset, header.end, header.head)
-        if self._check_digests and not self._digest_matches(header, digest):
+        if (
+            self._check_digests
+            and header.end not in self._gone
+            and not self._digest_matches(header, digest)
+        ):
             return Damage(self._framing.header.number, offset, header.end, header.head, digest)
         return FoundRecord(self._framing.header.number, header, digest, prefix)
 
