@@ -3,14 +3,12 @@ process of its own, stores over several associations, and ends it with SIGKILL: 
 process itself just before, after or in the middle of a chosen operation on its disk or its index. The next
 round's start is the recovery; it may be killed as well.
 
-Rounds are short because processes are forked from a server that has imported everything already. It knows
-nothing of how packs are written: it counts operations of the storage's own interface.
+It knows nothing of how packs are written: it counts operations of the storage's own interface.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -22,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +31,14 @@ from archive.model import START, Record
 from archive.packs.recovery import Damage
 from archive.packs.storage import FileStorage
 from archive.rebuild import rebuild
-from node.dimse.association import Limits
 from node.dimse.errors import AssociationEnded
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
 from tests.datasets import CT, EXPLICIT, make_instance
+from tests.forked import PATIENT, begin, serve
 from tests.node.serving import AE_TITLE
-from tests.node.storing import storing
 
 SENDERS = 3
-PATIENT = Limits(message_timeout_s=30.0, artim_s=30.0)
-START_S_MAX = 60.0
 ROUND_S_MAX = 0.25      # of storing, unless the aim is hit before
 SMALL_BYTES_MAX = 48 << 10
 LARGE_SHARE = 0.06
@@ -127,16 +122,14 @@ class AimedStorage:
         return call
 
 
-def serve(folder: Path, options: dict[str, Any], aim: Aim | None, says: Connection) -> None:
+def serve_aimed(folder: Path, options: dict[str, Any], aim: Aim | None, says: Connection) -> None:
     """What a round's process runs until it is killed."""
     if aim is not None:
         trigger = Trigger(aim)
         archive.archive.FileStorage = lambda root: AimedStorage(FileStorage(root), trigger)  # type: ignore
         for name in ("apply", "apply_facts"):
             setattr(Index, name, trigger.watch(name, "index", getattr(Index, name)))
-    with storing(folder, limits=PATIENT, **options) as served:
-        says.send(served.port)
-        threading.Event().wait()
+    serve(folder, options, says)
 
 
 # ---------------------------------------------------------------- what is sent
@@ -186,10 +179,6 @@ class Site:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _reader: Archive | None = None
 
-    def __post_init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.killing"])
-
     @property
     def settings(self) -> ArchiveSettings:
         return ArchiveSettings(state=self.folder / "state", free_bytes_min=0)
@@ -200,17 +189,9 @@ class Site:
         aim = choose_aim(chance)
         options: dict[str, Any] = {"pack_bytes_max": chance.choice([256 << 10, 1 << 20, 64 << 20]),
                    "small_object_bytes_max": SMALL_BYTES_MAX}
-        hears, says = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=serve, args=(self.folder, options, aim, says))
-        process.start()
-        says.close()
+        process, hears, port = begin(serve_aimed, self.folder, options, aim)
+        hit = aim is not None
         try:
-            ready = wait([hears, process.sentinel], START_S_MAX)
-            assert ready, "the node does not start"
-            port, hit = None, aim is not None
-            if hears in ready:
-                with suppress(EOFError):
-                    port = hears.recv()
             if port is not None:
                 if chance.random() < 0.7:
                     self.check_promised()
