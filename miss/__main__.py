@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from miss import (
+    bench,
     ca,
     console,
     demo,
@@ -38,6 +39,7 @@ app.add_typer(user.app, name="user")
 app.command("send")(send.send)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)
+app.add_typer(bench.app, name="bench")
 app.add_typer(settings.app, name="settings")
 
 
