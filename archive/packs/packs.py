@@ -15,19 +15,20 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from archive.errors import Corrupt, NotFound
+from archive.errors import Corrupt, Evicted, NotFound
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
-from archive.packs import large
+from archive.packs import holes, large
 from archive.packs.large import OwnPack
 from archive.packs.log import Log
 from archive.packs.logfiles import Appended, Layout, LogLimits
-from archive.packs.records import Flag, Purpose, Reference, part10_prefix
+from archive.packs.records import TRAILER_BYTES, Flag, Purpose, Reference, part10_prefix
 from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.storage import AppendFile, Buffer, Storage
 
 LAYOUT = Layout("packs", "pack", Purpose.PACK)
 _READ_WHOLE_BYTES_MAX = 128 << 10
 _READ_BUFFER_BYTES = 64 << 10
+_DIGEST_PIECE_BYTES = 1 << 20
 _LOCATION = re.compile(r"(packs|large)/[0-9a-f]{8,32}\.pack", re.ASCII)
 
 
@@ -94,6 +95,17 @@ class Packs:
             self.storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence
         )
 
+    def append_reference(self, record: Record) -> Written:
+        """Refer once more, behind the last instance, to a pack of its own that an earlier record names."""
+        place = record.location
+        payload = Reference(place.pack, place.offset, place.length, place.dataset_offset).encode()
+        appended = self.log.append(
+            record.kind, record.head, [payload], len(payload),
+            prefix=payload, digest=record.digest, flags=Flag.REFERENCE,
+        )  # fmt: skip
+        again = Record(record.kind, appended.sequence, record.head, record.digest, place, appended.end)
+        return Written(appended, again)
+
     def append_own(self, kind: RecordKind, head: InstanceHead, own: OwnPack) -> Written:
         """Refer to a sealed pack of its own behind the last instance."""
         reference, digest = own.reference, own.digest()
@@ -155,7 +167,8 @@ class Packs:
         """The data set as one buffer, to read its header: mapped when it is large."""
         reader = self._reader(location)
         start = location.dataset_offset
-        if location.pack.startswith(large.FOLDER):
+        if location.length > _READ_WHOLE_BYTES_MAX or location.pack.startswith(large.FOLDER):
+            _require_bytes(reader, location)
             whole = memoryview(reader.map())[location.offset + start : location.offset + location.length]
             if len(whole) != location.length - start:
                 raise Corrupt("a pack is shorter than it was")
@@ -226,7 +239,28 @@ def _read_exactly(reader: AppendFile, location: Location, place: int, length: in
         raise Corrupt(f"a pack can't be read (errno {error.errno})") from error
     if len(data) != length:
         raise Corrupt("a pack is shorter than it was")
+    # Asked after the bytes were read: a hole that came in between is seen, one that comes later does no harm.
+    if place + length > location.dataset_offset:
+        _require_bytes(reader, location)
     return data
+
+
+def _require_bytes(reader: AppendFile, location: Location) -> None:
+    """Raises Evicted when the data set was given back. File systems that compress keep zeros as holes: there
+    the digest behind the payload says whether the zeros are the data set."""
+    start, end = holes.span_of(location)
+    if not reader.is_hole(start, end):
+        return
+    running, offset = hashlib.sha256(), location.offset + location.dataset_offset
+    stop = location.offset + location.length
+    while offset < stop:
+        piece = reader.read(offset, min(_DIGEST_PIECE_BYTES, stop - offset))
+        if not piece:
+            break
+        running.update(piece)
+        offset += len(piece)
+    if running.digest() not in reader.read(stop, TRAILER_BYTES):
+        raise Evicted("its bytes were given up here; the region has it")
 
 
 def _location(reference: Reference) -> Location:

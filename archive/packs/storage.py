@@ -15,10 +15,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from archive.errors import NotFound
+from archive.packs import holes
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,12 @@ class AppendFile(Protocol):
 
     def truncate(self, size: int) -> None: ...
 
+    def punch(self, offset: int, length: int) -> None:
+        """Give whole blocks back: they read as zeros from then on. OSError where that is not possible."""
+
+    def is_hole(self, start: int, end: int) -> bool:
+        """Whether everything between two places was given back."""
+
     def size(self) -> int: ...
 
     def close(self) -> None: ...
@@ -80,6 +88,9 @@ class Storage(Protocol):
         goes."""
 
     def size(self, name: str) -> int: ...
+
+    def allocated(self, name: str) -> int:
+        """What an object takes of the disk: less than its size where holes were punched."""
 
     def list(self, folder: str) -> list[str]:
         """The names in a folder, sorted; none when there is no such folder."""
@@ -149,6 +160,12 @@ class FileHandle:
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
 
+    def punch(self, offset: int, length: int) -> None:
+        holes.punch(self._fd, offset, length)
+
+    def is_hole(self, start: int, end: int) -> bool:
+        return holes.is_hole(self._fd, start, end)
+
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
@@ -171,9 +188,9 @@ class FileStorage:
         self._handles: OrderedDict[str, FileHandle] = OrderedDict()
         self._handles_lock = threading.Lock()
 
-    @property
+    @cached_property
     def capabilities(self) -> Capabilities:
-        return Capabilities(append=True, punch_holes=True, object_lock=False)
+        return Capabilities(append=True, punch_holes=holes.can_punch(self._root), object_lock=False)
 
     def create(self, name: str) -> FileHandle:
         path = self._path(name)
@@ -203,6 +220,9 @@ class FileStorage:
 
     def size(self, name: str) -> int:
         return self._path(name).stat().st_size
+
+    def allocated(self, name: str) -> int:
+        return self._path(name).stat().st_blocks * 512
 
     def list(self, folder: str) -> list[str]:
         try:

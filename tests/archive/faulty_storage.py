@@ -119,6 +119,16 @@ class FaultyFile:
         with self._storage.lock:
             self._blob.truncate(size)
 
+    def punch(self, offset: int, length: int) -> None:
+        if not self._storage.punch_holes:
+            raise OSError(errno.EOPNOTSUPP, "punch")
+        assert offset % PAGE == 0 and length % PAGE == 0 and offset + length <= self.size()
+        with self._storage.lock:
+            self._blob.write(bytes(length), offset)
+
+    def is_hole(self, start: int, end: int) -> bool:
+        return end > start and not any(self._blob.written[start:end])
+
     def size(self) -> int:
         return len(self._blob.written)
 
@@ -129,9 +139,10 @@ class FaultyFile:
 class FaultyStorage:
     """See the module. `capacity` bounds the bytes of all objects together."""
 
-    def __init__(self, capacity: int = 1 << 40) -> None:
+    def __init__(self, capacity: int = 1 << 40, *, punch_holes: bool = False) -> None:
         self.lock = threading.RLock()
         self.capacity = capacity
+        self.punch_holes = punch_holes
         self.fail_syncs = 0
         self.write_error = 0
         self.syncs = 0
@@ -141,7 +152,7 @@ class FaultyStorage:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(append=True, punch_holes=False, object_lock=False)
+        return Capabilities(append=True, punch_holes=self.punch_holes, object_lock=False)
 
     def room(self, blob: Blob, end: int) -> int:
         used = sum(len(each.written) for each in set(self._names.values()) if each is not blob)
@@ -169,6 +180,9 @@ class FaultyStorage:
 
     def size(self, name: str) -> int:
         return self.open(name).size()
+
+    def allocated(self, name: str) -> int:
+        return self.size(name)
 
     def list(self, folder: str) -> list[str]:
         return sorted(name for name in self._names if name.startswith(f"{folder}/"))
@@ -212,7 +226,7 @@ class FaultyStorage:
         def keep() -> bool:
             return chance.random() < 0.5
 
-        after = FaultyStorage(self.capacity)
+        after = FaultyStorage(self.capacity, punch_holes=self.punch_holes)
         with self.lock:
             # A name changes as one: an object is found under its old name or its new one, or, new, perhaps
             # not.
@@ -238,6 +252,6 @@ class FaultyStorage:
     def kill(self) -> FaultyStorage:
         """The same disk after a kill -9: the page cache is whole, what was not synced may still be lost
         later."""
-        after = FaultyStorage(self.capacity)
+        after = FaultyStorage(self.capacity, punch_holes=self.punch_holes)
         after._names, after._durable_names = dict(self._names), dict(self._durable_names)
         return after
