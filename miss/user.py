@@ -111,7 +111,7 @@ def password(name: Name, password_stdin: Stdin = False, generate: Generate = Fal
       miss user password rossi --state region
       miss user password rossi --generate --state region
     """
-    from portal.passwords import hash_password
+    from federation.passwords import hash_password
 
     with open_ledger(state) as ledger:
         require_user(ledger, name)
@@ -125,7 +125,7 @@ def password(name: Name, password_stdin: Stdin = False, generate: Generate = Fal
 
 def create(ledger: Ledger, user: User, password: str) -> None:
     """Adds `user` with the hash of `password`."""
-    from portal.passwords import hash_password
+    from federation.passwords import hash_password
 
     ledger.add_user(user, hash_password(password, user.name))
 
@@ -142,7 +142,7 @@ def require_user(ledger: Ledger, name: str) -> User:
 
 
 def _password(name: str, *, stdin: bool, generate: bool) -> str:
-    from portal.passwords import check_rules
+    from federation.passwords import check_rules
 
     if stdin and generate:
         raise InvalidInput("--password-stdin and --generate exclude each other")

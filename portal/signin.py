@@ -1,6 +1,6 @@
 """Who is at the other end of a request: sign-in with a password, the server's own sessions, and HTTP Basic
 where the settings allow it. It decides who somebody is and never what somebody may do
-(`federation/policy.py`).
+(`federation/policy.py`), nor how long a wrong password makes one wait (`federation/guessing.py`).
 
 A session is 256 random bits in a cookie; the ledger keeps its hash. It ends after 30 idle minutes, after
 twelve hours, when the user signs out and, at the next request, when the user is disabled. Wrong passwords
@@ -20,23 +20,15 @@ from dataclasses import dataclass
 
 from archive.errors import Forbidden, NotAuthenticated, OutOfResources
 from archive.ledger import AuditRow, Ledger, Session, User
+from federation.guessing import NAME_LENGTH_MAX, SLEEPERS_MAX, Guessing
 from federation.policy import Principal, role_named
 from portal.passwords import Passwords
 from portal.settings import SignInSettings
 from portal.workers import Workers
 
-NAME_LENGTH_MAX = 128
 TOUCH_INTERVAL_US = 60 * 1_000_000  # how stale "last seen" may be: not every request is a write
 BASIC_CACHE_US = 60 * 1_000_000
 BASIC_CACHE_MAX = 256
-MEMORY_US = 3_600 * 1_000_000  # failures older than an hour are forgotten
-
-# (failures that cost nothing, longest wait): doubling from one second in between. A pair's wait refuses the
-# try; the name's own is slept through, since a stranger can cause it and the owner must get in.
-PAIR_FREE, PAIR_WAIT_S_MAX = 3, 300
-ADDRESS_FREE, ADDRESS_WAIT_S_MAX = 20, 60
-NAME_FREE, NAME_WAIT_S_MAX = 5, 4
-SLEEPERS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +63,7 @@ class SignIn:
         self._workers = workers
         self._clock = clock
         self._passwords = Passwords()
+        self._guessing = Guessing(ledger, clock)
         self._sleepers = 0
         self._basic: OrderedDict[bytes, tuple[str, str, int]] = OrderedDict()
         self._basic_key = secrets.token_bytes(32)
@@ -122,13 +115,13 @@ class SignIn:
         if found is None or not matches:
             await self._workers.run(self._note_failure, name, address)
             raise NotAuthenticated(WRONG)
-        await self._workers.run(self._note_success, found[0], address)
+        await self._workers.run(self._guessing.note_success, name, address)
         if self._passwords.is_outdated(found[1]):
             await self._workers.run(self._ledger.set_password, name, await self._passwords.rehash(password))
         return found[0]
 
     async def _throttle(self, name: str, address: str) -> None:
-        refuse_s, sleep_s = await self._workers.run(self._waits, name, address)
+        refuse_s, sleep_s = await self._workers.run(self._guessing.waits, name, address)
         if refuse_s > 0:
             await self._workers.run(self._audit, name, "sign-in", "refused: too many tries", address)
             raise TooManyTries(int(refuse_s) + 1)
@@ -143,32 +136,9 @@ class SignIn:
 
     # What follows runs in a thread: every line is a question to the ledger.
 
-    def _waits(self, name: str, address: str) -> tuple[float, float]:
-        """Seconds until a try is looked at (0: now), and seconds that it is slept through."""
-        refuse = max(
-            self._wait(_pair(name, address), PAIR_FREE, PAIR_WAIT_S_MAX),
-            self._wait(f"address:{address}", ADDRESS_FREE, ADDRESS_WAIT_S_MAX),
-        )
-        return refuse, self._wait(f"name:{name}", NAME_FREE, NAME_WAIT_S_MAX)
-
-    def _wait(self, subject: str, free: int, wait_s_max: int) -> float:
-        throttle = self._ledger.throttle(subject)
-        now_us = self._clock()
-        if throttle.failures <= free or throttle.last_us < now_us - MEMORY_US:
-            return 0.0
-        wait_s: int = min(1 << min(throttle.failures - free - 1, 16), wait_s_max)
-        return max(0.0, throttle.last_us / 1e6 + wait_s - now_us / 1e6)
-
     def _note_failure(self, name: str, address: str) -> None:
-        now_us = self._clock()
-        for subject in (_pair(name, address), f"name:{name}", f"address:{address}"):
-            self._ledger.note_failure(subject, now_us, forget_before_us=now_us - MEMORY_US)
+        self._guessing.note_failure(name, address)
         self._audit(name, "sign-in", "refused: wrong name or password", address)
-
-    def _note_success(self, user: User, address: str) -> None:
-        for subject in (_pair(user.name, address), f"name:{user.name}"):
-            if self._ledger.throttle(subject).failures:
-                self._ledger.clear_failures(subject)
 
     def _open_session(self, user: User, token: str, old_token: str | None, address: str) -> None:
         now_us = self._clock()
@@ -221,10 +191,6 @@ def _visitor(user: User, session: Session | None = None) -> Visitor:
 
 def _hash(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
-
-
-def _pair(name: str, address: str) -> str:
-    return f"pair:{address}:{name}"
 
 
 def _credentials(header: str) -> tuple[str, str]:

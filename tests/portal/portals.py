@@ -19,11 +19,11 @@ from archive.ledger import Session, User
 from archive.model import PatientKey, Provenance, Query, Scope, StoredInstance, Ward
 from federation.coverage import CoverageState, WardCoverage
 from federation.node_source import NodeSource
+from federation.passwords import hash_password
 from federation.policy import Act, Principal, require
 from federation.source import Answer
 from portal.access import cookie_name
 from portal.context import Context
-from portal.passwords import hash_password
 from tests.datasets import Instance
 
 NOW_US = 1_790_000_000_000_000

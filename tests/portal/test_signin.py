@@ -11,7 +11,7 @@ from starlette.routing import Route
 from archive.errors import InvalidInput, SettingsError
 from archive.ledger import Ledger
 from archive.settings import load
-from portal.passwords import hash_password
+from federation.passwords import hash_password
 from portal.settings import ListenSettings, PortalSettings, SignInSettings
 from tests.portal.portals import (
     PASSWORD,
