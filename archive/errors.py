@@ -13,6 +13,7 @@ Annex C and PS3.4 Table B.2-1), `federation/status.py` (gRPC code) and `portal/p
     │   └── InvalidQuery          a key, level or parameter that is not allowed
     ├── NotFound              no such thing, or none that the caller may see
     ├── Gone                  known to be deleted
+    ├── OtherContent          another content is here under the UID, and this one is not taken
     ├── Forbidden             the caller may not do this
     ├── NotAuthenticated      the caller has not said who it is
     ├── OutOfResources        disk full, memory budget spent, too many at once: try later
@@ -62,6 +63,10 @@ class NotFound(MissError):
 
 class Gone(MissError):
     """Known to be deleted."""
+
+
+class OtherContent(MissError):
+    """Another content is here under the SOP Instance UID, and the device's second ones are not taken."""
 
 
 class Forbidden(MissError):

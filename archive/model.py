@@ -162,6 +162,19 @@ class ConflictPolicy(Enum):
     PROPOSE = "propose"  # kept apart, as a correction that a person may accept
 
 
+class ConflictState(Enum):
+    """Where a content stands that is kept and not served. The values are the index's words."""
+
+    OPEN = "open"              # nobody has decided yet
+    PROPOSED = "proposed"      # so, and it was sent as a correction
+    EQUIVALENT = "equivalent"  # the live content in another encoding: nothing to decide
+    REJECTED = "rejected"      # a person closed it
+    REPLACED = "replaced"      # it was live, until a person accepted another
+
+
+UNDECIDED = (ConflictState.OPEN, ConflictState.PROPOSED)
+
+
 class FactKind(Enum):
     """What can't be derived from instances (design: the fact log). The values are written to disk."""
 
@@ -285,7 +298,7 @@ class StoredInstance:
 @dataclass(frozen=True, slots=True)
 class PendingInstance:
     """An instance of a node's outbox: acknowledged here, without a receipt from the region. `conflict` ones
-    travel too."""
+    travel too; `accepted_us` is when a person made it the live one, 0 when none did: the region is told."""
 
     study_uid: str
     head: InstanceHead
@@ -294,6 +307,7 @@ class PendingInstance:
     conflict: bool
     urgent: bool
     tries: int
+    accepted_us: int = 0
 
     @property
     def dataset_bytes(self) -> int:
@@ -312,22 +326,51 @@ class PendingSummary:
 
 @dataclass(frozen=True, slots=True)
 class ConflictRow:
-    """Two contents under one SOP Instance UID: the first is served, the second is kept and shown to people
-    only."""
+    """Two contents under one SOP Instance UID: the one (`kept_...`) is served, the other is kept and shown to
+    people only. `kept_digest` is empty where nothing is served."""
 
     sop_instance_uid: str
     study_uid: str
+    series_uid: str
     kept_digest: bytes
+    kept_study_uid: str
+    kept_series_uid: str
     other_digest: bytes
+    head: InstanceHead
+    location: Location
+    state: ConflictState
+    decided_by: str
+    decided_us: int
+    receipt_us: int
+
+    @property
+    def ward(self) -> str:
+        return self.head.provenance.ward
+
+    @property
+    def device(self) -> str:
+        return self.head.provenance.device
+
+    @property
+    def received_at_us(self) -> int:
+        return self.head.provenance.received_at_us
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A content that was not taken, since its device's are refused where another is here under their UID."""
+
+    sop_instance_uid: str
+    digest: bytes
     ward: str
     device: str
-    received_at_us: int
-    location: Location
+    at_us: int
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How much an archive holds."""
+    """How much an archive holds. `conflicts` wait for a decision, `proposed` too and are corrections;
+    `equivalents` are no conflicts."""
 
     patients: int
     studies: int
@@ -335,6 +378,8 @@ class Totals:
     instances: int
     bytes: int
     conflicts: int
+    proposed: int = 0
+    equivalents: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +389,7 @@ class Known:
     digest: bytes
     study_uid: str
     series_uid: str
-    here: bool = True  # its bytes are on this disk: neither evicted nor known to be damaged
+    evicted: bool = False  # its bytes were given up here: the region has them
 
 
 @dataclass(frozen=True, slots=True)

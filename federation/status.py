@@ -29,6 +29,7 @@ CODES: Mapping[type[MissError], grpc.StatusCode] = {
     errors.InvalidQuery: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.Gone: grpc.StatusCode.NOT_FOUND,
+    errors.OtherContent: grpc.StatusCode.ALREADY_EXISTS,
     errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotAuthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.OutOfResources: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -45,6 +46,7 @@ CODES: Mapping[type[MissError], grpc.StatusCode] = {
 FALLBACK: Mapping[grpc.StatusCode, type[MissError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInput,
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: errors.OtherContent,
     grpc.StatusCode.PERMISSION_DENIED: errors.Forbidden,
     grpc.StatusCode.UNAUTHENTICATED: errors.NotAuthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OutOfResources,

@@ -1,10 +1,7 @@
 """Bringing records into the index: one transaction for a batch, exactly once by content.
 
 An instance counts once by its SOP Instance UID: the first content is live, any other is a conflict and
-hidden. Within a level the first instance that has a value gives it, so a rebuilt index equals the one it
-replaces. The patient of a study is the first one named in it; an instance with another Patient ID is listed
-in the study but gives none of the patient's fields, and a study without any Patient ID stands alone (PS3.4
-C.6.1.1.2).
+hidden, until a person accepts it (`acceptance.py`). What stands above the instances is `levels.py`'s.
 """
 
 from __future__ import annotations
@@ -15,64 +12,28 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, insert, select
 
-from archive.index.rows import Row, fill, joined, number_of, row_of, split
-from archive.index.schema import (
-    SEARCHED,
-    STUDY_TEXT,
-    conflict,
-    early_fact,
-    holding,
-    instance,
-    outbox,
-    patient,
-    patient_hash,
-    series,
-    series_ward,
-    study,
-    text_id,
-)
-from archive.index.statements import by_uid, update_all, update_some
-from archive.index.wardcounts import SERIES_KEY, WardCount, count_in_ward, holding_row, write_wards
-from archive.model import FactKind, IndexEntry, Level, PatientKey, RecordKind
-
-SeriesKey = tuple[str, str]
-Content = tuple[str, bytes]
+from archive.index.acceptance import AttributeReader, Content, accept
+from archive.index.levels import Levels, patient_key
+from archive.index.rows import Row, number_of, row_of
+from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash
+from archive.index.space import write_again
+from archive.index.statements import by_uid
+from archive.index.wardcounts import holding_row
+from archive.model import ConflictState, Fact, FactKind, IndexEntry, Level, RecordKind
 
 
-def apply_entries(connection: Connection, entries: Sequence[IndexEntry], *, into_outbox: bool) -> None:
+def apply_entries(
+    connection: Connection, entries: Sequence[IndexEntry], *, into_outbox: bool, read: AttributeReader
+) -> None:
     """Bring records in, in their order. What is there already is passed over, so that a batch may come
-    again."""
+    again. `read` gives the attributes of what is here, for what a person accepted before it came."""
     entries = [entry for entry in entries if entry.record.kind is not RecordKind.MARK]
     if entries:
         batch = _Batch(connection, entries, into_outbox)
         batch.sort_out()
         batch.write()
-
-
-@dataclass(slots=True)
-class _Study:
-    row: Row
-    new: bool
-    filled: bool = False
-    counted: bool = False
-    last_study: Any = None
-    last_patient: Any = None
-
-
-@dataclass(slots=True)
-class _Series:
-    row: Row
-    new: bool
-    filled: bool = False
-    counted: bool = False
-    last: Any = None
-
-
-@dataclass(slots=True)
-class _Patient:
-    row: Row
-    new: bool
-    filled: bool = False
+        for fact in batch.accepted:
+            accept(connection, fact, into_outbox=into_outbox, read=read)
 
 
 @dataclass(slots=True)
@@ -83,6 +44,24 @@ class _Waiting:
     damaged: bool = False
     set_aside: str | None = None
     wards: set[str] = field(default_factory=set)
+    verdicts: dict[str, Any] = field(default_factory=dict)  # by kind, of people and of the comparison
+
+    def judged(self) -> Row:
+        """The state of a conflict by what was said of it before it came."""
+        for kind, state in _STATES:
+            found = self.verdicts.get(kind)
+            if found is not None:
+                by_person = state is ConflictState.REJECTED
+                return {"state": state.value, "decided_by": found.detail if by_person else "",
+                        "decided_us": found.at_us}  # fmt: skip
+        return {"state": ConflictState.OPEN.value, "decided_by": "", "decided_us": 0}
+
+
+_STATES = (
+    (FactKind.REJECTED.value, ConflictState.REJECTED),
+    (FactKind.EQUIVALENT.value, ConflictState.EQUIVALENT),
+    (FactKind.PROPOSED.value, ConflictState.PROPOSED),
+)
 
 
 _NO_FACTS = _Waiting()
@@ -118,11 +97,9 @@ class _Batch:
         self._conflicts: dict[Content, Row] = {}
         self._outbox: list[Row] = []
         self._holdings: list[Row] = []
-        self._studies: dict[str, _Study] = {}
-        self._series: dict[SeriesKey, _Series] = {}
-        self._wards: dict[tuple[str, str, str], WardCount] = {}
-        self._patients: dict[bytes, _Patient] = {}
-        self._left_alone: list[bytes] = []  # patients of studies that turned out to have a Patient ID
+        self._again: list[IndexEntry] = []  # of contents that are here
+        self._levels = Levels(connection)
+        self.accepted: list[Fact] = []  # of conflicts that came after it
 
     def sort_out(self) -> None:
         fresh: list[IndexEntry] = []
@@ -135,26 +112,21 @@ class _Batch:
                 fresh.append(entry)
             elif known != digest:
                 other.append(entry)
+            else:
+                self._again.append(entry)
         if other:
             self._add_conflicts(other)
         if fresh:
             self._promote({(entry.record.head.sop_instance_uid, entry.record.digest) for entry in fresh})
-            self._load(fresh)
+            self._levels.load(fresh)
             for entry in fresh:
                 self._add_instance(entry)
 
     def write(self) -> None:
         execute = self._connection.execute
-        patients = [p.row for p in self._patients.values() if p.new]
-        if self._left_alone:
-            execute(delete(patient).where(patient.c.patient_hash.in_(self._left_alone)))
-        if patients:
-            execute(insert(patient), patients)
-        changed = [p.row for p in self._patients.values() if p.filled and not p.new]
-        if changed:
-            update_all(self._connection, patient, ("patient_hash",), changed)
-        self._write_studies()
-        self._write_series()
+        self._levels.write()
+        fresh = {(row["sop_instance_uid"], row["digest"]): row for row in self._instances}
+        write_again(self._connection, self._again, fresh | self._conflicts)
         for table, rows in (
             (instance, self._instances), (conflict, list(self._conflicts.values())),
             (outbox, self._outbox), (holding, self._holdings),
@@ -181,29 +153,9 @@ class _Batch:
                 facts.damaged = True
             elif row.kind == FactKind.COPY.value:
                 facts.wards.add(row.ward)
+            else:
+                facts.verdicts[row.kind] = row
         return waiting
-
-    def _load(self, entries: Sequence[IndexEntry]) -> None:
-        """The rows that the new instances add to, where there are any."""
-        studies = {entry.attributes.study_uid for entry in entries}
-        keys = {(entry.attributes.study_uid, entry.attributes.series_uid) for entry in entries}
-        numbers = {series_uid for _, series_uid in keys}
-        for row in by_uid(self._connection, select(study), study.c.study_instance_uid, studies):
-            self._studies[row.study_instance_uid] = _Study(dict(row._mapping), new=False)
-        query = select(series).where(series.c.study_instance_uid.in_(studies))
-        for row in by_uid(self._connection, query, series.c.series_instance_uid, numbers):
-            key = (row.study_instance_uid, row.series_instance_uid)
-            if key in keys:
-                self._series[key] = _Series(dict(row._mapping), new=False)
-        query = select(series_ward).where(series_ward.c.study_instance_uid.in_(studies))
-        for row in by_uid(self._connection, query, series_ward.c.series_instance_uid, numbers):
-            key = (row.study_instance_uid, row.series_instance_uid)
-            if key in keys:
-                self._wards[(*key, row.ward)] = WardCount(dict(row._mapping), new=False)
-        hashes = {patient_hash(_patient_key(entry), entry.attributes.study_uid) for entry in entries}
-        hashes |= {bytes(found.row["patient_hash"]) for found in self._studies.values()}
-        for row in by_uid(self._connection, select(patient), patient.c.patient_hash, hashes):
-            self._patients[bytes(row.patient_hash)] = _Patient(dict(row._mapping), new=False)
 
     def _promote(self, contents: set[Content]) -> None:
         """A content that was a conflict is live when it comes again and its UID has none: what is known of it
@@ -228,6 +180,7 @@ class _Batch:
         for entry in entries:
             content = (entry.record.head.sop_instance_uid, entry.record.digest)
             if content in known:
+                self._again.append(entry)
                 continue
             known.add(content)
             facts = self._waiting.get(content, _NO_FACTS)
@@ -237,8 +190,12 @@ class _Batch:
                 "series_instance_uid": entry.attributes.series_uid,
                 "sop_class_uid": entry.record.head.sop_class_uid,
                 **_stored(entry, facts),
+                **facts.judged(),
             }
             self._queue(entry, facts, conflicting=True)
+            if FactKind.ACCEPTED.value in facts.verdicts:
+                early = facts.verdicts[FactKind.ACCEPTED.value]
+                self.accepted.append(Fact(FactKind.ACCEPTED, *content, early.ward, early.at_us, early.detail))
 
     def _add_instance(self, entry: IndexEntry) -> None:
         attributes, head = entry.attributes, entry.record.head
@@ -249,22 +206,14 @@ class _Batch:
             sop_class_uid=head.sop_class_uid,
             study_instance_uid=attributes.study_uid,
             series_instance_uid=attributes.series_uid,
-            patient_hash=patient_hash(_patient_key(entry), attributes.study_uid),
+            patient_hash=patient_hash(patient_key(entry), attributes.study_uid),
             number=number_of(row["instance_number"]),
             **_stored(entry, facts),
         )
         self._instances.append(row)
-        found = self._study(entry)
-        found_series = self._series_of(entry, found)
-        found.row["instance_count"] += 1
-        found.row["bytes"] += entry.record.location.length
-        found_series.row["instance_count"] += 1
-        found.counted = found_series.counted = True
-        ward = head.provenance.ward
-        count_in_ward(self._wards, found.row, found_series.row, ward, head.sop_class_uid)
-        for holder in sorted(facts.wards - {ward}):
-            count_in_ward(self._wards, found.row, found_series.row, holder, head.sop_class_uid)
-            self._holdings.append(holding_row(row, holder))
+        holders = sorted(facts.wards - {head.provenance.ward})
+        self._levels.add(entry, holders)
+        self._holdings += [holding_row(row, holder) for holder in holders]
         self._queue(entry, facts, conflicting=False)
 
     def _queue(self, entry: IndexEntry, facts: _Waiting, *, conflicting: bool) -> None:
@@ -281,135 +230,10 @@ class _Batch:
             "set_aside": facts.set_aside is not None, "detail": facts.set_aside or "",
         })  # fmt: skip
 
-    def _study(self, entry: IndexEntry) -> _Study:
-        attributes = entry.attributes
-        found = self._studies.get(attributes.study_uid)
-        if found is None:
-            found = self._new_study(entry)
-            self._studies[attributes.study_uid] = found
-            return found
-        if found.last_study != attributes.study:
-            found.filled |= fill(found.row, Level.STUDY, row_of(Level.STUDY, attributes.study))
-            found.last_study = attributes.study
-        named = (attributes.patient, entry.record.head.provenance.issuer)
-        if found.last_patient != named:
-            self._name_patient(found, entry)
-            found.last_patient = named
-        return found
 
-    def _new_study(self, entry: IndexEntry) -> _Study:
-        attributes = entry.attributes
-        patient_row = _patient_row(entry)
-        row = row_of(Level.STUDY, attributes.study) | patient_row
-        key = _patient_key(entry)
-        row.update(
-            study_instance_uid=attributes.study_uid,
-            patient_hash=patient_hash(key, attributes.study_uid),
-            text_id=text_id(attributes.study_uid),
-            bytes=0, series_count=0, instance_count=0, modalities="", sop_classes="", wards="",
-        )  # fmt: skip
-        self._add_patient(row["patient_hash"], patient_row)
-        named = (attributes.patient, entry.record.head.provenance.issuer)
-        return _Study(row, new=True, last_study=attributes.study, last_patient=named)
-
-    def _name_patient(self, found: _Study, entry: IndexEntry) -> None:
-        """What a further instance of a study says of the patient."""
-        key, row = _patient_key(entry), _patient_row(entry)
-        own = patient_hash(key, entry.attributes.study_uid)
-        current = bytes(found.row["patient_hash"])
-        if key.patient_id and not found.row["patient_id"]:
-            # The study stood alone; now it has a patient, whose own fields come first.
-            fill(row, Level.PATIENT, found.row)
-            found.row.update(row)
-            found.row["patient_hash"] = own
-            found.filled = True
-            if not self._patients[current].new:
-                self._left_alone.append(current)
-            del self._patients[current]
-            self._add_patient(own, row)
-        elif not key.patient_id or own == current:
-            row["patient_id"] = ""
-            row["issuer_of_patient_id"] = ""
-            found.filled |= fill(found.row, Level.PATIENT, row)
-            self._add_patient(current, row)
-
-    def _add_patient(self, key: bytes, row: Row) -> None:
-        known = self._patients.get(key)
-        if known is None:
-            self._patients[key] = _Patient({**row, "patient_hash": key}, new=True)
-        else:
-            known.filled |= fill(known.row, Level.PATIENT, row)
-
-    def _series_of(self, entry: IndexEntry, found: _Study) -> _Series:
-        attributes = entry.attributes
-        key = (attributes.study_uid, attributes.series_uid)
-        known = self._series.get(key)
-        if known is not None:
-            if known.last != attributes.series:
-                had = known.row["modality"]
-                known.filled |= fill(known.row, Level.SERIES, row_of(Level.SERIES, attributes.series))
-                known.row["number"] = number_of(known.row["series_number"])
-                known.last = attributes.series
-                if had != known.row["modality"]:
-                    self._add_modality(found, known.row["modality"])
-            return known
-        row = row_of(Level.SERIES, attributes.series)
-        row.update(
-            study_instance_uid=attributes.study_uid, series_instance_uid=attributes.series_uid,
-            number=number_of(row["series_number"]), instance_count=0, sop_classes="", wards="",
-        )  # fmt: skip
-        known = self._series[key] = _Series(row, new=True, last=attributes.series)
-        found.row["series_count"] += 1
-        self._add_modality(found, row["modality"])
-        return known
-
-    def _add_modality(self, found: _Study, modality: str) -> None:
-        if modality and modality not in split(found.row["modalities"]):
-            found.row["modalities"] = joined({*split(found.row["modalities"]), modality})
-            found.filled = True
-
-    def _write_studies(self) -> None:
-        new = [found.row for found in self._studies.values() if found.new]
-        filled = [found.row for found in self._studies.values() if found.filled and not found.new]
-        counted = [f.row for f in self._studies.values() if f.counted and not f.filled and not f.new]
-        if new:
-            self._connection.execute(insert(study), new)
-        if filled:
-            update_all(self._connection, study, ("study_instance_uid",), filled)
-        if counted:
-            update_some(self._connection, study, ("study_instance_uid",), _STUDY_COUNTS, counted)
-        _write_text(self._connection, new, filled)
-
-    def _write_series(self) -> None:
-        new = [known.row for known in self._series.values() if known.new]
-        filled = [known.row for known in self._series.values() if known.filled and not known.new]
-        counted = [k.row for k in self._series.values() if k.counted and not k.filled and not k.new]
-        if new:
-            self._connection.execute(insert(series), new)
-        if filled:
-            update_all(self._connection, series, SERIES_KEY, filled)
-        if counted:
-            update_some(self._connection, series, SERIES_KEY, _SERIES_COUNTS, counted)
-        write_wards(self._connection, self._wards)
-
-
-_STUDY_COUNTS = ("bytes", "series_count", "instance_count", "sop_classes", "wards")
-_SERIES_COUNTS = ("instance_count", "sop_classes", "wards")
 _DELETE_EARLY = delete(early_fact).where(
     early_fact.c.sop_instance_uid == bindparam("b_uid"), early_fact.c.digest == bindparam("b_digest")
 )
-
-
-def _patient_key(entry: IndexEntry) -> PatientKey:
-    """The issuer in force is the data set's own (0010,0021); where it has none, its sender's."""
-    fields = entry.attributes.patient
-    issuer = fields.get("IssuerOfPatientID") or entry.record.head.provenance.issuer
-    return PatientKey(issuer, fields.get("PatientID", ""))
-
-
-def _patient_row(entry: IndexEntry) -> Row:
-    key = _patient_key(entry)
-    return row_of(Level.PATIENT, {**entry.attributes.patient, "IssuerOfPatientID": key.issuer})
 
 
 def _stored(entry: IndexEntry, facts: _Waiting) -> Row:
@@ -421,17 +245,5 @@ def _stored(entry: IndexEntry, facts: _Waiting) -> Row:
         "calling_ae": source.calling_ae, "received_at_us": source.received_at_us,
         "pack": location.pack, "payload_offset": location.offset, "payload_length": location.length,
         "dataset_offset": location.dataset_offset,
-        "receipt_us": facts.receipt_us, "damaged": facts.damaged,
+        "receipt_us": facts.receipt_us, "damaged": facts.damaged, "evicted": False,
     }  # fmt: skip
-
-
-def _write_text(connection: Connection, new: Sequence[Row], filled: Sequence[Row]) -> None:
-    """SQLite's trigrams of the searched columns; PostgreSQL keeps its own."""
-    if connection.dialect.name != "sqlite" or not (new or filled):
-        return
-    columns = ", ".join(SEARCHED)
-    marks = ", ".join("?" * (len(SEARCHED) + 1))
-    connection.exec_driver_sql(
-        f"INSERT OR REPLACE INTO {STUDY_TEXT} (rowid, {columns}) VALUES ({marks})",
-        [(row["text_id"], *(row[column] for column in SEARCHED)) for row in (*new, *filled)],
-    )

@@ -3,7 +3,8 @@
 
 A fact is about a content: a UID and a digest, whether it is live or a conflict. A receipt takes it from the
 outbox for good; SET_ASIDE and RETRY say whether the outbox offers it; COPY adds a ward that holds it too;
-DAMAGE flags it. A fact that comes again changes nothing.
+DAMAGE flags it. PROPOSED, EQUIVALENT and REJECTED say where a conflict stands, ACCEPTED makes it live
+(`acceptance.py`); REFUSED is about what was not taken. A fact that comes again changes nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +15,48 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
+from archive.index.acceptance import AttributeReader, Content, accept
 from archive.index.rows import Row
-from archive.index.schema import conflict, early_fact, holding, instance, outbox, series, series_ward, study
+from archive.index.schema import (
+    conflict,
+    early_fact,
+    holding,
+    instance,
+    outbox,
+    refusal,
+    series,
+    series_ward,
+    study,
+)
 from archive.index.statements import by_uid, update_some
 from archive.index.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
-from archive.model import Fact, FactKind
+from archive.model import UNDECIDED, ConflictState, Fact, FactKind
 
 SeriesKey = tuple[str, str]
-Content = tuple[str, bytes]
 
 
-def apply_facts(connection: Connection, facts: Sequence[Fact]) -> None:
-    """Bring facts in, in their order."""
+def apply_facts(
+    connection: Connection, facts: Sequence[Fact], *, into_outbox: bool, read: AttributeReader
+) -> None:
+    """Bring facts in, in their order. `into_outbox` at a node, whose region is told what was accepted; `read`
+    gives the attributes of what is here."""
+    before: list[Fact] = []
+    for fact in facts:
+        if fact.kind is not FactKind.ACCEPTED:
+            before.append(fact)
+            continue
+        _apply_run(connection, before)
+        before = []
+        if not accept(connection, fact, into_outbox=into_outbox, read=read):
+            _keep_early(connection, [fact])
+    _apply_run(connection, before)
+
+
+def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
+    """Facts that leave the places of the contents as they are."""
+    refused = [fact for fact in facts if fact.kind is FactKind.REFUSED]
+    facts = [fact for fact in facts if fact.kind is not FactKind.REFUSED]
+    _keep_refusals(connection, refused)
     if not facts:
         return
     uids = {fact.sop_instance_uid for fact in facts}
@@ -70,6 +101,26 @@ def apply_facts(connection: Connection, facts: Sequence[Fact]) -> None:
     changes.write(connection)
     _hold(connection, copies)
     _keep_early(connection, early)
+
+
+def _keep_refusals(connection: Connection, facts: Sequence[Fact]) -> None:
+    """What was not taken, each content once."""
+    if not facts:
+        return
+    uids = {fact.sop_instance_uid for fact in facts}
+    query = select(refusal.c.sop_instance_uid, refusal.c.digest)
+    known = {(row[0], bytes(row[1])) for row in by_uid(connection, query, refusal.c.sop_instance_uid, uids)}
+    rows: dict[Content, Row] = {}
+    for fact in facts:
+        content = (fact.sop_instance_uid, fact.digest)
+        if content not in known:
+            values = (*content, fact.ward, fact.detail, fact.at_us)
+            rows.setdefault(content, dict(zip(_REFUSAL_COLUMNS, values, strict=True)))
+    if rows:
+        connection.execute(insert(refusal), list(rows.values()))
+
+
+_REFUSAL_COLUMNS = ("sop_instance_uid", "digest", "ward", "device", "at_us")
 
 
 def _hold(connection: Connection, copies: Sequence[tuple[Mapping[str, Any], str]]) -> None:
@@ -120,28 +171,43 @@ def _rows_behind(
 class _Changes:
     """What facts change of contents that are here, the last word of each."""
 
-    receipts: dict[Content, int] = field(default_factory=dict)
+    receipts: dict[Content, Fact] = field(default_factory=dict)
     damaged: set[Content] = field(default_factory=set)
     set_aside: dict[Content, str | None] = field(default_factory=dict)
+    verdicts: list[Fact] = field(default_factory=list)
 
     def note(self, content: Content, fact: Fact) -> None:
         if fact.kind is FactKind.RECEIPT:
-            self.receipts.setdefault(content, fact.at_us)
+            known = self.receipts.get(content)
+            if known is None or told_us(fact) > told_us(known):
+                self.receipts[content] = fact
         elif fact.kind is FactKind.DAMAGE:
             self.damaged.add(content)
         elif fact.kind is FactKind.SET_ASIDE:
             self.set_aside[content] = fact.detail
         elif fact.kind is FactKind.RETRY:
             self.set_aside[content] = None
+        elif fact.kind in _VERDICTS:
+            self.verdicts.append(fact)
 
     def write(self, connection: Connection) -> None:
+        for fact in self.verdicts:
+            state, from_states = _VERDICTS[fact.kind]
+            by_person = state is ConflictState.REJECTED
+            statement = update(conflict).where(
+                conflict.c.sop_instance_uid == fact.sop_instance_uid, conflict.c.digest == fact.digest,
+                conflict.c.state.in_([one.value for one in from_states]),
+            )  # fmt: skip
+            connection.execute(statement.values(
+                state=state.value, decided_us=fact.at_us, decided_by=fact.detail if by_person else ""
+            ))  # fmt: skip
         for table in (instance, conflict):
             here = (table.c.sop_instance_uid == bindparam("b_uid"), table.c.digest == bindparam("b_digest"))
             if self.receipts:
                 statement = (
                     update(table).where(*here, table.c.receipt_us == 0).values(receipt_us=bindparam("b_at"))
                 )
-                rows = [{"b_uid": u, "b_digest": d, "b_at": at} for (u, d), at in self.receipts.items()]
+                rows = [{"b_uid": u, "b_digest": d, "b_at": f.at_us} for (u, d), f in self.receipts.items()]
                 connection.execute(statement, rows)
             if self.damaged:
                 connection.execute(
@@ -164,8 +230,26 @@ class _Changes:
                 ],
             )
         if self.receipts:
-            rows = [{"b_uid": uid, "b_digest": digest} for uid, digest in self.receipts]
-            connection.execute(delete(outbox).where(*queued), rows)
+            # What was accepted after it was sent stays, until the region has been told that too.
+            rows = [{"b_uid": u, "b_digest": d, "b_told": told_us(f)} for (u, d), f in self.receipts.items()]
+            told = outbox.c.accepted_us <= bindparam("b_told")
+            connection.execute(delete(outbox).where(*queued, told), rows)
+
+
+def told_us(receipt: Fact) -> int:
+    """Up to when the region knew of decisions at the ward, when it gave this receipt; 0 when it was told of
+    none."""
+    _, _, at = receipt.detail.partition(TOLD)
+    return int(at) if at.isascii() and at.isdigit() else 0
+
+
+TOLD = "accepted "  # before the time of the decision, in the detail of a receipt
+
+_VERDICTS = {
+    FactKind.PROPOSED: (ConflictState.PROPOSED, (ConflictState.OPEN,)),
+    FactKind.EQUIVALENT: (ConflictState.EQUIVALENT, UNDECIDED),
+    FactKind.REJECTED: (ConflictState.REJECTED, UNDECIDED),
+}
 
 
 def _keep_early(connection: Connection, facts: Sequence[Fact]) -> None:

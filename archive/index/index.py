@@ -8,45 +8,50 @@ missing is read from the packs again. Several processes may have it open; reader
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
 
 from archive.database import Database
+from archive.index import contents, queries, space
 from archive.index import outbox as backlog
-from archive.index import queries
+from archive.index.acceptance import AttributeReader
 from archive.index.apply import apply_entries
 from archive.index.effects import apply_facts
-from archive.index.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, instance, patient, study
+from archive.index.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, patient, study
+from archive.index.space import Place, Reclaim
 from archive.index.statements import move_position, read_positions
-from archive.index.stored import conflict_of
 from archive.model import (
     EVERYTHING,
     START,
+    UNDECIDED,
     ConflictRow,
+    ConflictState,
     Fact,
     IndexEntry,
     Known,
+    Location,
     Match,
     PendingInstance,
     PendingStudy,
     PendingSummary,
     Position,
     Query,
+    Refusal,
     Scope,
     StoredInstance,
     Totals,
 )
 
-CONFLICTS_MAX = 10_000
-
 _LOOKUP = (
-    "SELECT digest, study_instance_uid, series_instance_uid, damaged OR evicted FROM instance"
+    "SELECT digest, study_instance_uid, series_instance_uid, evicted FROM instance"
     " WHERE sop_instance_uid = ?"
 )
-_HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ?"
-_HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ?"
+_HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_STATE = "SELECT state FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_REFUSED = "SELECT 1 FROM refusal WHERE sop_instance_uid = ? AND digest = ?"
+_HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
 
 
 class Index:
@@ -54,6 +59,7 @@ class Index:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._read: AttributeReader = lambda record: None
 
     @classmethod
     def open(cls, url: str, *, read_only: bool = False) -> Index:
@@ -64,6 +70,11 @@ class Index:
     def close(self) -> None:
         self._database.close()
 
+    def read_attributes_with(self, read: AttributeReader) -> None:
+        """How the attributes of what is here are read where it lies; its one writer says so, as some facts
+        need them."""
+        self._read = read
+
     def positions(self) -> tuple[Position, Position]:
         """How far the packs and the fact log have been applied."""
         packs, facts = self._database.read(read_positions)
@@ -73,7 +84,7 @@ class Index:
         """Apply records up to `position` in one transaction; applying them again changes nothing."""
 
         def work(connection: Any) -> None:
-            apply_entries(connection, entries, into_outbox=outbox)
+            apply_entries(connection, entries, into_outbox=outbox, read=self._read)
             move_position(connection, "packs", position)
 
         self._database.write(work)
@@ -83,16 +94,18 @@ class Index:
 
         def work(connection: Any) -> None:
             with connection.begin_nested() as tried:
-                apply_entries(connection, entries, into_outbox=outbox)
+                apply_entries(connection, entries, into_outbox=outbox, read=self._read)
                 tried.rollback()
 
         self._database.write(work)
 
-    def apply_facts(self, facts: Sequence[Fact], position: Position) -> None:
+    def apply_facts(self, facts: Sequence[Fact], position: Position, *, outbox: bool = False) -> None:
         """Apply facts up to `position` in one transaction."""
 
         def work(connection: Any) -> None:
-            apply_facts(connection, facts)
+            others = [fact for fact in facts if fact.kind not in space.KINDS]
+            apply_facts(connection, others, into_outbox=outbox, read=self._read)
+            space.apply_space_facts(connection, facts)
             move_position(connection, "facts", position)
 
         self._database.write(work)
@@ -100,7 +113,7 @@ class Index:
     def lookup(self, sop_instance_uid: str) -> Known | None:
         """The live content with this UID; microseconds on SQLite, as intake asks it of every instance."""
         row = self._database.quick(_LOOKUP, (sop_instance_uid,))
-        return None if row is None else Known(bytes(row[0]), row[1], row[2], not row[3])
+        return None if row is None else Known(bytes(row[0]), row[1], row[2], bool(row[3]))
 
     def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
         """Whether this very content is here, live or as a conflict."""
@@ -155,18 +168,56 @@ class Index:
         """What replication gave up on: UID, digest, reason."""
         return self._database.read(lambda connection: backlog.set_aside(connection, limit))
 
-    def conflicts(self, limit: int = 100) -> list[ConflictRow]:
-        """Contents that lost to an earlier one with the same UID, newest first."""
-        query = (
-            select(conflict, instance.c.digest.label("kept"))
-            .select_from(
-                conflict.outerjoin(instance, conflict.c.sop_instance_uid == instance.c.sop_instance_uid)
-            )
-            .order_by(conflict.c.received_at_us.desc(), conflict.c.sop_instance_uid, conflict.c.digest)
-            .limit(min(limit, CONFLICTS_MAX))
-        )
-        rows = self._database.read(lambda connection: connection.execute(query).fetchall())
-        return [conflict_of(row, bytes(row.kept or b"")) for row in rows]
+    def conflicts(
+        self, limit: int = 100, *, states: Collection[ConflictState] = UNDECIDED, uid: str | None = None
+    ) -> list[ConflictRow]:
+        """Contents that are kept beside the live one of their UID, newest first: those that wait for a
+        decision, or those in other `states`; of one UID alone when it is given."""
+        return self._database.read(lambda c: contents.conflicts(c, limit, states, uid, uncompared=False))
+
+    def uncompared(self, limit: int) -> list[ConflictRow]:
+        """Undecided contents that were not compared yet with the live one of their UID."""
+        return self._database.read(lambda c: contents.conflicts(c, limit, UNDECIDED, None, uncompared=True))
+
+    def note_compared(self, pairs: Sequence[tuple[str, bytes, bytes]]) -> None:
+        """These contents (UID, live digest, other digest) were compared."""
+        self._database.write(lambda connection: contents.note_compared(connection, pairs))
+
+    def kept_state(self, sop_instance_uid: str, digest: bytes) -> ConflictState | None:
+        """Where a content stands that is kept and not served; None when it is no such."""
+        row = self._database.quick(_STATE, (sop_instance_uid, digest))
+        return None if row is None else ConflictState(row[0])
+
+    def was_refused(self, sop_instance_uid: str, digest: bytes) -> bool:
+        """Whether it is on record that this content was not taken."""
+        return self._database.quick(_REFUSED, (sop_instance_uid, digest)) is not None
+
+    def refusals(self, limit: int = 100) -> list[Refusal]:
+        """Contents that were not taken, newest first."""
+        return self._database.read(lambda connection: contents.refusals(connection, limit))
+
+    def live(self, sop_instance_uid: str) -> StoredInstance | None:
+        """The live content of a UID."""
+        return self._database.read(lambda connection: contents.live(connection, sop_instance_uid))
+
+    def places(self, uids: Iterable[str]) -> dict[tuple[str, bytes], Place]:
+        """Where the contents of these UIDs lie, by UID and digest."""
+        return self._database.read(lambda connection: space.places(connection, uids))
+
+    def contents_of(self, study_uid: str) -> list[tuple[str, bytes, Location]]:
+        """The live instances of a study, pack by pack: UID, digest, and where each lies."""
+        return self._database.read(lambda connection: space.contents_of(connection, study_uid))
+
+    def has_due(self, now_us: int) -> bool:
+        """Whether any space may be given back; microseconds on SQLite, as it is asked each second."""
+        return self._database.quick("SELECT 1 FROM reclaim WHERE due_us <= ? LIMIT 1", (now_us,)) is not None
+
+    def due(self, now_us: int, limit: int) -> list[Reclaim]:
+        """Space that may be given back by now, pack by pack."""
+        return self._database.read(lambda connection: space.due(connection, now_us, limit))
+
+    def note_given_back(self, done: Sequence[Reclaim]) -> None:
+        self._database.write(lambda connection: space.forget(connection, done))
 
     def totals(self) -> Totals:
         """How much there is; from the studies' own counts."""
@@ -176,10 +227,14 @@ class Index:
             select(func.count()).select_from(patient).scalar_subquery(),
             func.count(),
             *sums,
-            select(func.count()).select_from(conflict).scalar_subquery(),
         ).select_from(study)
-        row = self._database.read(lambda connection: connection.execute(query).one())
-        return Totals(*(int(value) for value in row))
+        states = select(conflict.c.state, func.count()).group_by(conflict.c.state)
+        row, kept = self._database.read(
+            lambda connection: (connection.execute(query).one(), dict(map(tuple, connection.execute(states))))
+        )
+        by_state = (kept.get(s.value, 0) for s in
+                    (ConflictState.OPEN, ConflictState.PROPOSED, ConflictState.EQUIVALENT))  # fmt: skip
+        return Totals(*(int(value) for value in (*row, *by_state)))
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
         """Everything that derives from packs and facts, in an order of its own: equal for equal logs."""

@@ -112,4 +112,5 @@ def _pending(row: Any, stored: Any) -> PendingInstance:
         conflict=bool(row.conflict),
         urgent=bool(row.urgent),
         tries=row.tries,
+        accepted_us=row.accepted_us,
     )

@@ -103,7 +103,7 @@ def write_again(
                 row.update(_changes(entry.record))
                 changed[content] = row
         if changed:
-            names = (*_CHANGES, "evicted", "damaged")
+            names = (*_CHANGES, "evicted")
             values = {name: bindparam(f"b_{name}") for name in names}
             connection.execute(
                 update(table).where(*_content(table)).values(values),
@@ -173,7 +173,7 @@ def _forget(connection: Connection, keys: Iterable[tuple[str, int]]) -> None:
 def _supersedes(record: Record, row: Mapping[str, Any]) -> bool:
     """Whether the content lies where `record` is from now on. Two records of one head are one instance that
     was moved; another record of the same content counts only where the bytes were gone."""
-    if row["evicted"] or row["damaged"]:
+    if row["evicted"]:
         return True
     head, source = record.head, record.head.provenance
     return (
@@ -190,7 +190,7 @@ def _changes(record: Record) -> Row:
         "pack": location.pack, "payload_offset": location.offset, "payload_length": location.length,
         "dataset_offset": location.dataset_offset, "transfer_syntax_uid": head.transfer_syntax_uid,
         "device": head.provenance.device, "calling_ae": head.provenance.calling_ae,
-        "received_at_us": head.provenance.received_at_us, "evicted": False, "damaged": False,
+        "received_at_us": head.provenance.received_at_us, "evicted": False,
     }  # fmt: skip
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from archive.index.rows import fields_of
-from archive.model import ConflictRow, InstanceHead, Level, Location, Provenance, StoredInstance
+from archive.model import (
+    ConflictRow,
+    ConflictState,
+    InstanceHead,
+    Level,
+    Location,
+    Provenance,
+    StoredInstance,
+)
 
 
 def head_of(row: Any) -> InstanceHead:
@@ -29,14 +37,20 @@ def instance_of(row: Any) -> StoredInstance:
     )
 
 
-def conflict_of(row: Any, kept_digest: bytes) -> ConflictRow:
+def conflict_of(row: Any) -> ConflictRow:
+    """A row of a conflict beside the live content, whose columns are labelled `live_...`."""
     return ConflictRow(
         sop_instance_uid=row.sop_instance_uid,
         study_uid=row.study_instance_uid,
-        kept_digest=kept_digest,
+        series_uid=row.series_instance_uid,
+        kept_digest=bytes(row.live_digest or b""),
+        kept_study_uid=row.live_study or "",
+        kept_series_uid=row.live_series or "",
         other_digest=bytes(row.digest),
-        ward=row.ward,
-        device=row.device,
-        received_at_us=row.received_at_us,
+        head=head_of(row),
         location=location_of(row),
+        state=ConflictState(row.state),
+        decided_by=row.decided_by,
+        decided_us=row.decided_us,
+        receipt_us=row.receipt_us,
     )

@@ -11,6 +11,7 @@ CANCELLED = 0xFE00
 PENDING = 0xFF00
 PENDING_UNSUPPORTED_KEYS = 0xFF01  # matches go on; an optional key was not matched (PS3.4 Table C.4-1)
 PROCESSING_FAILURE = 0x0110
+DUPLICATE_INSTANCE = 0x0111
 NO_SUCH_INSTANCE = 0x0112
 INVALID_INSTANCE = 0x0117
 CLASS_NOT_SUPPORTED = 0x0122
@@ -29,6 +30,7 @@ STATUS: dict[type[errors.MissError], int] = {
     errors.InvalidInput: CANNOT_UNDERSTAND,
     errors.NotFound: NO_SUCH_INSTANCE,
     errors.Gone: NO_SUCH_INSTANCE,
+    errors.OtherContent: DUPLICATE_INSTANCE,
     errors.Forbidden: NOT_AUTHORIZED,
     errors.NotAuthenticated: NOT_AUTHORIZED,
     errors.OutOfResources: OUT_OF_RESOURCES,
@@ -51,7 +53,7 @@ _MEANINGS = {
     0x0106: "invalid attribute value",
     0x0107: "attribute list error",
     PROCESSING_FAILURE: "processing failure",
-    0x0111: "duplicate SOP instance",
+    DUPLICATE_INSTANCE: "duplicate SOP instance",
     NO_SUCH_INSTANCE: "no such SOP instance",
     INVALID_INSTANCE: "invalid SOP instance UID",
     0x0118: "no such SOP class",

@@ -205,7 +205,7 @@ def test_facts_that_the_index_could_not_take_are_applied_later(
         store(archive, instance)
     archive.wait_indexed()
 
-    def down(*_: object) -> None:
+    def down(*_: object, **__: object) -> None:
         raise Unavailable("the index does not answer")
 
     with monkeypatch.context() as patch:
