@@ -6,6 +6,7 @@ What the other packages use:
     authority    Authority.init(folder, region, passphrase=None), .open(folder): region, pin, bundle, issue;
                  hub_identity(authority_folder, folder, name="hub")
     profiles     Profile (node, portal, hub), Member (a `spiffe://<region>/...` identity), slug(text)
+    devices      DeviceName, issue_device(authority_folder, ledger, name, folder, ...): DICOM over TLS
     invites      create_invite(ledger, *, profile, hospital, ward, issuer, address, pin, life_s, who) -> str
     joining      enrol(invite_text, folder) -> Identity
     enrolment    EnrolmentServer(authority, ledger, identity, settings): start(), stop(), port

@@ -2,10 +2,12 @@
 
 The root (P-384, 20 years, pathlen 1) signs issuing CAs and nothing else, and its key may be moved offline:
 day to day only `issuing.key` is read. The issuing CA (5 years, pathlen 0) may by its critical name constraint
-sign for the region's own domain alone. What a certificate holds comes from `certs/profiles.py` and the
-member's name, never from a request. Registers nothing: `certs/registry.py` does.
+sign for the region's own domain alone; the devices' CA, for DICOM over TLS, for every name but those. What a
+certificate holds comes from `certs/profiles.py` and the member's name, never from a request. Registers
+nothing: `certs/registry.py` does.
 
-    root.key  root.pem  issuing.key  issuing.pem    (keys 0600; root.key encrypted if a passphrase is given)
+    root.key  root.pem  issuing.key  issuing.pem  devices.key  devices.pem
+    (keys 0600; root.key encrypted if a passphrase is given)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -101,11 +103,12 @@ class Authority:
         root_key, issuing_key = ec.generate_private_key(ec.SECP384R1()), new_key()
         now_s = clock() // _US
         root = _sign_root(region, root_key, now_s)
-        issuing = _sign_issuing(region, issuing_key, root, root_key, now_s)
+        issuing = _sign_intermediate(region, "issuing", issuing_key, root, root_key, now_s)
         keyfiles.write_new(staging / "root.key", _root_key_pem(root_key, passphrase), keyfiles.PRIVATE)
         keyfiles.write_new(staging / "root.pem", root.public_bytes(Encoding.PEM))
         keyfiles.write_new(staging / "issuing.key", key_pem(issuing_key), keyfiles.PRIVATE)
         keyfiles.write_new(staging / "issuing.pem", issuing.public_bytes(Encoding.PEM))
+        _make_devices(staging, region, root, root_key, now_s)
         keyfiles.sync_directory(staging)
         os.rename(staging, folder)  # takes the place of an empty folder only
         keyfiles.sync_directory(folder.parent)
@@ -152,13 +155,14 @@ class Authority:
         if not isinstance(public_key.curve, ec.SECP256R1):
             raise InvalidInput("a member's key is on the curve P-256")
         now_s = self._clock() // _US
-        until = min(_time(now_s + life_s), self.issuing.not_valid_after_utc)
+        until = min(time_of(now_s + life_s), self.issuing.not_valid_after_utc)
         authority_key = self.issuing.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
-            _begin(_name(self.region, "/".join((member.profile.value, *member.path))), self.issuing.subject,
-                   public_key, _time(now_s - BACKDATE_S), until)
+            begin_certificate(
+                certificate_name(self.region, "/".join((member.profile.value, *member.path))),
+                self.issuing.subject, public_key, time_of(now_s - BACKDATE_S), until)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(signature=True), critical=True)
+            .add_extension(key_usage(signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage(RULES[member.profile].usages), critical=False)
             .add_extension(x509.SubjectAlternativeName(
                 [x509.UniformResourceIdentifier(member.uri), x509.DNSName(member.dns_name)]), critical=False)
@@ -205,33 +209,90 @@ def hub_identity(
     )
 
 
+def device_issuer(
+    folder: Path, *, passphrase: str | None = None, clock: Clock = clock_us
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The devices' CA of the authority in `folder`. An authority that was made before there was one gets it
+    now, which needs its root key (SettingsError when that is offline, or wants another passphrase)."""
+    authority = Authority.open(folder, clock=clock)
+    if not (folder / "devices.pem").exists():
+        root_key = _read_root_key(folder / "root.key", passphrase)
+        _make_devices(folder, authority.region, authority.root, root_key, clock() // _US)
+    try:
+        certificate = x509.load_pem_x509_certificate(keyfiles.read(folder / "devices.pem"))
+        key = load_pem_private_key(keyfiles.read_private(folder / "devices.key"), None)
+        certificate.verify_directly_issued_by(authority.root)
+    except Exception as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"the devices' authority in {folder} can't be used: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise SettingsError(f"devices.key in {folder} is not the key of devices.pem")
+    return certificate, key
+
+
+def _make_devices(
+    folder: Path, region: str, root: x509.Certificate, root_key: ec.EllipticCurvePrivateKey, now_s: int
+) -> None:
+    """The certificate last: a key without one is of a run that was killed, and gets its certificate now."""
+    if (folder / "devices.key").exists():
+        key = load_pem_private_key(keyfiles.read_private(folder / "devices.key"), None)
+    else:
+        key = new_key()
+        keyfiles.write_new(folder / "devices.key", key_pem(key), keyfiles.PRIVATE)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SettingsError(f"devices.key in {folder} is not a key of this program")
+    certificate = _sign_intermediate(region, "devices", key, root, root_key, now_s)
+    keyfiles.write_new(folder / "devices.pem", certificate.public_bytes(Encoding.PEM))
+    keyfiles.sync_directory(folder)
+
+
+def _read_root_key(path: Path, passphrase: str | None) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(
+            keyfiles.read_private(path), passphrase.encode() if passphrase else None)
+    except FileNotFoundError:
+        raise SettingsError(f"{path} is not here: bring the root key once, to make the devices' authority"
+                            ) from None
+    except (TypeError, ValueError):
+        raise SettingsError(f"{path} can't be opened: its passphrase is needed (--passphrase)") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SettingsError(f"{path} is not a key of this program")
+    return key
+
+
 def _sign_root(region: str, key: ec.EllipticCurvePrivateKey, now_s: int) -> x509.Certificate:
-    subject = _name(region, "root")
-    since, until = _time(now_s - BACKDATE_S), _time(now_s + ROOT_LIFE_S)
-    builder = _begin(subject, subject, key.public_key(), since, until)
+    subject = certificate_name(region, "root")
+    since, until = time_of(now_s - BACKDATE_S), time_of(now_s + ROOT_LIFE_S)
+    builder = begin_certificate(subject, subject, key.public_key(), since, until)
     return (
         builder.add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
-        .add_extension(_key_usage(signature=False), critical=True)
+        .add_extension(key_usage(signature=False), critical=True)
         .add_extension(x509.SubjectAlternativeName(
             [x509.UniformResourceIdentifier(f"spiffe://{region}")]), critical=False)
         .sign(key, hashes.SHA384())
     )
 
 
-def _sign_issuing(
-    region: str, key: ec.EllipticCurvePrivateKey, root: x509.Certificate,
+def _sign_intermediate(
+    region: str, what: str, key: ec.EllipticCurvePrivateKey, root: x509.Certificate,
     root_key: ec.EllipticCurvePrivateKey, now_s: int,
 ) -> x509.Certificate:
-    # DNS constraints only: with URI constraints the verifier of `cryptography` refuses every chain.
-    constraints = x509.NameConstraints(
-        permitted_subtrees=[x509.DNSName(region_domain(region))], excluded_subtrees=None)
+    # DNS constraints only: with URI constraints the verifier of `cryptography` refuses every chain. The
+    # region's own domain is the issuing CA's, and closed to the devices' CA: its certificates are good for
+    # servers of whatever name, and must never pass for a hub.
+    domain = [x509.DNSName(region_domain(region))]
+    constraints = (x509.NameConstraints(permitted_subtrees=None, excluded_subtrees=domain)
+                   if what == "devices" else
+                   x509.NameConstraints(permitted_subtrees=domain, excluded_subtrees=None))
     root_key_id = root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    until = min(_time(now_s + ISSUING_LIFE_S), root.not_valid_after_utc)
+    until = min(time_of(now_s + ISSUING_LIFE_S), root.not_valid_after_utc)
     return (
-        _begin(_name(region, f"issuing {secrets.token_hex(4)}"), root.subject, key.public_key(),
-               _time(now_s - BACKDATE_S), until)
+        begin_certificate(
+            certificate_name(region, f"{what} {secrets.token_hex(4)}"), root.subject, key.public_key(),
+            time_of(now_s - BACKDATE_S), until)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signature=False), critical=True)
+        .add_extension(key_usage(signature=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(
             [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(constraints, critical=True)
@@ -243,9 +304,11 @@ def _sign_issuing(
     )
 
 
-def _begin(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, since: datetime, until: datetime
+def begin_certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
+    since: datetime, until: datetime,
 ) -> x509.CertificateBuilder:
+    """What every certificate begins with."""
     return (
         x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
         .serial_number(x509.random_serial_number())  # 159 bits
@@ -254,17 +317,17 @@ def _begin(
     )
 
 
-def _name(region: str, what: str) -> x509.Name:
+def certificate_name(region: str, what: str) -> x509.Name:
     return x509.Name([
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, f"MISS {region}"),
         x509.NameAttribute(NameOID.COMMON_NAME, what[:64]),  # X.520's upper bound; the identity is the URI
     ])
 
 
-def _key_usage(*, signature: bool) -> x509.KeyUsage:
+def key_usage(*, signature: bool, encipherment: bool = False) -> x509.KeyUsage:
     """A member signs handshakes, a CA signs certificates and lists of the revoked; nobody does both."""
     return x509.KeyUsage(
-        digital_signature=signature, content_commitment=False, key_encipherment=False,
+        digital_signature=signature, content_commitment=False, key_encipherment=encipherment,
         data_encipherment=False, key_agreement=False, key_cert_sign=not signature, crl_sign=not signature,
         encipher_only=False, decipher_only=False,
     )
@@ -277,5 +340,5 @@ def _root_key_pem(key: ec.EllipticCurvePrivateKey, passphrase: str | None) -> by
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
 
 
-def _time(seconds: int) -> datetime:
+def time_of(seconds: int) -> datetime:
     return datetime.fromtimestamp(0, UTC) + timedelta(seconds=seconds)

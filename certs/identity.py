@@ -77,6 +77,11 @@ class Identity:
         return self.folder / "generations" / self.generation / "key.pem"
 
     @property
+    def current_roots_path(self) -> Path:
+        """The roots of whichever generation is the current one."""
+        return self.folder / "current" / "roots.pem"
+
+    @property
     def chain_path(self) -> Path:
         return self.key_path.with_name("chain.pem")
 

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from enum import Enum
+from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -22,6 +23,9 @@ INTERNAL_DOMAIN = "miss.internal"  # .internal is kept for private use (ICANN, 2
 DAY_S = 24 * 3600
 ROOT_LIFE_S = 20 * 365 * DAY_S
 ISSUING_LIFE_S = 5 * 365 * DAY_S
+DEVICE_LIFE_S = 365 * DAY_S  # machines that people renew by hand; at most twice as long
+DEVICE_LIFE_S_MAX = 2 * DEVICE_LIFE_S
+DEVICE_MARK = "aet"
 LEAF_LIFE_S = 30 * DAY_S  # at least three times the longest outage that is planned for
 BACKDATE_S = 300          # for members whose clock is behind
 
@@ -73,6 +77,17 @@ def hub_dns_name(region: str) -> str:
     gets this name and serverAuth, and it is what makes a hub reachable by IP, behind NAT or on loopback.
     """
     return f"hub.{region_domain(region)}"
+
+
+def device_uri(region: str, ae_title: str, ward: str = "") -> str:
+    """What a certificate says of a machine that speaks DICOM: its AE title, in one ward or in the region. No
+    member's identity: it has no form of one, and nothing but DICOM TLS reads it."""
+    place = f"{region}:{ward}" if ward else region
+    return f"urn:miss:{place}:{DEVICE_MARK}:{quote(ae_title, safe='')}"
+
+
+def is_device_uri(uri: str) -> bool:
+    return uri.startswith("urn:miss:") and f":{DEVICE_MARK}:" in uri
 
 
 @dataclass(frozen=True, slots=True)
