@@ -15,6 +15,7 @@ CONTEXTS_MAX = 128              # odd IDs from 1 to 255 (PS3.8 9.3.2.2)
 MAX_PDU_BYTES_UNSAID = 16 << 10  # what a peer gets that leaves its maximum out against PS3.8 D.1.1
 HEADER_BYTES = 6                # of a PDU: type, reserved, length
 PDV_HEADER_BYTES = 6            # of a presentation data value: length, context ID, message control header
+DATA_HEADER_BYTES = HEADER_BYTES + PDV_HEADER_BYTES
 IMPLEMENTATION_CLASS_UID = "2.25.322689067499482637133746055194812954208"  # MISS, made once; never changes
 IMPLEMENTATION_VERSION = "MISS_0_1"
 
