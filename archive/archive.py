@@ -299,7 +299,12 @@ def open_logs(
     watermark = Watermark.open(settings.state / _WATERMARK_FILE, writer)
     try:
         promised = max(packs_read, watermark.position)
-        packs = Packs.open(storage, promised=promised, limits=settings.log_limits)
+        packs = Packs.open(
+            storage,
+            promised=promised,
+            limits=settings.log_limits,
+            image_bytes_max=settings.small_object_bytes_max,
+        )
         try:
             facts = FactLog.open(storage, promised=facts_read, writer=packs.writer)
         except BaseException:

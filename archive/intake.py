@@ -4,8 +4,9 @@ answer may go out when `Ticket.wait_durable` has returned, and not before.
 Order. (1) Bytes gather in memory within the shared byte budget, or stream into a pack of their own; they
 are on no record yet. (2) The header is read and compared with what the sender said; the digest is taken.
 (3) The decision: the first content of a SOP Instance UID is STORED, the same content again is a DUPLICATE
-and nothing is written, another content is a CONFLICT, kept and not served. One decision at a time for a
-UID. What is written and not indexed yet is in `Recent`, everything older in the index, so both are asked.
+and nothing is written, another content is a CONFLICT, kept and not served, or refused, as its device's policy
+says. One decision at a time for a UID. What is written and not indexed yet is in `Recent`, everything older
+in the index, so both are asked.
 (4) The record is appended; its kind is the decision. (5) `wait_durable`: the pack is synced. (6) The
 indexer brings it into the index, later.
 
@@ -15,30 +16,39 @@ and the index sorts out later what it then knows better; past the lag bound inta
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from archive.budget import ByteBudget
-from archive.dataset.header import scan
-from archive.errors import Corrupt, DatasetMismatch, MissError, OutOfResources, TooLarge
+from archive.conflicts.noting import Noting
+from archive.errors import MissError, OtherContent, OutOfResources, TooLarge
 from archive.index.index import Index
 from archive.indexer import Indexer
-from archive.model import START, Attributes, InstanceHead, Outcome, Position, RecordKind, require_uid
+from archive.model import (
+    START,
+    Attributes,
+    ConflictPolicy,
+    InstanceHead,
+    Outcome,
+    Position,
+    Record,
+    RecordKind,
+    require_uid,
+)
+from archive.packs.images import RecordImage
+from archive.packs.large import FOLDER as LARGE
 from archive.packs.large import OwnPack
 from archive.packs.packs import Packs, Written
-from archive.packs.storage import Buffer, Storage
+from archive.packs.storage import Storage
 from archive.recent import Recent, Unindexed
+from archive.reception import Content, Reception
 
 log = logging.getLogger(__name__)
 
-_GRANT_BYTES = 64 << 10
 _ROOM_WAIT_S = 10.0  # a sender is slowed down before it is refused, as long as the index makes progress
-_FREE_CHECK_BYTES = 64 << 20
 _FREE_ASKED_S = 0.05  # a full disk is noticed by the write itself; this only keeps the reserve
 
 
@@ -96,6 +106,7 @@ class Intake:
         self._index = index
         self._recent = recent
         self._storage = storage
+        self._noting = Noting(index, indexer.record_facts)
         self._order = threading.Lock()  # the log and `Recent` have one order
         self._turn = threading.Condition(threading.Lock())
         self._turns_awaited = 0
@@ -103,8 +114,16 @@ class Intake:
         self._free_bytes = 0
         self._free_asked_s = -_FREE_ASKED_S
 
-    def begin(self, head: InstanceHead, *, conflict: bool = False, size_hint: int | None = None) -> Reception:
-        """Begin to receive. `conflict` says that the sender keeps this content as a conflict itself.
+    def begin(
+        self,
+        head: InstanceHead,
+        *,
+        conflict: bool = False,
+        size_hint: int | None = None,
+        policy: ConflictPolicy = ConflictPolicy.KEEP,
+    ) -> Reception:
+        """Begin to receive. `conflict` says that the sender keeps this content as a conflict itself; `policy`
+        what becomes of it if another is here.
 
         Raises InvalidInstance, TooLarge, and OutOfResources: disk, index too far behind.
         """
@@ -114,12 +133,14 @@ class Intake:
         if size > self.limits.object_bytes_max:
             raise TooLarge(f"an instance may have {self.limits.object_bytes_max} bytes")
         self.require_space(size)
-        if (
-            len(self._recent) >= self.limits.index_lag_records_max
-            or self._recent.oldest_age_s() > self.limits.index_lag_s_max
-        ):
+        if self.is_pressed():
             self._require_index()
-        return Reception(self, head, conflict, size)
+        return Reception(self, head, conflict, size, policy)
+
+    def is_pressed(self) -> bool:
+        """Whether the index is so far behind that intake slows down."""
+        recent, limits = self._recent, self.limits
+        return len(recent) >= limits.index_lag_records_max or recent.oldest_age_s() > limits.index_lag_s_max
 
     def require_space(self, size: int) -> None:
         """Raises OutOfResources when `size` more bytes would leave less than the reserve."""
@@ -145,30 +166,79 @@ class Intake:
         head: InstanceHead,
         attributes: Attributes,
         digest: bytes,
-        content: bytes | OwnPack,
+        content: Content,
         *,
         conflict: bool,
+        policy: ConflictPolicy = ConflictPolicy.KEEP,
     ) -> Ticket:
-        """Decide, and append if there is something to append."""
+        """Decide, and append if there is something to append. Raises OtherContent by the policy."""
         uid = head.sop_instance_uid
         self._claim(uid)
         try:
             outcome, earlier, is_new = self._decide(uid, digest, conflict)
+            if is_new and outcome is Outcome.CONFLICT and policy is ConflictPolicy.REFUSE:
+                self._noting.refused(head, digest)
+                raise OtherContent("another content is here under this SOP Instance UID: not taken")
             if is_new:
                 if isinstance(content, OwnPack):
                     content.seal()
                 kind = RecordKind.INSTANCE if outcome is Outcome.STORED else RecordKind.CONFLICT
                 with self._order:
-                    if isinstance(content, OwnPack):
-                        written = self.packs.append_own(kind, head, content)
-                    else:
-                        written = self.packs.append(kind, head, (content,), len(content), digest)
+                    written = self._append(kind, head, content, digest)
                     earlier = self._recent.add(written, attributes.study_uid, attributes)
+            if outcome is Outcome.CONFLICT:
+                self._put_on_record(head, digest, earlier, is_new, policy)
         finally:
             self._release(uid)
         known = None if earlier is None else earlier.written
         position = START if known is None else known.record.end
         return Ticket(outcome, digest, attributes.study_uid, position, self, known)
+
+    def _append(self, kind: RecordKind, head: InstanceHead, content: Content, digest: bytes) -> Written:
+        if isinstance(content, OwnPack):
+            return self.packs.append_own(kind, head, content)
+        if isinstance(content, RecordImage):
+            return self.packs.append_image(kind, head, content, digest)
+        return self.packs.append(kind, head, (content,), len(content), digest)
+
+    def write_again(self, record: Record, attributes: Attributes, dataset: bytes, *, live: bool) -> Written:
+        """Write a record that is here once more, behind the others, as it came; the index follows. `dataset`
+        is empty for one that has a pack of its own: it is referred to again. `live` says what it is by now,
+        its kind what it was when it came."""
+        now = RecordKind.INSTANCE if live else RecordKind.CONFLICT
+        uid = record.head.sop_instance_uid
+        self._claim(uid)
+        try:
+            with self._order:
+                if record.location.pack.startswith(LARGE):
+                    written = self.packs.append_reference(record)
+                else:
+                    written = self.packs.append(
+                        record.kind, record.head, (dataset,), len(dataset), record.digest
+                    )
+                known = replace(written, record=replace(written.record, kind=now))
+                self._recent.add(known, attributes.study_uid, attributes)
+        finally:
+            self._release(uid)
+        return written
+
+    def _put_on_record(
+        self,
+        head: InstanceHead,
+        digest: bytes,
+        earlier: Unindexed | None,
+        is_new: bool,
+        policy: ConflictPolicy,
+    ) -> None:
+        """Another content is kept: whoever it concerns is told, and a correction is one when the answer
+        goes."""
+        proposed = policy is ConflictPolicy.PROPOSE
+        if proposed:
+            if earlier is not None:
+                self.packs.wait_durable(earlier.written)  # the fact is about what is there
+            self._noting.proposed(head, digest)
+        if is_new:
+            self._noting.kept(head, proposed=proposed)
 
     def _decide(self, uid: str, digest: bytes, conflict: bool) -> tuple[Outcome, Unindexed | None, bool]:
         """The outcome, the record of this content that is not indexed yet, and whether one is to be
@@ -183,6 +253,8 @@ class Intake:
             if not live:
                 known = self._index.lookup(uid)
                 if known is not None and known.digest == digest:
+                    if known.evicted:  # success means durable here: it is written again
+                        return Outcome.STORED, None, True
                     return Outcome.DUPLICATE, None, False
                 live = known is not None
             if (live or conflict) and self._index.has_content(uid, digest):
@@ -208,127 +280,7 @@ class Intake:
                 self._turn.notify_all()
 
 
-class Reception:
-    """One instance on its way in. `commit` or `abort` ends it; after an exception from `write` it is
-    ended."""
-
-    def __init__(self, intake: Intake, head: InstanceHead, conflict: bool, size_hint: int) -> None:
-        self._intake = intake
-        self._head = head
-        self._conflict = conflict
-        self._small_max = intake.limits.small_object_bytes_max
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._granted = 0
-        self._checked = 0
-        self._own: OwnPack | None = None
-        self._ended = False
-        if size_hint > self._small_max:
-            self._own = intake.packs.begin_own(head)
-
-    @property
-    def size(self) -> int:
-        """The bytes of the data set so far."""
-        return self._size
-
-    def write(self, view: Buffer) -> None:
-        """More of the data set, without group 2, in order. Copied or on disk when this returns."""
-        if self._ended:
-            raise ValueError("this reception has ended")
-        size = self._size + len(view)
-        try:
-            if size > self._intake.limits.object_bytes_max:
-                raise TooLarge(f"an instance may have {self._intake.limits.object_bytes_max} bytes")
-            if self._own is None and not self._may_hold(size):
-                self._spill()
-            if self._own is None:
-                self._pieces.append(view if type(view) is bytes else bytes(view))
-            else:
-                if size - self._checked >= _FREE_CHECK_BYTES:
-                    self._intake.require_space(0)
-                    self._checked = size
-                self._own.write(view)
-        except BaseException:
-            self.abort()
-            raise
-        self._size = size
-
-    def _may_hold(self, size: int) -> bool:
-        """Whether `size` bytes may be held in memory. Past the budget an object goes to disk instead."""
-        if size > self._small_max:
-            return False
-        if size > self._granted:
-            grant = max(size - self._granted, _GRANT_BYTES)
-            if not self._intake.budget.take(grant):
-                return False
-            self._granted += grant
-        return True
-
-    def _spill(self) -> None:
-        self._own = self._intake.packs.begin_own(self._head)
-        for piece in self._pieces:
-            self._own.write(piece)
-        self._drop()
-
-    def commit(self, *, expected_digest: bytes | None = None) -> Ticket:
-        """All bytes are here: judge, decide, append. Whatever it raises, nothing stays of the instance.
-
-        Raises CannotUnderstand, DatasetMismatch, TooLarge, Corrupt (the digest differs from
-        `expected_digest`), OutOfResources, SyncFailed.
-        """
-        if self._ended:
-            raise ValueError("this reception has ended")
-        try:
-            return self._commit(expected_digest)
-        finally:
-            self.abort()
-
-    def _commit(self, expected_digest: bytes | None) -> Ticket:
-        head, own = self._head, self._own
-        if own is not None:
-            digest = own.digest()
-            _require_digest(digest, expected_digest)
-            with own.dataset() as dataset:
-                attributes = scan(dataset, head.transfer_syntax_uid)
-            content: bytes | OwnPack = own
-        else:
-            content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            digest = hashlib.sha256(content).digest()
-            _require_digest(digest, expected_digest)
-            attributes = scan(content, head.transfer_syntax_uid)
-        _require_match(head, attributes)
-        return self._intake.take(head, attributes, digest, content, conflict=self._conflict)
-
-    def abort(self) -> None:
-        """Let go of everything; what was committed stays. Any number of times."""
-        self._ended = True
-        self._drop()
-        own, self._own = self._own, None
-        if own is not None:
-            with contextlib.suppress(OSError):
-                own.abort()
-
-    def _drop(self) -> None:
-        self._pieces = []
-        granted, self._granted = self._granted, 0
-        if granted:
-            self._intake.budget.give_back(granted)
-
-
 @lru_cache(maxsize=1024)
 def _require_kind(sop_class_uid: str, transfer_syntax_uid: str) -> None:
     require_uid(sop_class_uid, "the SOP Class UID")
     require_uid(transfer_syntax_uid, "the transfer syntax UID")
-
-
-def _require_digest(digest: bytes, expected: bytes | None) -> None:
-    if expected is not None and digest != expected:
-        raise Corrupt("the bytes that arrived do not match their digest")
-
-
-def _require_match(head: InstanceHead, attributes: Attributes) -> None:
-    """PS3.4 B.2.3: the data set is of the class and the instance that the command named."""
-    if attributes.instance.get("SOPInstanceUID") != head.sop_instance_uid:
-        raise DatasetMismatch("the data set's SOP Instance UID is not the command's")
-    if attributes.instance.get("SOPClassUID") != head.sop_class_uid:
-        raise DatasetMismatch("the data set's SOP Class UID is not the command's")

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from archive.archive import Archive
 from archive.errors import Corrupt, InvalidInput, MissError, TooLarge
-from archive.intake import Reception, Ticket
+from archive.intake import Ticket
 from archive.model import Fact, FactKind, InstanceHead, Outcome, Scope
+from archive.reception import Reception
 from federation import serde
 from federation.replicator import Received, Refused
 from protos import uplink_pb2

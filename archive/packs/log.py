@@ -11,20 +11,27 @@ clean; the file is abandoned where it was last known synced, and its successor's
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import lru_cache
 
 from archive.errors import MissError, SyncFailed, Unavailable
 from archive.model import START, InstanceHead, Position, RecordKind
+from archive.packs.ahead import ZerosAhead
+from archive.packs.images import PAGE_BYTES, RecordImage
 from archive.packs.logfiles import NO_SPACE, Appended, Layout, LogFile, LogLimits, read_records, write_error
 from archive.packs.records import (
+    ALIGNMENT,
     FILE_HEADER_BYTES,
     NO_HEAD,
     RECORD_HEADER_BYTES_MAX,
+    RECORD_HEADER_BYTES_MIN,
     TRAILER_BYTES,
     FileHeader,
+    aligned,
 )
 from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.reopening import Reopened, reopen
@@ -32,10 +39,11 @@ from archive.packs.storage import Buffer, Storage
 
 log = logging.getLogger(__name__)
 
-_AHEAD_PIECE = bytes(1 << 20)
 _AHEAD_RECORD_BYTES_MAX = 128 << 10
 _NO_DIGEST = bytes(32)
+_FILL_BYTES_MIN = aligned(RECORD_HEADER_BYTES_MIN + TRAILER_BYTES)
 _FRAME_BYTES_MAX = RECORD_HEADER_BYTES_MAX + 2 * TRAILER_BYTES
+IMAGE_FRAME_BYTES = _FRAME_BYTES_MAX + 2 * (PAGE_BYTES + _FILL_BYTES_MIN)  # beside a data set
 
 
 class Log:
@@ -57,6 +65,7 @@ class Log:
         self._sequence = state.sequence
         self._acknowledged = state.acknowledged
         self._on_durable: Callable[[], None] = lambda: None
+        self._ahead = ZerosAhead(limits)
 
     @classmethod
     def open(
@@ -89,6 +98,7 @@ class Log:
             log.error("%s could not be synced when it was closed", self.layout.folder)
         with self._lock:
             self._closed = True
+            self._ahead.close()
             current, self._current = self._current, None
             if current is not None:
                 with current.sync_turn:
@@ -148,6 +158,50 @@ class Log:
         with self._lock:
             return self._append(kind, head, payload, payload_bytes, prefix, digest, flags)
 
+    def append_image(
+        self, kind: int, head: InstanceHead, image: RecordImage, *, prefix: bytes, digest: bytes
+    ) -> Appended:
+        """Put a record behind the last one that lies in page-aligned memory: on pages of its own, in one
+        write past the page cache. Its data set is the image's; raises what `append` raises."""
+        payload_bytes = len(prefix) + image.dataset_bytes
+        with self._lock:
+            current = self._writable(payload_bytes + IMAGE_FRAME_BYTES)
+            if current.end % PAGE_BYTES:
+                self._fill_page(current)
+            offset = current.end
+            place = Position(current.number, current.durable)
+            header, trailer = current.framing.encode(
+                kind, head, digest, flags=0, sequence=self._sequence, offset=offset, durable_to=place,
+                payload_bytes=payload_bytes, prefix=prefix,
+            )  # fmt: skip
+            end = offset + len(header) + payload_bytes + len(trailer)
+            filling = self._filling(current, end, self._sequence + 1) if end % PAGE_BYTES else b""
+            view = image.completed(header + prefix, trailer + filling)
+            self._write(current, [view], offset, end + len(filling), direct=True)
+            appended = Appended(current, self._sequence, offset + len(header), Position(current.number, end))
+            current.end, current.records_end = end + len(filling), end
+            self._sequence += 2 if filling else 1
+            return appended
+
+    def _fill_page(self, current: LogFile) -> None:
+        filling = self._filling(current, current.end, self._sequence)
+        end = current.end + len(filling)
+        self._write(current, [filling], current.end, end)
+        current.end = end
+        self._sequence += 1
+
+    def _filling(self, current: LogFile, offset: int, sequence: int) -> bytes:
+        """A MARK that reaches from `offset` to the end of a page: its payload is zeros."""
+        size = -offset % PAGE_BYTES
+        if size < _FILL_BYTES_MIN:
+            size += PAGE_BYTES
+        zeros = bytes(size - RECORD_HEADER_BYTES_MIN - TRAILER_BYTES)
+        header, trailer = current.framing.encode(
+            RecordKind.MARK, NO_HEAD, _digest_of_zeros(len(zeros)), flags=0, sequence=sequence, offset=offset,
+            durable_to=Position(current.number, current.durable), payload_bytes=len(zeros), prefix=b"",
+        )  # fmt: skip
+        return header + zeros + trailer
+
     def _append(
         self,
         kind: int,
@@ -172,11 +226,13 @@ class Log:
             current.records_end = end
         return Appended(current, sequence, offset + len(header), Position(current.number, end))
 
-    def _write(self, current: LogFile, views: list[Buffer], offset: int, end: int) -> None:
+    def _write(
+        self, current: LogFile, views: list[Buffer], offset: int, end: int, *, direct: bool = False
+    ) -> None:
         if end > current.allocated:
-            self._write_ahead(current, end - offset)
+            self._await_zeros(current, end)
         try:
-            current.file.pwritev(views, offset)
+            current.file.pwritev(views, offset, direct=direct)
         except OSError as error:
             self._take_back(current, offset)
             if error.errno not in NO_SPACE:
@@ -184,23 +240,22 @@ class Log:
             raise write_error(error) from error
         if end > current.allocated:
             current.allocated = end
+        if end - offset <= _AHEAD_RECORD_BYTES_MAX:
+            # Large records move the end themselves: for them one more sync of the size is cheaper than every
+            # byte written twice.
+            self._ahead.keep(current)
 
-    def _write_ahead(self, current: LogFile, record_bytes: int) -> None:
-        """Zeros for the next few megabytes. Large records move the end themselves: for them one more sync of
-        the size is cheaper than every byte written twice."""
-        ahead = min(self._limits.ahead_bytes, self._limits.file_bytes_max - current.allocated)
-        if record_bytes > _AHEAD_RECORD_BYTES_MAX:
-            return
-        try:
-            for offset in range(current.allocated, current.allocated + ahead, len(_AHEAD_PIECE)):
-                length = min(len(_AHEAD_PIECE), current.allocated + ahead - offset)
-                current.file.pwritev([memoryview(_AHEAD_PIECE)[:length]], offset)
-            current.allocated += ahead
-        except OSError:
-            self._take_back(current, current.allocated)  # the record itself may still find room
+    def _await_zeros(self, current: LogFile, end: int) -> None:
+        """The record crosses into what is being zeroed: nothing may be written there at the same time."""
+        with current.zeroed:
+            while current.claimed and end > current.allocated:
+                current.zeroed.wait()
 
     def _take_back(self, current: LogFile, offset: int) -> None:
         """After a failed write: nothing half stored stays behind the last record."""
+        with current.zeroed:
+            while current.claimed:
+                current.zeroed.wait()
         try:
             current.file.truncate(offset)
             current.allocated = offset
@@ -226,6 +281,9 @@ class Log:
 
     def _seal(self, current: LogFile) -> None:
         """The end of a file for good: synced, or abandoned where it was last synced."""
+        with current.zeroed:
+            while current.claimed:
+                current.zeroed.wait()
         with current.sync_turn:
             if not current.failed:
                 try:
@@ -383,7 +441,30 @@ class Log:
         return {number: ends.get(number, size) for number, size in sizes.items()}
 
     def forget(self, number: int) -> None:
-        """A sealed file was removed on purpose."""
+        """A sealed file is removed on purpose."""
         with self._lock:
-            self._numbers.remove(number)
-            self._ends.pop(number, None)
+            if number in self._numbers[:-1]:
+                self._numbers.remove(number)
+                self._ends.pop(number, None)
+
+    def seal(self, *, age_s_min: float = 0.0) -> bool:
+        """End the file that is being written, if it holds anything and is that old; the next record begins
+        another. Raises MissError when that can't be begun: then records go on into a fresh one later."""
+        with self._lock:
+            current = self._current
+            if current is None or self._closed or current.end == FILE_HEADER_BYTES:
+                return False
+            if time.time() - current.framing.header.created_us / 1e6 < age_s_min:
+                return False
+            self._seal(current)
+            self._current = self._begin()
+            return True
+
+    def seal_aged(self) -> bool:
+        """In an idle moment: end the file that is past its age."""
+        return self.seal(age_s_min=self._limits.file_age_s_max)
+
+
+@lru_cache(maxsize=2 * PAGE_BYTES // ALIGNMENT)
+def _digest_of_zeros(count: int) -> bytes:
+    return hashlib.sha256(bytes(count)).digest()

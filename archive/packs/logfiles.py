@@ -26,11 +26,13 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 @dataclass(frozen=True, slots=True)
 class LogLimits:
     """When a file of the stream is full, and how far zeros are written ahead: a sync of bytes that already
-    had their place in the file costs half of one that moves its end."""
+    had their place in the file costs half of one that moves its end. `ahead_by_thread` has a thread of its
+    own write them; without, whoever comes to the end does."""
 
     file_bytes_max: int = 1 << 30
     file_age_s_max: float = 24 * 3600.0
     ahead_bytes: int = 4 << 20
+    ahead_by_thread: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,15 @@ class Layout:
     def name_of(self, number: int) -> str:
         return f"{self.folder}/{number:08d}.{self.suffix}"
 
+    def number_of(self, name: str) -> int:
+        """The number of a file of this log; 0 when the name is none of its."""
+        stem, _, suffix = name.removeprefix(f"{self.folder}/").partition(".")
+        return int(stem) if suffix == self.suffix and stem.isdecimal() else 0
+
     def files(self, storage: Storage) -> dict[int, str]:
         """The files there are, by number."""
-        files = {}
-        for name in storage.list(self.folder):
-            stem, _, suffix = name.removeprefix(f"{self.folder}/").partition(".")
-            if suffix == self.suffix and stem.isdecimal():
-                files[int(stem)] = name
+        files = {self.number_of(name): name for name in storage.list(self.folder)}
+        files.pop(0, None)
         return files
 
     def header_of(self, storage: Storage, number: int) -> FileHeader | None:
@@ -71,6 +75,7 @@ class LogFile:
 
     __slots__ = (
         "allocated",
+        "claimed",
         "durable",
         "end",
         "failed",
@@ -82,6 +87,7 @@ class LogFile:
         "records_end",
         "sealed",
         "sync_turn",
+        "zeroed",
     )
 
     def __init__(self, name: str, file: AppendFile, header: FileHeader, end: int) -> None:
@@ -94,6 +100,8 @@ class LogFile:
         self.failed = False
         self.sealed = False
         self.sync_turn = threading.Lock()  # one sync at a time: an error is reported to one caller only
+        self.claimed = False  # zeros are being written from `allocated` on: no record may go there
+        self.zeroed = threading.Condition(threading.Lock())
 
 
 @dataclass(frozen=True, slots=True)

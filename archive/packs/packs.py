@@ -18,10 +18,11 @@ from typing import BinaryIO
 from archive.errors import Corrupt, Evicted, NotFound
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
 from archive.packs import holes, large
-from archive.packs.large import OwnPack
-from archive.packs.log import Log
+from archive.packs.images import PagePool, RecordImage
+from archive.packs.large import Lanes, OwnPack
+from archive.packs.log import IMAGE_FRAME_BYTES, Log
 from archive.packs.logfiles import Appended, Layout, LogLimits
-from archive.packs.records import TRAILER_BYTES, Flag, Purpose, Reference, part10_prefix
+from archive.packs.records import TRAILER_BYTES, Flag, Purpose, Reference, header_bytes, part10_prefix
 from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.storage import AppendFile, Buffer, Storage
 
@@ -43,17 +44,26 @@ class Written:
 class Packs:
     """The packs of one archive. One process opens them to write; any number read by location."""
 
-    def __init__(self, storage: Storage, records: Log | None) -> None:
+    def __init__(self, storage: Storage, records: Log | None, image_bytes_max: int = 0) -> None:
         self.storage = storage
         self._log = records
+        self._pool = PagePool(image_bytes_max + IMAGE_FRAME_BYTES)
+        self._lanes = Lanes()
 
     @classmethod
-    def open(cls, storage: Storage, *, promised: Position = START, limits: LogLimits | None = None) -> Packs:
+    def open(
+        cls,
+        storage: Storage,
+        *,
+        promised: Position = START,
+        limits: LogLimits | None = None,
+        image_bytes_max: int = 1 << 20,
+    ) -> Packs:
         """To write. `promised` is a place that was read from the packs before: everything below it was
-        synced."""
+        synced. `image_bytes_max` is the largest data set that an image takes."""
         records = Log.open(storage, LAYOUT, promised=promised, limits=limits)
         large.settle_after_crash(storage, records)
-        return cls(storage, records)
+        return cls(storage, records, image_bytes_max)
 
     @classmethod
     def open_to_read(cls, storage: Storage) -> Packs:
@@ -88,12 +98,28 @@ class Packs:
         location = Location(appended.log_file.name, appended.payload_offset, length, len(prefix))
         return Written(appended, Record(kind, appended.sequence, head, digest, location, appended.end))
 
-    def begin_own(self, head: InstanceHead) -> OwnPack:
-        """A pack for one large instance; it counts once `append_own` has referred to it."""
+    def begin_image(self, head: InstanceHead) -> RecordImage:
+        """Memory for an instance of up to `image_bytes_max`, in which it needs no further copy."""
+        return RecordImage(self._pool, header_bytes(head) + len(part10_prefix(head)))
+
+    def append_image(
+        self, kind: RecordKind, head: InstanceHead, image: RecordImage, digest: bytes
+    ) -> Written:
+        """Put an instance behind the last one that has arrived in an image."""
+        prefix = part10_prefix(head)
+        length = len(prefix) + image.dataset_bytes
+        appended = self.log.append_image(kind, head, image, prefix=prefix, digest=digest)
+        location = Location(appended.log_file.name, appended.payload_offset, length, len(prefix))
+        return Written(appended, Record(kind, appended.sequence, head, digest, location, appended.end))
+
+    def begin_own(self, head: InstanceHead, *, buffered: bool = True) -> OwnPack:
+        """A pack for one large instance; it counts once `append_own` has referred to it. `buffered` says that
+        it may hold twice LANE_BYTES of memory."""
         records = self.log
         return OwnPack(
-            self.storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence
-        )
+            self.storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence,
+            lanes=self._lanes if buffered else None,
+        )  # fmt: skip
 
     def append_reference(self, record: Record) -> Written:
         """Refer once more, behind the last instance, to a pack of its own that an earlier record names."""
@@ -127,6 +153,7 @@ class Packs:
         self.log.on_durable(callback)
 
     def close(self) -> None:
+        self._lanes.close()
         if self._log is not None:
             self._log.close()
 
@@ -141,7 +168,7 @@ class Packs:
             if isinstance(item, Damage):
                 yield item
             elif item.header.kind != RecordKind.MARK:
-                yield _record(item)
+                yield record_of(item)
 
     def open_payload(self, location: Location) -> BinaryIO:
         """A seekable reader over exactly the payload. Raises NotFound when the pack is gone, Corrupt when
@@ -267,7 +294,8 @@ def _location(reference: Reference) -> Location:
     return Location(reference.pack, reference.offset, reference.length, reference.dataset_offset)
 
 
-def _record(item: FoundRecord) -> Record:
+def record_of(item: FoundRecord) -> Record:
+    """A record of a pack as the domain knows it."""
     header = item.header
     if header.is_reference:
         location = _location(Reference.decode(item.prefix))

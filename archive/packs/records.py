@@ -341,6 +341,16 @@ class Framing:
         return check.digest()
 
 
+def header_bytes(head: InstanceHead) -> int:
+    """How long the header of a record of this instance is, before anything else is known of it."""
+    source = head.provenance
+    _, words = _words(
+        head.sop_class_uid, head.transfer_syntax_uid,
+        source.ward, source.issuer, source.device, source.calling_ae,
+    )  # fmt: skip
+    return _FIXED.size + len(words) + len(head.sop_instance_uid) + _CHECK_BYTES
+
+
 def aligned(offset: int) -> int:
     """The first place at or after `offset` where a record may begin."""
     return offset + -offset % ALIGNMENT

@@ -7,6 +7,7 @@ comes out of a database.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -28,6 +29,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*/[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)+", re.ASCII)
 _HANDLES_MAX = 128  # open for reading at once; the oldest is closed when nobody reads from it any more
+_NOT_OPENED, _CANNOT = -1, -2  # in place of a descriptor
 _VIEWS_MAX = 512  # of one pwritev; Linux takes 1,024 (IOV_MAX)
 
 
@@ -46,8 +48,10 @@ class AppendFile(Protocol):
     @property
     def name(self) -> str: ...
 
-    def pwritev(self, views: Sequence[Buffer], offset: int) -> None:
-        """Write all of `views` from `offset` on, or raise OSError (some of it may have been written)."""
+    def pwritev(self, views: Sequence[Buffer], offset: int, *, direct: bool = False) -> None:
+        """Write all of `views` from `offset` on, or raise OSError (some of it may have been written).
+        `direct` says that they are one view of whole pages, in memory and in the object: nothing need be
+        copied or cached for them."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer only at the end of the object."""
@@ -106,25 +110,56 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
+def _open_direct(fd: int) -> int:
+    """The same file, opened to be written past the page cache; not every file system takes that."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except (OSError, AttributeError):  # no O_DIRECT on this system at all
+        return _CANNOT
+
+
 class FileHandle:
     """An open file. Closed when it is told to be, or when nobody refers to it any more."""
 
-    __slots__ = ("_closing", "_fd", "_name")
+    __slots__ = ("_closing", "_direct_fd", "_fd", "_name")
 
     def __init__(self, name: str, fd: int) -> None:
         self._name = name
         self._fd = fd
+        self._direct_fd = _NOT_OPENED
         self._closing = threading.Lock()
 
     @property
     def name(self) -> str:
         return self._name
 
-    def pwritev(self, views: Sequence[Buffer], offset: int) -> None:
+    def pwritev(self, views: Sequence[Buffer], offset: int, *, direct: bool = False) -> None:
+        if direct and self._write_direct(views[0], offset):
+            return
         total = sum(len(view) for view in views)
         written = os.pwritev(self._fd, views[:_VIEWS_MAX], offset)
         if written != total:
             self._write_rest(views, offset, written)
+
+    def _write_direct(self, view: Buffer, offset: int) -> bool:
+        """Past the page cache. False where the file system can't, and nothing was written then."""
+        with self._closing:
+            if self._direct_fd == _NOT_OPENED:
+                self._direct_fd = _open_direct(self._fd)
+        if self._direct_fd < 0:
+            return False
+        try:
+            written = os.pwrite(self._direct_fd, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            with self._closing:
+                os.close(self._direct_fd)
+                self._direct_fd = _CANNOT
+            return False
+        if written < len(view):
+            self._write_rest([view], offset, written)
+        return True
 
     def _write_rest(self, views: Sequence[Buffer], offset: int, written: int) -> None:
         """A short write is rare (a full disk, a signal): go on from where it stopped until all is there or
@@ -171,8 +206,9 @@ class FileHandle:
 
     def close(self) -> None:
         with self._closing:
-            fd, self._fd = self._fd, -1
-        if fd >= 0:
+            open_fds = [fd for fd in (self._fd, self._direct_fd) if fd >= 0]
+            self._fd, self._direct_fd = -1, _CANNOT
+        for fd in open_fds:
             os.close(fd)
 
     def __del__(self) -> None:

@@ -71,7 +71,7 @@ class FaultyFile:
     def name(self) -> str:
         return self._name
 
-    def pwritev(self, views: Sequence[Buffer], offset: int) -> None:
+    def pwritev(self, views: Sequence[Buffer], offset: int, *, direct: bool = False) -> None:
         data = b"".join(bytes(view) for view in views)
         with self._storage.lock:
             room = self._storage.room(self._blob, offset + len(data))

@@ -17,7 +17,7 @@ from archive.packs.logfiles import LogLimits
 from archive.packs.watermark import Watermark, read_watermark
 from tests.archive.faulty_storage import FaultyStorage
 
-LIMITS = LogLimits(file_bytes_max=64 << 10, ahead_bytes=16 << 10)
+LIMITS = LogLimits(file_bytes_max=64 << 10, ahead_bytes=16 << 10, ahead_by_thread=False)
 
 FACTS = st.builds(
     Fact,

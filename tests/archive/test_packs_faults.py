@@ -23,7 +23,8 @@ from tests.archive.faulty_storage import FaultyStorage
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
-LIMITS = LogLimits(file_bytes_max=64 << 10, ahead_bytes=32 << 10)
+# By its own thread the zeros would outlive the process that a crash ends here.
+LIMITS = LogLimits(file_bytes_max=64 << 10, ahead_bytes=32 << 10, ahead_by_thread=False)
 
 
 def head_of(number: int) -> InstanceHead:
@@ -71,7 +72,21 @@ class Site:
             self.written[head.sop_instance_uid] = digest
             self.waiting.append((head.sop_instance_uid, digest, written))
 
-    def append_own(self, size: int) -> None:
+    def append_image(self, size: int) -> None:
+        self.number += 1
+        head, data = head_of(self.number), payload_of(self.number, size)
+        digest = hashlib.sha256(data).digest()
+        image = self.packs.begin_image(head)
+        image.room(size)[:] = data
+        image.filled(size)
+        with contextlib.suppress(OutOfResources, SyncFailed):
+            written = self.packs.append_image(RecordKind.INSTANCE, head, image, digest)
+            self.written[head.sop_instance_uid] = digest
+            self.waiting.append((head.sop_instance_uid, digest, written))
+        image.release()
+
+    def append_own(self, size: int, *, meanwhile: int = 0) -> None:
+        """A large instance; `meanwhile` others are appended while it streams, so that packs may change."""
         self.number += 1
         head, data = head_of(self.number), payload_of(self.number, size)
         digest = hashlib.sha256(data).digest()
@@ -80,6 +95,10 @@ class Site:
             own = self.packs.begin_own(head)
             for start in range(0, len(data), 5000):
                 own.write(data[start : start + 5000])
+                if meanwhile > 0 and start % 10_000 == 0:
+                    meanwhile -= 1
+                    self.append(9000)
+                    self.acknowledge()
             own.seal()
             written = self.packs.append_own(RecordKind.INSTANCE, head, own)
         except (OutOfResources, SyncFailed):
@@ -88,6 +107,15 @@ class Site:
             return
         self.written[head.sop_instance_uid] = digest
         self.waiting.append((head.sop_instance_uid, digest, written))
+
+    def leave_own(self, size: int) -> None:
+        """A large instance whose process ends before anything refers to it: half written, or sealed."""
+        self.number += 1
+        with contextlib.suppress(OutOfResources, SyncFailed):
+            own = self.packs.begin_own(head_of(self.number))
+            own.write(payload_of(self.number, size))
+            if size % 2:
+                own.seal()
 
     def acknowledge(self) -> None:
         for uid, digest, written in self.waiting:
@@ -134,7 +162,10 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([100, 9000, 13_000])),
     st.tuples(st.just("append"), st.sampled_from([9000, 13_000])),
     st.tuples(st.just("resend"), st.integers(0, 3)),
+    st.tuples(st.just("image"), st.integers(1, 30_000)),
     st.tuples(st.just("own"), st.integers(20_000, 60_000)),
+    st.tuples(st.just("own meanwhile"), st.integers(20_000, 60_000)),
+    st.tuples(st.just("own left"), st.integers(1, 60_000)),
     st.tuples(st.just("acknowledge"), st.just(0)),
     st.tuples(st.just("mark"), st.just(0)),
     st.tuples(st.just("index"), st.just(0)),
@@ -154,8 +185,14 @@ def run(site: Site, operations: list[tuple[str, int]]) -> None:
             site.append(value)
         elif operation == "resend":
             site.resend(value)
+        elif operation == "image":
+            site.append_image(value)
         elif operation == "own":
             site.append_own(value)
+        elif operation == "own meanwhile":
+            site.append_own(value, meanwhile=value % 12)
+        elif operation == "own left":
+            site.leave_own(value)
         elif operation == "acknowledge":
             site.acknowledge()
         elif operation == "mark":
