@@ -51,11 +51,11 @@ def damages(archive: Archive, count: int) -> list[Fact]:
 def failing_for(is_struck: Callable[[str], bool]) -> Callable[..., None]:
     """What applies records, with a fault of our own."""
 
-    def apply(connection: Any, entries: Sequence[IndexEntry], *, into_outbox: bool) -> None:
+    def apply(connection: Any, entries: Sequence[IndexEntry], **rest: Any) -> None:
         for entry in entries:
             if is_struck(entry.record.head.sop_instance_uid):
                 raise KeyError("a fault that nobody foresaw")
-        apply_entries(connection, entries, into_outbox=into_outbox)
+        apply_entries(connection, entries, **rest)
 
     return apply
 
