@@ -24,7 +24,6 @@ from itertools import count, islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 
 from archive.errors import Unavailable
 from miss.load.instances import Buffer, Corpus, Instance
@@ -43,6 +42,7 @@ from node.dimse.pdu import (
     encode_request,
     parse_header,
 )
+from node.dimse.tls import TlsFiles
 
 CALLING_AE = "MISS-BENCH"
 PDU_BYTES_MAX = 128 << 10      # as DCMTK's senders, when the peer takes as much
@@ -53,22 +53,6 @@ SILENCE_S_MAX = 180.0          # a peer may take that long over one object
 CONTEXT_ID = 1
 _PDU_HEADER_BYTES = 6
 _PDV_HEADER_BYTES = 6
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """What a sender shows and trusts."""
-
-    trust: Path
-    certificate: Path
-    key: Path
-
-    def context(self) -> ssl.SSLContext:
-        """The name in the peer's certificate is not looked at: it was made for this run, by us."""
-        made = ssl.create_default_context(cafile=self.trust)
-        made.check_hostname = False
-        made.load_cert_chain(self.certificate, self.key)
-        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +181,7 @@ class Line:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         if target.tls is not None:
-            self.sock = target.tls.context().wrap_socket(sock)
+            self.sock = _tls_context(target.tls).wrap_socket(sock)
         self._held = b""
         try:
             self.sock.sendall(encode_request(AssociateRequest(
@@ -305,6 +289,14 @@ def fragmented(instance: Instance, step: int) -> Iterator[Buffer]:
             room -= len(piece)
             left -= len(piece)
             view = view[len(piece):]
+
+
+def _tls_context(files: TlsFiles) -> ssl.SSLContext:
+    """The name in the peer's certificate is not looked at: it was made for this run, by us."""
+    made = ssl.create_default_context(cafile=files.trust)
+    made.check_hostname = False
+    made.load_cert_chain(files.certificate, files.key)
+    return made
 
 
 def store_context(corpus: Corpus) -> ProposedContext:
