@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from archive.budget import ByteBudget
+from archive.compaction import Compaction
 from archive.database import sqlite_url
-from archive.errors import MissError, Unavailable
+from archive.errors import Evicted, MissError, NotFound, Unavailable
+from archive.eviction import Eviction
 from archive.index.index import Index
 from archive.indexer import Indexer
 from archive.intake import Intake, IntakeLimits
@@ -39,6 +41,7 @@ from archive.packs.packs import LAYOUT, Packs
 from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
 from archive.recent import Recent
+from archive.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,10 @@ class ArchiveSettings:
     free_bytes_min: int = 1 << 30
     index_lag_records_max: int = 10_000
     index_lag_s_max: float = 30.0
+    drop_delay_s: float = 3600.0
+    upkeep_bytes_per_s: float = 100e6
+    set_aside_bytes_max: int = 10 << 30
+    set_aside_age_s_max: float = 30 * 86_400.0
 
     @property
     def database_url(self) -> str:
@@ -115,6 +122,23 @@ class Writing:
             storage,
             settings.intake_limits,
         )
+        self.upkeep = self._begin_upkeep(settings, index)
+
+    def _begin_upkeep(self, settings: ArchiveSettings, index: Index) -> Upkeep:
+        record = self.indexer.record_facts
+        compaction = Compaction(
+            self.packs, index, self.indexer, self.intake, self.facts, record,
+            drop_delay_s=settings.drop_delay_s,
+        )  # fmt: skip
+        upkeep = Upkeep(
+            self.packs, index, Eviction(self.packs, index, record), compaction,
+            pressed=self.intake.is_pressed,
+            bytes_per_s=settings.upkeep_bytes_per_s,
+            set_aside_bytes_max=settings.set_aside_bytes_max,
+            set_aside_age_s_max=settings.set_aside_age_s_max,
+        )  # fmt: skip
+        upkeep.start()
+        return upkeep
 
     def _durable(self) -> None:
         self._publish()
@@ -127,12 +151,14 @@ class Writing:
         """Nothing came for a moment: promise the last group too, so that no crash can take it for a torn
         tail."""
         try:
+            self.packs.log.seal_aged()
             self.packs.log.mark()
             self.facts.mark()
         except MissError as error:
             log.warning("no mark in the log: %s", error)
 
     def close(self) -> None:
+        self.upkeep.close()
         self.indexer.close()
         self._close_logs()
         os.close(self._lock)
@@ -204,6 +230,11 @@ class Archive:
         return self._writer().facts
 
     @property
+    def upkeep(self) -> Upkeep:
+        """Evictions, compactions, and the space that they give back."""
+        return self._writer().upkeep
+
+    @property
     def epoch(self) -> bytes:
         """Stands for this disk: random, made with the first pack, gone with it. Empty before that."""
         return self.packs.writer
@@ -255,8 +286,24 @@ class Archive:
     # Reading
 
     def open_payload(self, location: Location) -> BinaryIO:
-        """A seekable reader over exactly one Part 10 stream. Raises NotFound, Corrupt."""
+        """A seekable reader over exactly one Part 10 stream. Raises NotFound, Corrupt, Evicted."""
         return self.packs.open_payload(location)
+
+    def open_instance(self, instance: StoredInstance) -> BinaryIO:
+        """The same of an instance that was found here; when its pack went since, its place is asked once
+        more. Raises Evicted when its bytes were given up."""
+        if instance.evicted:
+            raise Evicted("its bytes were given up here; the region has it")
+        try:
+            return self.packs.open_payload(instance.location)
+        except (NotFound, Evicted):
+            uid = instance.head.sop_instance_uid
+            for now in self.index.instances(instance.study_uid, instance.series_uid, uid):
+                if now.evicted:
+                    raise Evicted("its bytes were given up here; the region has it") from None
+                if now.digest == instance.digest and now.location != instance.location:
+                    return self.packs.open_payload(now.location)
+            raise
 
     def dataset_chunks(
         self, location: Location, *, offset: int = 0, chunk_bytes: int = 1 << 20

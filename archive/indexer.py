@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from archive.dataset.header import scan
-from archive.errors import Corrupt, InvalidInput, MissError, NotFound, TooLarge, Unavailable
+from archive.errors import Corrupt, Evicted, InvalidInput, MissError, NotFound, TooLarge, Unavailable
 from archive.index.index import Index
 from archive.model import Attributes, Fact, FactKind, IndexEntry, Position, Record
+from archive.packs.dropping import Absences, read_with_absences
 from archive.packs.facts import FactLog
 from archive.packs.packs import Packs
 from archive.packs.recovery import Damage
@@ -55,6 +56,7 @@ class Indexer:
         self._on_idle = on_idle
         self._writing = threading.Lock()  # of the index: records and facts keep one order
         self._position, self._facts_position = index.positions()
+        index.read_attributes_with(lambda record: read_or_told(packs, record, lambda: Absences.read(facts)))
         self._moved = threading.Condition()
         self._ready = threading.Event()
         self._urgent = threading.Event()
@@ -134,14 +136,14 @@ class Indexer:
                 self._apply_missed_facts()
             else:
                 self._facts_behind = True
-                self._index.apply_facts(facts, end)
+                self._index.apply_facts(facts, end, outbox=self._outbox)
                 self._facts_position, self._facts_behind = end, False
         except MissError as error:
             raise Unavailable("the index does not answer; the facts are kept and will be applied") from error
 
     def _apply_missed_facts(self) -> None:
         for batch in self._facts.read(self._facts_position):
-            self._index.apply_facts(batch.facts, batch.end)
+            self._index.apply_facts(batch.facts, batch.end, outbox=self._outbox)
             self._facts_position = batch.end
         self._facts_behind = False
 
@@ -199,6 +201,8 @@ class Indexer:
             else:
                 found.append(IndexEntry(record, attributes))
         with self._writing:
+            if self._facts_behind:
+                self._apply_missed_facts()  # what was decided before these records came
             damages += self._apply(found, position)
             if damages:
                 self._record_facts(damages)
@@ -234,13 +238,18 @@ class Replay:
     records: int = 0
     fact_count: int = 0
     damages: list[Fact] = field(default_factory=list)
+    _absences: Absences = field(init=False)
 
     def run(self, position: Position, facts_position: Position) -> None:
         self.position, self.facts_position = position, facts_position
+        self._absences = Absences.read(self.facts, facts_position)
+        self.index.read_attributes_with(
+            lambda record: read_or_told(self.packs, record, lambda: Absences.read(self.facts))
+        )
         for batch in self.facts.read(facts_position):
             if batch.after > self.position:
                 self._read_packs(batch.after)
-            self.index.apply_facts(batch.facts, batch.end)
+            self.index.apply_facts(batch.facts, batch.end, outbox=self.outbox)
             self.facts_position = batch.end
             self.fact_count += len(batch.facts)
         self._read_packs(self.packs.log.durable)
@@ -258,11 +267,14 @@ class Replay:
         self.position = stop
 
     def _entries(self, stop: Position) -> Iterator[IndexEntry]:
-        for item in self.packs.read(self.position, stop):
+        for item in read_with_absences(self.packs, self._absences, self.position, stop):
             if isinstance(item, Damage):
                 self.damages.append(_damage_fact(item))
                 continue
-            attributes = read_attributes(self.packs, item)
+            if isinstance(item, IndexEntry):
+                yield item
+                continue
+            attributes = read_or_told(self.packs, item, lambda: self._absences)
             if attributes is None:
                 self.damages.append(_damage_fact(_whole(item)))
             else:
@@ -290,7 +302,7 @@ def read_attributes(packs: Packs, record: Record) -> Attributes | None:
     try:
         with packs.dataset(record.location) as dataset:
             return scan(dataset, record.head.transfer_syntax_uid)
-    except (InvalidInput, TooLarge, Corrupt, NotFound) as error:
+    except (InvalidInput, TooLarge, Corrupt, NotFound, Evicted) as error:
         log.error("record %d can't be read from its pack: %s", record.sequence, error)
         return None
     except (MissError, OSError, MemoryError):
@@ -299,6 +311,15 @@ def read_attributes(packs: Packs, record: Record) -> Attributes | None:
         # Whatever it is, one record's header may not keep the index from all that follow it.
         log.error("record %d can't be read from its pack: %s", record.sequence, type(error).__name__)
         return None
+
+
+def read_or_told(packs: Packs, record: Record, absences: Callable[[], Absences]) -> Attributes | None:
+    """The same, also of a content whose bytes were given up: facts tell it."""
+    found = read_attributes(packs, record)
+    if found is None:
+        told = absences().entry_of(record.head.sop_instance_uid, record.digest)
+        found = None if told is None else told.attributes
+    return found
 
 
 def _batches(entries: Iterable[IndexEntry]) -> Iterator[tuple[list[IndexEntry], Position]]:

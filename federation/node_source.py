@@ -54,7 +54,7 @@ class NodeSource:
         return self.instances(principal, study_uid, series_uid, sop_instance_uid)
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
-        return self._archive.open_payload(instance.location)
+        return self._archive.open_instance(instance)
 
     def coverage(self) -> list[WardCoverage]:
         summary = self._archive.index.pending_summary()

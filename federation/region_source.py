@@ -142,7 +142,7 @@ class RegionSource:
         return found
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
-        return self._archive.open_payload(instance.location)
+        return self._archive.open_instance(instance)
 
     def coverage(self) -> list[WardCoverage]:
         return [one.coverage for one in self.statuses()]

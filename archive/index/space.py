@@ -104,7 +104,7 @@ def write_again(
                 changed[content] = row
         if changed:
             names = (*_CHANGES, "evicted")
-            values = {name: bindparam(f"b_{name}") for name in names}
+            values: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names}
             connection.execute(
                 update(table).where(*_content(table)).values(values),
                 [

@@ -54,6 +54,7 @@ class Absences:
     _facts: FactLog
     _batches: dict[int, list[Position]] = field(default_factory=dict)
     dropped: dict[int, Drop] = field(default_factory=dict)
+    _contents: dict[bytes, Position] | None = None
 
     @classmethod
     def read(cls, facts: FactLog, start: Position = START) -> Absences:
@@ -85,13 +86,30 @@ class Absences:
         """The same as facts; where two speak of one record, that it was evicted counts."""
         found: dict[int, Fact] = {}
         for start in self._batches.get(number, ()):
-            batch = next(self._facts.read(start, kinds=KINDS), None)
-            for fact in batch.facts if batch is not None else ():
+            for fact in self._batch(start):
                 if fact.kind in KINDS and fact.entry is not None and fact.entry.record.end.file == number:
                     known = found.get(fact.entry.record.end.offset)
                     if known is None or known.kind is not FactKind.EVICTED:
                         found[fact.entry.record.end.offset] = fact
         return dict(sorted(found.items()))
+
+
+    def entry_of(self, sop_instance_uid: str, digest: bytes) -> IndexEntry | None:
+        """The last that facts tell of a content; its first call looks through all of them."""
+        if self._contents is None:
+            self._contents = {}
+            for start in sorted({start for starts in self._batches.values() for start in starts}):
+                for fact in self._batch(start):
+                    if fact.entry is not None:
+                        self._contents[fact.digest[:16]] = start
+        start = self._contents.get(digest[:16], START)
+        told = [fact.entry for fact in self._batch(start)
+                if (fact.sop_instance_uid, fact.digest) == (sop_instance_uid, digest)]  # fmt: skip
+        return told[-1] if told else None
+
+    def _batch(self, start: Position) -> tuple[Fact, ...]:
+        batch = next(self._facts.read(start, kinds=KINDS), None)
+        return batch.facts if batch is not None and batch.start == start else ()
 
 
 def read_with_absences(
