@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from functools import lru_cache
 
 from archive.errors import InvalidInstance
 
@@ -19,6 +20,7 @@ _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 UID_LENGTH_MAX = 64
 
 
+@lru_cache(maxsize=8192)  # an instance's UID is looked at three times, its study's by every instance
 def is_uid(text: str) -> bool:
     """Whether `text` is a UID by PS3.5 9.1: digits and dots, no leading zeros, at most 64 characters."""
     return len(text) <= UID_LENGTH_MAX and _UID.fullmatch(text) is not None

@@ -71,6 +71,8 @@ def scan(dataset: Buffer, transfer_syntax_uid: str, *, limits: HeaderLimits = DE
     """
     if not is_uid(transfer_syntax_uid):
         raise CannotUnderstand("the transfer syntax is not a UID")
+    if type(dataset) is bytes and transfer_syntax_uid not in DEFLATED_SYNTAXES:
+        return _scan(dataset, transfer_syntax_uid, limits)  # slices of bytes are cheaper than of views
     with memoryview(dataset) as view:
         if transfer_syntax_uid in DEFLATED_SYNTAXES:
             return _scan_deflated(view, limits)
@@ -78,7 +80,7 @@ def scan(dataset: Buffer, transfer_syntax_uid: str, *, limits: HeaderLimits = DE
 
 
 def _scan(
-    view: memoryview, transfer_syntax_uid: str, limits: HeaderLimits, *, whole: bool = True
+    view: memoryview | bytes, transfer_syntax_uid: str, limits: HeaderLimits, *, whole: bool = True
 ) -> Attributes:
     encoding = encoding_of(transfer_syntax_uid, bytes(view[:8]))
     scanner = _Scanner(view, encoding, limits)
@@ -163,7 +165,7 @@ class _Scanner:
     """One pass over one data set. `found` holds the raw values; an element in a sequence has one for each
     item."""
 
-    def __init__(self, view: memoryview, encoding: Encoding, limits: HeaderLimits) -> None:
+    def __init__(self, view: memoryview | bytes, encoding: Encoding, limits: HeaderLimits) -> None:
         self.found: dict[int, RawValue] = {}
         self.in_items: dict[str, list[RawValue | None]] = {}
         self._view = view
@@ -394,17 +396,14 @@ class _Scanner:
 
     def attributes(self) -> Attributes:
         """The index's view of what was found."""
-        patient: dict[str, str] = {}
-        study: dict[str, str] = {}
-        series: dict[str, str] = {}
-        instance: dict[str, str] = {}
+        raw = self.found.get
+        patient = _shared(_PATIENT, tuple(map(raw, _PATIENT.tags)))
+        study = _shared(_STUDY, tuple(map(raw, _STUDY.tags)))
+        series = _shared(_SERIES, tuple(map(raw, _SERIES.tags)))
+        instance = _fields(_INSTANCE, tuple(map(raw, _INSTANCE.tags)))
+        if self.in_items:
+            patient, study, series = dict(patient), dict(study), dict(series)
         by_level = (patient, study, series, instance)
-        found = self.found
-        for tag, level, keyword, vr in _SIMPLE:
-            if tag in found:
-                text = text_of(found[tag], vr)
-                if text:
-                    by_level[level][keyword] = text
         for keyword, values in self.in_items.items():
             level, vr = _IN_ITEMS[keyword]
             joined = "\\".join("" if raw is None else text_of(raw, vr) for raw in values)
@@ -421,11 +420,48 @@ class _Scanner:
 _UNDEFINED_VRS = frozenset({b"SQ", b"UN", b"OB", b"OW", b""})
 
 _LEVELS = [Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE]
-_SIMPLE = tuple(
-    (entry.tags[0], _LEVELS.index(entry.level), entry.keyword, entry.vr)
-    for entry in CATALOG
-    if len(entry.tags) == 1
-)
+
+
+class _Part:
+    """What the index keeps of one level, but for what stands in sequences."""
+
+    def __init__(self, level: Level) -> None:
+        wanted = [entry for entry in CATALOG if entry.level is level and len(entry.tags) == 1]
+        self.tags = [entry.tags[0] for entry in wanted]
+        self.words = [(entry.keyword, entry.vr) for entry in wanted]
+
+
+_PATIENT, _STUDY, _SERIES, _INSTANCE = (_Part(level) for level in _LEVELS)
+
+
+def _fields(part: _Part, values: tuple[RawValue | None, ...]) -> dict[str, str]:
+    """The fields of a level from their raw values, empty ones left out."""
+    fields = {}
+    for (keyword, vr), raw in zip(part.words, values, strict=True):
+        if raw is not None and (text := text_of(raw, vr)):
+            fields[keyword] = text
+    return fields
+
+
+# The instances of a series come one after the other, and share all but the lowest level.
+_SHARED_MAX = 256
+_SHARED_BYTES_MAX = 4096
+_seen: dict[_Part, dict[tuple[RawValue | None, ...], dict[str, str]]] = {
+    part: {} for part in (_PATIENT, _STUDY, _SERIES)
+}
+
+
+def _shared(part: _Part, values: tuple[RawValue | None, ...]) -> dict[str, str]:
+    """Like `_fields`, and the same object for the same values while they are recent; not to be changed."""
+    seen = _seen[part]
+    fields = seen.get(values)
+    if fields is None:
+        fields = _fields(part, values)
+        if sum(len(raw[2]) for raw in values if raw is not None) <= _SHARED_BYTES_MAX:
+            if len(seen) >= _SHARED_MAX:
+                seen.clear()
+            seen[values] = fields
+    return fields
 _IN_ITEMS = {
     entry.keyword: (_LEVELS.index(entry.level), entry.vr) for entry in CATALOG if len(entry.tags) == 2
 }

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, delete, insert, select
+from sqlalchemy import Connection, and_, bindparam, delete, select
 
 from archive.index.acceptance import AttributeReader, Content, accept
 from archive.index.levels import Levels, patient_key
 from archive.index.rows import Row, number_of, row_of
 from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash
 from archive.index.space import write_again
-from archive.index.statements import by_uid
+from archive.index.statements import by_uid, insert_all
 from archive.index.wardcounts import holding_row
 from archive.model import ConflictState, Fact, FactKind, IndexEntry, Level, RecordKind
 
@@ -132,7 +132,7 @@ class _Batch:
             (outbox, self._outbox), (holding, self._holdings),
         ):  # fmt: skip
             if rows:
-                execute(insert(table), rows)
+                insert_all(self._connection, table, rows)
         live = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if self._live.get(u) == d]
         apart = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if (u, d) in self._conflicts]
         if live:

@@ -4,6 +4,7 @@ length."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
@@ -29,6 +30,20 @@ def move_position(connection: Connection, log: str, to: Position) -> None:
         connection.execute(
             update(position).where(position.c.log == log).values(file=to.file, place=to.offset)
         )
+
+
+def insert_all(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
+    """Insert rows, at least one, that have the same columns. On SQLite they go to the driver as they are: by
+    way of bound parameters an instance's row cost 20 us more, a third of all that the index does for it."""
+    if connection.dialect.name != "sqlite":
+        connection.execute(insert(table), rows)
+        return
+    names = list(rows[0])
+    marks = ", ".join("?" * len(names))
+    values = itemgetter(*names)
+    connection.exec_driver_sql(
+        f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({marks})", [values(row) for row in rows]
+    )
 
 
 def update_all(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Row]) -> None:
