@@ -371,9 +371,10 @@ class Log:
                 except OSError as error:
                     self._abandon(current, error)
                     return
-                current.durable = end
+                # In this order: whoever sees the record durable answers, and is asked for it in a search.
                 if records_end > FILE_HEADER_BYTES:
                     self._acknowledged = Position(current.number, records_end)
+                current.durable = end
                 promised = True
         finally:
             with self._synced:
