@@ -58,6 +58,12 @@ class Aim:
     countdown: int
     moment: str = "after"
 
+    def check_tail(self, opened: Archive) -> None:
+        """Behind the last record there is nothing that was ever written."""
+        end = opened.packs.log.end
+        name = opened.packs.log.layout.name_of(end.file)
+        assert not any(self.folder.joinpath("state", name).read_bytes()[end.offset :])
+
     def __str__(self) -> str:
         return f"{self.moment} {self.operation} {self.prefix}"
 
@@ -183,10 +189,10 @@ class Site:
     def settings(self) -> ArchiveSettings:
         return ArchiveSettings(state=self.folder / "state", free_bytes_min=0)
 
-    def round(self, number: int) -> None:
+    def round(self, number: int, aim: Aim | None = None) -> None:
         """Start, check what the last rounds promised, store, kill."""
         chance = random.Random(f"{self.seed}/{number}")
-        aim = choose_aim(chance)
+        aim = aim or choose_aim(chance)
         options = {
             "pack_bytes_max": chance.choice([256 << 10, 1 << 20, 64 << 20]),
             # What is larger lies in a pack of its own; or among the others, when the bound is above it.
@@ -301,6 +307,7 @@ class Site:
                 opened.packs.verify(record.head, record.digest, record.location)
             own = {r.location.pack for r in records.values() if r.location.pack.startswith("large/")}
             assert set(opened.packs.storage.list("large")) == own
+            self.check_tail(opened)
             opened.wait_indexed()
             assert opened.index.totals().instances == len(records)
             assert opened.index.totals().conflicts == 0
@@ -308,6 +315,12 @@ class Site:
         rebuild(self.settings, outbox=True)
         with Archive.open(self.settings, outbox=True) as opened:
             assert opened.index.dump() == dump
+
+    def check_tail(self, opened: Archive) -> None:
+        """Behind the last record there is nothing that was ever written."""
+        end = opened.packs.log.end
+        name = opened.packs.log.layout.name_of(end.file)
+        assert not any(self.folder.joinpath("state", name).read_bytes()[end.offset :])
 
     def __str__(self) -> str:
         lines = [f"seed {self.seed}: {self.kills.total()} kills, {len(self.acknowledged)} acknowledged"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing import Site
+from archive.archive import Archive
+from tests.killing import Aim, Site
 
 ROUNDS = int(os.environ.get("MISS_KILL_ROUNDS", "20"))
 SEED = int(os.environ.get("MISS_KILL_SEED", "1"))
@@ -24,3 +25,13 @@ def test_every_success_survives_every_kill(tmp_path: Path) -> None:
     print(site)
     assert site.kills.total() == ROUNDS
     assert len(site.acknowledged) > ROUNDS and site.checked
+
+
+def test_a_record_that_is_half_written_is_cut_and_kept_aside(tmp_path: Path) -> None:
+    site = Site(tmp_path, SEED)
+    for number in range(3):
+        site.round(number, Aim("pwritev", "packs/", 5 + number, "torn"))
+        with Archive.open(site.settings, outbox=True) as opened:
+            site.check_tail(opened)
+    assert list(tmp_path.glob("state/set-aside/*.cut"))
+    site.finish()
