@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
+from archive.dataset.encoding import LOSSLESS_SYNTAXES
 from archive.errors import CannotUnderstand, TooLarge
 from archive.model import Fields, StoredInstance
 from archive.packs.records import part10_prefix
@@ -29,17 +29,7 @@ NATIVE = frozenset({IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED})
 AT_ONCE = 2  # threads that decode: each may hold a whole instance, more than once
 
 # The lossless ones alone: pixel data that exist only lossy may stay as they are (PS3.18 8.7.3.5.2).
-LOSSLESS = frozenset(
-    {
-        str(RLELossless),
-        str(JPEGLSLossless),
-        str(JPEG2000Lossless),
-        "1.2.840.10008.1.2.4.57",
-        "1.2.840.10008.1.2.4.70",
-        "1.2.840.10008.1.2.4.201",
-        "1.2.840.10008.1.2.4.202",
-    }
-)
+LOSSLESS = LOSSLESS_SYNTAXES
 _WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
 
 

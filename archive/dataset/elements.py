@@ -85,6 +85,8 @@ class _Level:
         self.creators: dict[int, str] = {}
 
 
+_PADDING_BYTES_MAX = 64 << 10
+
 _TAG = {False: Struct("<HH"), True: Struct(">HH")}
 _LENGTH = {False: Struct("<I"), True: Struct(">I")}
 _SHORT_LENGTH = {False: Struct("<H"), True: Struct(">H")}
@@ -95,26 +97,34 @@ def walk(
     encoding: Encoding,
     limits: WalkLimits,
     descend: Callable[[int], bool] = lambda tag: True,
+    *,
+    strict: bool = False,
 ) -> Iterator[Event]:
     """Everything in a data set, in its order. Sequences for which `descend` says no are stepped over in
     silence.
 
     Raises CannotUnderstand where the structure breaks, but for what comes after the pixel data: there the
-    walk ends.
+    walk ends. A `strict` walk passes over nothing, there or elsewhere: it raises.
     """
-    walker = _Walker(window, encoding, limits, descend)
+    walker = _Walker(window, encoding, limits, descend, strict)
     try:
         yield from walker.run()
     except MissError:
-        if not walker.past_pixels:
+        if strict or not walker.past_pixels:
             raise
 
 
 class _Walker:
     def __init__(
-        self, window: Window, encoding: Encoding, limits: WalkLimits, descend: Callable[[int], bool]
+        self,
+        window: Window,
+        encoding: Encoding,
+        limits: WalkLimits,
+        descend: Callable[[int], bool],
+        strict: bool,
     ) -> None:
         self.past_pixels = False
+        self._strict = strict
         self._window = window
         self._limits = limits
         self._descend = descend
@@ -153,6 +163,7 @@ class _Walker:
                 if level.visible:
                     yield _ITEM_END
             elif tag == 0 and len(levels) == 1:
+                self._require_zeros()
                 return  # zeros after the last element, as some writers pad
             else:
                 event = self._step_element(level, tag, head)
@@ -160,6 +171,11 @@ class _Walker:
                     yield event
                 if self._encapsulated is not None:
                     self._step_over(self._encapsulated)
+
+    def _require_zeros(self) -> None:
+        rest = self._window.at(self._at, _PADDING_BYTES_MAX + 1) if self._strict else b""
+        if rest.strip(b"\0") or len(rest) > _PADDING_BYTES_MAX:
+            raise CannotUnderstand("something stands behind the zeros at the end")
 
     def _require_end(self, rest: bytes) -> None:
         if len(self._levels) > 1:
@@ -191,6 +207,8 @@ class _Walker:
             return _ITEM_BEGIN if level.visible else None
         if tag == SEQUENCE_END:
             # Within a defined length too: such is UN that was copied from a sequence of undefined length.
+            if self._strict and level.end not in (None, self._at):
+                raise CannotUnderstand("something stands behind the end of a sequence")
             self._at = self._at if level.end is None else level.end
             self._levels.pop()
             return _SEQUENCE_END if level.visible else None
@@ -199,7 +217,7 @@ class _Walker:
     def _step_over_stray(self, tag: int, head: bytes) -> None:
         """An item whose sequence has no head, as in `archive/dataset/header.py`."""
         length = _LENGTH[self._levels[0].encoding.big_endian].unpack_from(head, 4)[0]
-        if tag == ITEM_END or length == UNDEFINED:
+        if tag == ITEM_END or length == UNDEFINED or self._strict:
             raise CannotUnderstand("a delimiter where none belongs")
         self._at += 8 + length
 
@@ -231,9 +249,10 @@ class _Walker:
         if tag >> 16 & 1 and 0x10 <= tag & 0xFFFF <= 0xFF:
             creator = self._window.at(offset, min(length, 64)).decode("ascii", "replace").strip(" \0")
             level.creators[tag] = creator
-        if tag >= FLOAT_PIXEL_DATA and len(self._levels) == 1:
+        is_last = tag >= FLOAT_PIXEL_DATA and len(self._levels) == 1
+        if is_last:
             self.past_pixels = True
-        elif length and len(self._window.at(end - 1, 1)) < 1:
+        if (self._strict or not is_last) and length and len(self._window.at(end - 1, 1)) < 1:
             raise CannotUnderstand("the data set ends inside a value")
         self._at = end
         return (Kind.ELEMENT, Element(tag, vr, offset, length, encoding)) if level.visible else None

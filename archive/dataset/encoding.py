@@ -29,6 +29,22 @@ DEFLATED_SYNTAXES = frozenset(
     }
 )
 
+NATIVE_SYNTAXES = DEFLATED_SYNTAXES | {IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, GE_IMPLICIT_LITTLE}
+
+# Pixel data that are compressed without loss. JPEG 2000 and its likes that may be either are not among them.
+LOSSLESS_SYNTAXES = frozenset(
+    {
+        "1.2.840.10008.1.2.1.98",  # Encapsulated Uncompressed
+        "1.2.840.10008.1.2.5",  # RLE
+        "1.2.840.10008.1.2.4.57",  # JPEG Lossless
+        "1.2.840.10008.1.2.4.70",  # JPEG Lossless, first-order prediction
+        "1.2.840.10008.1.2.4.80",  # JPEG-LS Lossless
+        "1.2.840.10008.1.2.4.90",  # JPEG 2000 Lossless
+        "1.2.840.10008.1.2.4.201",  # HTJ2K Lossless
+        "1.2.840.10008.1.2.4.202",  # HTJ2K Lossless RPCL
+    }
+)
+
 # PS3.5 7.1.2: these have a 16-bit length; the others two reserved bytes and a 32-bit one.
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
