@@ -28,6 +28,7 @@ Content = bytes | RecordImage | OwnPack
 
 _GRANT_BYTES = 64 << 10
 _PIECES_BYTES_MAX = 64 << 10
+_PIECES_MAX = 128
 _FREE_CHECK_BYTES = 64 << 20
 
 
@@ -72,6 +73,8 @@ class Reception:
                 self._running.update(room)
             else:
                 self._pieces.append(view if type(view) is bytes else bytes(view))
+                if len(self._pieces) >= _PIECES_MAX:  # each costs more than two octets: crumbs are joined
+                    self._pieces = [b"".join(self._pieces)]
         except BaseException:
             self.abort()
             raise

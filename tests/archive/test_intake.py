@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_bytes_that_do_not_match_their_digest_are_refused(archive: Archive, padd
     reception = archive.intake.begin(instance.head())
     reception.write(instance.dataset)
     assert reception.commit(expected_digest=instance.digest).outcome is Outcome.STORED
+
+
+def test_crumbs_cost_no_more_memory_than_was_granted(archive: Archive) -> None:
+    """A peer may send fragments of two octets: 32,000 objects in place of 64 KB would be 1.4 MB."""
+    instance = make_instance(padding=60_000)
+    reception = archive.intake.begin(instance.head())
+    tracemalloc.start()
+    try:
+        for start in range(0, len(instance.dataset), 2):
+            reception.write(memoryview(instance.dataset)[start : start + 2])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(instance.dataset) + (16 << 10)
+    reception.commit().wait_durable()
+    assert stored_bytes(archive, instance) == instance.dataset
 
 
 def test_a_view_may_be_used_again_after_write(archive: Archive) -> None:
