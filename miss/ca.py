@@ -14,7 +14,8 @@ from archive.errors import InvalidInput, SettingsError
 from miss import configuration
 from miss.configuration import Process, State
 from miss.console import err, out, program, table, when
-from miss.ledgers import open_ledger
+from miss.ledgers import open_ledger, require_known_ward
+from miss.peers import require_ae_title
 
 if TYPE_CHECKING:
     from archive.ledger import CertificateRow
@@ -92,6 +93,59 @@ def invite(
     err.print(f"good for {ttl} and for one key; where the new member is to run:\n\n  {command}\n",
               markup=False, soft_wrap=True)
     out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def device(
+    ae_title: Annotated[str, typer.Argument(metavar="AE-TITLE", show_default=False,
+                                            help="The AE title that the certificate is good for.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", show_default=False,
+                                         help="Where key, certificate and trust go; made when not there.")],
+    listener: Annotated[bool, typer.Option(
+        "--listener", help="For a node's own DICOM TLS port; wants --dns or --ip.")] = False,
+    ward: Annotated[str, typer.Option(help="Good at this ward's node alone, hospital/ward.",
+                                      show_default=False)] = "",
+    dns: Annotated[list[str] | None, typer.Option(help="A name by which others dial it; repeatable.",
+                                                  show_default=False)] = None,
+    ip: Annotated[list[str] | None, typer.Option(help="An address by which others dial it; repeatable.",
+                                                 show_default=False)] = None,
+    days: Annotated[int, typer.Option(help="Life of the certificate.", min=1, max=730)] = 365,
+    use_rsa: Annotated[bool, typer.Option(
+        "--rsa", help="An RSA key of 2,048 bits, for machines that know no elliptic curves.")] = False,
+    passphrase: Annotated[bool, typer.Option(
+        "--passphrase", help="Ask for the root key's passphrase: needed once, in a region made by a release "
+                             "without DICOM TLS.")] = False,
+    state: State = Path("."),
+) -> None:
+    """Makes a key and certificate for a machine that speaks DICOM over TLS: a modality, or a node's own port.
+
+    The folder gets key.pem, certificate.pem (with its chain) and trust.pem (the region's root, for the peer).
+    The key is nowhere else: hand the folder over by a way you trust, and remove it here.
+
+    \b
+    Examples:
+      miss ca device CT1 --out ct1 --state region
+      miss ca device MISS --listener --dns miss.radiology.example --ip 10.1.2.1 --out listener --state region
+      miss ca device OLDMR --rsa --days 730 --ward san-martino/radiology --out oldmr --state region
+    """
+    from certs.devices import CERTIFICATE, KEY, DeviceName, issue_device
+
+    if listener and not (dns or ip):
+        raise InvalidInput("a listener needs the names or addresses that modalities dial: --dns, --ip")
+    secret = typer.prompt("Passphrase of the root key", hide_input=True, err=True) if passphrase else None
+    name = DeviceName(require_ae_title(ae_title).strip(), ward, tuple(dns or ()), tuple(ip or ()))
+    with open_ledger(state) as ledger:
+        require_known_ward(ledger, ward)
+        row = issue_device(configuration.hub(state / Process.HUB.file).ca, ledger, name, folder,
+                           use_rsa=use_rsa, life_s=days * SECONDS["d"], passphrase=secret,
+                           who=getpass.getuser())
+    err.print(f"{folder} holds the key and certificate of {row.identity}, until {when(row.not_after_us)}",
+              style="green", markup=False, soft_wrap=True)
+    if listener:
+        err.print(f"in node.toml:\n\n[dimse.tls]\ncertificate = \"{CERTIFICATE}\"\nkey = \"{KEY}\"\n",
+                  markup=False)
+    else:
+        err.print(f"where the node is: miss device add {name.ae_title} ADDRESS --transport tls", markup=False)
 
 
 @app.command("list")
@@ -179,7 +233,10 @@ def revoke(
     for row in rows:
         err.print(f"revoked {row.identity}, serial {row.serial}", style="green", markup=False,
                   soft_wrap=True)
-    if rows:
+    if rows and rows[0].profile == "device":
+        err.print("a node that runs without the region's list still admits it: take it off there as well, "
+                  "`miss device rm`")
+    elif rows:
         err.print("it comes back with a new invite, enrolled with --replace")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from archive.errors import InvalidInput, NotFound, Unavailable
+from archive.model import ConflictPolicy, is_uid
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_node
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The devices that may connect to a node; changes count at once.", no_args_is_help=True)
 
 SERVICES = ("store", "find")
+TRANSPORTS = ("any", "plain", "tls")
+ON_CONFLICT = tuple(policy.value for policy in ConflictPolicy)
 
 AeTitle = Annotated[str, typer.Argument(metavar="AE-TITLE", help="The device's AE title, as it calls itself.",
                                         show_default=False)]
@@ -40,6 +44,20 @@ def add(
         help="The issuer of the Patient IDs that it sends, when it is not the ward's.",
         show_default=False)] = None,
     services: Annotated[str, typer.Option(help="What it may do, comma-separated.")] = ",".join(SERVICES),
+    transport: Annotated[str, typer.Option(
+        help=f"How it may come: {', '.join(TRANSPORTS)}.")] = TRANSPORTS[0],
+    certificate: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Its certificate: it must hold this key, and comes over TLS alone.",
+        show_default=False)] = None,
+    sop_class: Annotated[list[str] | None, typer.Option(
+        metavar="UID", help="A SOP class that it may store, and no other; repeatable.",
+        show_default=False)] = None,
+    transfer_syntax: Annotated[list[str] | None, typer.Option(
+        metavar="UID", help="A transfer syntax that it may store in, and no other; repeatable.",
+        show_default=False)] = None,
+    on_conflict: Annotated[str, typer.Option(
+        help=f"What becomes of other content for a UID that is here: {', '.join(ON_CONFLICT)}."
+    )] = ConflictPolicy.KEEP.value,
     state: State = Path("."),
 ) -> None:
     """Lets a device connect, or changes the one of that AE title.
@@ -48,10 +66,13 @@ def add(
     Examples:
       miss device add CT1 10.2.4.17 --name "CT, room 3" --state /srv/miss
       miss device add WORKSTATION 10.2.0.0/16 --services find --port 104
+      miss device add MR1 10.2.4.18 --transport tls --certificate mr1/certificate.pem --services store
     """
     require_node(state)
     device = make_device(ae_title, address, name=name, port=port, issuer=issuer,
-                         services=tuple(filter(None, services.split(","))))
+                         services=tuple(filter(None, services.split(","))), transport=transport,
+                         certificate=certificate, sop_classes=sop_class or (),
+                         transfer_syntaxes=transfer_syntax or (), on_conflict=on_conflict)
     with open_ledger(state) as ledger:
         ledger.add_device(device)
     err.print(f"{device.ae_title} may connect from {device.address}", style="green", markup=False)
@@ -66,11 +87,11 @@ def ls(state: State = Path(".")) -> None:
       miss device ls --state /srv/miss
     """
     require_node(state)
-    grid = table("AE title", "address", ">port", "may", "issuer", "name", "enabled")
+    grid = table("AE title", "address", ">port", "may", "over", "issuer", "name", "enabled")
     with open_ledger(state) as ledger:
         for device in ledger.devices():
             grid.add_row(device.ae_title, device.address, str(device.port or "-"),
-                         ", ".join(sorted(device.services)), device.issuer or "the ward's", device.name,
+                         _may(device), _over(device), device.issuer or "the ward's", device.name,
                          "yes" if device.enabled else "no")
     out.print(grid)
 
@@ -117,7 +138,10 @@ def echo(
 
 
 def make_device(ae_title: str, address: str, *, name: str = "", port: int | None = None,
-                issuer: str | None = None, services: tuple[str, ...] = SERVICES) -> Device:
+                issuer: str | None = None, services: tuple[str, ...] = SERVICES,
+                transport: str = TRANSPORTS[0], certificate: Path | None = None,
+                sop_classes: Sequence[str] = (), transfer_syntaxes: Sequence[str] = (),
+                on_conflict: str = ConflictPolicy.KEEP.value) -> Device:
     """A device by the rules of PS3.5 6.2 (AE) and of addresses; InvalidInput says which is broken."""
     from archive.ledger import Device
 
@@ -130,7 +154,36 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
                                ) from None
     if unknown := [service for service in services if service not in SERVICES]:
         raise InvalidInput(f"no service {unknown[0]}; there are: {', '.join(SERVICES)}")
-    return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services))
+    if transport not in TRANSPORTS:
+        raise InvalidInput(f"no transport {transport}; there are: {', '.join(TRANSPORTS)}")
+    if on_conflict not in ON_CONFLICT:
+        raise InvalidInput(f"no policy {on_conflict}; there are: {', '.join(ON_CONFLICT)}")
+    for uid in (*sop_classes, *transfer_syntaxes):
+        if not is_uid(uid):
+            raise InvalidInput(f"{uid} is no UID")
+    if certificate is not None and transport == "plain":
+        raise InvalidInput("a certificate is shown over TLS: --transport tls, or any")
+    pin = ""
+    if certificate is not None:
+        from certs.devices import spki_of_file
+
+        pin = spki_of_file(certificate)
+    return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services), transport, pin,
+                  frozenset(sop_classes), frozenset(transfer_syntaxes), on_conflict)
+
+
+def _may(device: Device) -> str:
+    """What it may do, and within what."""
+    lists = ((device.sop_classes, "SOP class", "SOP classes"),
+             (device.transfer_syntaxes, "transfer syntax", "transfer syntaxes"))
+    within = [f"{len(uids)} {one if len(uids) == 1 else many}" for uids, one, many in lists if uids]
+    policy = [] if device.on_conflict == ConflictPolicy.KEEP.value else [f"conflicts: {device.on_conflict}"]
+    return "; ".join((", ".join(sorted(device.services)), *within, *policy))
+
+
+def _over(device: Device) -> str:
+    """By which transport it may come, and with which key."""
+    return f"tls, key {device.certificate[:12]}" if device.certificate else device.transport
 
 
 def _listed(ae_title: str, state: Path) -> Peer:

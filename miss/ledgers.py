@@ -45,6 +45,12 @@ def require_node(state: Path) -> None:
         raise SettingsError(f"{state} holds no {Process.NODE.file}: give --state DIR, the folder of the node")
 
 
+def require_known_ward(ledger: Ledger, ward: str) -> None:
+    """Refuses a ward that the region does not know; "" is none."""
+    if ward and ward not in (known := [one.id for one in ledger.wards()]):
+        raise InvalidInput(f"no ward {ward!r} in this region; there are: {', '.join(known) or 'none yet'}")
+
+
 def require_ward(ledger: Ledger, state: Path, ward: str) -> None:
     """Refuses a ward that is not there, naming those that are."""
     if (state / Process.HUB.file).exists():

@@ -114,6 +114,8 @@ def log(
 ) -> None:
     """Shows who connected, and of who was refused why, with the line that would admit them.
 
+    A connection that came to no association is in it too; many alike share a row, which counts them.
+
     \b
     Examples:
       miss node log --state /srv/miss
@@ -124,11 +126,11 @@ def log(
     require_node(state)
     with open_ledger(state) as ledger:
         entries = ledger.connections(limit, refused_only=refused)
-    grid = table("at", "from", "calling", "called", "what", "in")
+    grid = table("at", "from", "over", "calling", "called", "what", "in", ">lasted")
     lines = dict[str, None]()
     for entry in entries:
-        grid.add_row(when(entry.at_us), entry.address, entry.calling_ae, entry.called_ae, _words(entry),
-                     size(entry.bytes_in))
+        grid.add_row(when(entry.at_us), entry.address, entry.transport, entry.calling_ae, entry.called_ae,
+                     _words(entry), size(entry.bytes_in), f"{(entry.ended_us - entry.at_us) / 1e6:.1f} s")
         if line := remedy(entry):
             lines[f"{line} --state {state}"] = None
     out.print(grid)
@@ -137,7 +139,12 @@ def log(
 
 
 def _words(entry: Connection) -> str:
+    often = f" ({entry.times} times)" if entry.times > 1 else ""
+    shown = f"; certificate {entry.certificate}" if entry.certificate else ""
+    if entry.outcome == "failed":
+        return f"no association: {entry.ended}{often}{shown}"
     if entry.outcome == "refused":
-        return f"refused: {entry.reason}"
+        return f"refused: {entry.reason}{often}{shown}"
     done = ", ".join(f"{count} x {what}" for what, count in json.loads(entry.operations).items())
-    return f"{done or 'nothing asked'}{f'; {entry.ended}' if entry.ended else ''}"
+    who = f"{entry.user_name}: " if entry.user_name else ""
+    return f"{who}{done or 'nothing asked'}{f'; {entry.ended}' if entry.ended else ''}"

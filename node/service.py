@@ -26,11 +26,13 @@ from node.admission import Admission
 from node.dimse.acceptor import Services
 from node.dimse.contexts import Offer, ServiceName
 from node.dimse.messages import Field
-from node.dimse.server import DimseServer
+from node.dimse.server import DimseServer, PortTaken
 from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
 from node.dimse.services.store import Store
+from node.dimse.tls import ClientCertificates, Listener, TlsFiles
 from node.settings import NodeSettings
+from node.users import UserCheck, UserPolicy
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ class Node:
         self.uplink: Uplink | None = None
 
     @property
+    def dicom_tls_port(self) -> int | None:
+        """None when there is no listener for TLS."""
+        return None if self._server is None else self._server.tls_port
+
+    @property
     def dicom_port(self) -> int:
         if self._server is None:
             raise RuntimeError("the node is not started")
@@ -75,7 +82,9 @@ class Node:
             desk = OrderDesk(self.ledger, handlers_of(self.archive))
             desk.start()
             parts.callback(desk.stop)
-            server = self._listen(ae_title)
+            gate = self._gate(ae_title)
+            parts.callback(gate.close)
+            server = self._listen(ae_title, gate)
             parts.callback(server.stop, settings.dimse.stop_grace_s)
             if settings.uplink.enabled:
                 self.uplink = Uplink(self.archive, self.identity, settings.uplink, ae_title=ae_title)
@@ -84,7 +93,9 @@ class Node:
             server.start()
             self._server = server
             self._parts = parts.pop_all()
-        log.info("%s listens as %s on %s:%d", self.identity.ward, ae_title, settings.dimse.host, server.port)
+        also = "" if server.tls_port is None else f", TLS on {server.tls_port}"
+        log.info("%s listens as %s on %s:%d%s", self.identity.ward, ae_title, settings.dimse.host,
+                 server.port, also)
         self.ready.set()
         return self
 
@@ -119,20 +130,40 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _listen(self, ae_title: str) -> DimseServer:
+    def _gate(self, ae_title: str) -> Admission:
+        dimse = self.settings.dimse
+        return Admission(
+            self.ledger, ae_title, associations_max=dimse.associations_max,
+            associations_per_device_max=dimse.associations_per_device_max, region=self.identity.region,
+            ward=self.identity.ward, certificates_required=dimse.tls.client_certificates == "require",
+            users=UserCheck(self.ledger, UserPolicy(dimse.user_identity)),
+        )
+
+    def _tls(self) -> tuple[int, Listener] | None:
+        """The port for DICOM over TLS and its files; None when there is to be none."""
+        tls = self.settings.dimse.tls
+        if not tls.enabled or tls.certificate is None or tls.key is None:
+            return None
+        files = TlsFiles(tls.certificate, tls.key, tls.trust or self.identity.current_roots_path)
+        try:
+            return tls.port, Listener(files, ClientCertificates(tls.client_certificates))
+        except SettingsError as error:
+            raise SettingsError(f"dimse.tls: {error}") from None
+
+    def _listen(self, ae_title: str, gate: Admission) -> DimseServer:
         dimse, ward = self.settings.dimse, self.identity.ward
-        gate = Admission(self.ledger, ae_title, associations_max=dimse.associations_max,
-                         associations_per_device_max=dimse.associations_per_device_max)
         services = Services(Offer(dimse.accept_private_classes), {
             Field.C_ECHO: (ServiceName.ECHO, Echo()),
             Field.C_STORE: (ServiceName.STORE, Store(self.archive.intake, ward, self.identity.issuer)),
             Field.C_FIND: (ServiceName.FIND, Find(self.archive, ward, ae_title, dimse.find_responses_max)),
         })
         try:
-            return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits())
-        except OSError as error:
-            place = f"{dimse.host}:{dimse.port}"
-            raise SettingsError(f"dimse.host, dimse.port: {place} can't be had ({error.strerror})") from None
+            return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits(),
+                               tls=self._tls(), pending_per_address_max=dimse.connections_per_address_max)
+        except PortTaken as taken:
+            setting = "dimse.port" if taken.port == dimse.port else "dimse.tls.port"
+            raise SettingsError(f"dimse.host, {setting}: {dimse.host}:{taken.port} can't be had "
+                                f"({taken.strerror})") from None
 
 
 def load_identity(settings: NodeSettings) -> Identity:

@@ -15,6 +15,31 @@ from node.dimse.association import Limits
 
 KIB = 1 << 10
 AE_LENGTH_MAX = 16
+PDU_BYTES_MIN = 4 * KIB  # with less, headers and turns cost more than what they carry
+
+
+@dataclass(frozen=True)
+class TlsSettings:
+    """DICOM over TLS, on a port of its own: it listens when it has a certificate (`miss ca device`)."""
+
+    port: int = setting(2762, "The port for DICOM over TLS; 0 takes a free one.", minimum=0, maximum=65535)
+    certificate: Path | None = setting(
+        None, "The listener's certificate with its chain, in PEM; a renewed file counts without a restart.")
+    key: Path | None = setting(None, "Its private key, in PEM, without a passphrase.")
+    trust: Path | None = setting(
+        None, "The authorities that sign the devices' certificates, in PEM; the region's root when not set.")
+    client_certificates: str = setting(
+        "require", "Whether a device has to show a certificate: require, ask (those that have one show it), "
+        "none.", choices=("require", "ask", "none"))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is to be a listener. Raises SettingsError when it is configured by half."""
+        if (self.certificate is None) is not (self.key is None):
+            there, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
+            raise SettingsError(f"dimse.tls.{there} is set and dimse.tls.{missing} is not: DICOM over TLS "
+                                "needs both")
+        return self.certificate is not None
 
 
 @dataclass(frozen=True)
@@ -32,12 +57,26 @@ class DimseSettings:
         2500, "Associations at once, of one device; past it 2/3/2, and other devices are still served.",
         minimum=1, maximum=30_000,
     )
+    connections_per_address_max: int = setting(
+        500, "Connections without an association of one address; past it its oldest gives way to its newest.",
+        minimum=1, maximum=1000,
+    )
     max_pdu_bytes: int = setting(
-        256 * KIB, "The longest P-DATA-TF PDU that is taken; 0 is no limit.", "bytes",
+        256 * KIB, "The longest P-DATA-TF PDU that is taken, 4096 or more; 0 is no limit.", "bytes",
         minimum=0, maximum=1 << 30,
     )
+    operations_max: int = setting(
+        8, "Requests that a peer which asks for an asynchronous operations window may have open at once; 1 "
+        "grants no window.", minimum=1, maximum=64,
+    )
+    user_identity: str = setting(
+        "ignore", "What becomes of the user that a requestor names (PS3.7 D.3.3.7): passed over, checked "
+        "against this node's users where one is named, or required of everybody. A name without a passcode "
+        "proves nothing.", choices=("ignore", "check", "require"),
+    )
     artim_s: float = setting(
-        30.0, "How long a connection may be open without an association (ARTIM).", "s",
+        30.0, "How long a connection may be open without an association (ARTIM); as long for a TLS "
+        "handshake before.", "s",
         minimum=0.1, maximum=600.0,
     )
     idle_timeout_s: float = setting(
@@ -47,10 +86,15 @@ class DimseSettings:
     message_timeout_s: float = setting(
         60.0, "How long a peer may fall silent inside a message.", "s", minimum=0.1, maximum=3600.0
     )
+    bytes_per_s_min: int = setting(
+        1 * KIB, "What a peer has to send inside a message, on the average of each dimse.message_timeout_s "
+        "that is waited for it; 0 asks for nothing.", "bytes/s", minimum=0, maximum=1 << 30,
+    )
     find_responses_max: int = setting(
         10_000, "Matches that one C-FIND answers; past them it fails with A700.", minimum=1, maximum=1_000_000
     )
     stop_grace_s: float = setting(10.0, "What messages under way get when the node stops.", "s", minimum=0.0)
+    tls: TlsSettings = setting(TlsSettings)
 
 
 @dataclass(frozen=True)
@@ -82,10 +126,13 @@ class NodeSettings:
     def limits(self) -> Limits:
         """What one association may cost."""
         dimse = self.dimse
+        if 0 < dimse.max_pdu_bytes < PDU_BYTES_MIN:
+            raise SettingsError(f"dimse.max_pdu_bytes: 0, or {PDU_BYTES_MIN} or more is needed")
         return Limits(
             max_pdu_bytes=dimse.max_pdu_bytes, object_bytes_max=self.archive.object_bytes_max,
             idle_timeout_s=dimse.idle_timeout_s, message_timeout_s=dimse.message_timeout_s,
-            artim_s=dimse.artim_s,
+            bytes_per_s_min=dimse.bytes_per_s_min, artim_s=dimse.artim_s,
+            operations_max=dimse.operations_max,
         )
 
     def require_ae_title(self) -> str:

@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection as DatabaseConnection
@@ -48,7 +49,8 @@ class Device:
 class Connection:
     """One association, accepted or refused, or a connection that never got so far ("failed"). `contexts` and
     `operations` are JSON; `ended` says how it ended. `certificate` names the one that was shown (subject and
-    fingerprint); `times` is how many alike of one address this row stands for."""
+    fingerprint); `times` is how many alike of one address this row stands for. `user_name` is the verified
+    user, where the requestor named one."""
 
     at_us: int
     address: str
@@ -66,6 +68,7 @@ class Connection:
     transport: str = "plain"
     certificate: str = ""
     times: int = 1
+    user_name: str = ""
 
 
 class Devices(Subject):
@@ -104,11 +107,24 @@ class ConnectionLog(Subject):
     """The last 100,000 associations of a node."""
 
     def log_connection(self, entry: Connection) -> None:
-        row = as_row(entry) | {"id": log_key(entry.at_us)}
+        self.log_connections([entry])
+
+    def log_connections(self, entries: Sequence[Connection], keys: Sequence[str] = ()) -> list[str]:
+        """Write entries in one transaction; their keys. With `keys`, one that is not empty says which row an
+        entry takes the place of."""
+        given = keys or [""] * len(entries)
+        rows = [
+            as_row(entry) | {"id": key or log_key(entry.at_us)}
+            for entry, key in zip(entries, given, strict=True)
+        ]
+        former = [key for key in given if key]
 
         def work(connection: DatabaseConnection) -> None:
-            connection.execute(insert(connection_log).values(row))
-            if random.randrange(_TRIM_ONE_IN) == 0:
+            if former:
+                connection.execute(delete(connection_log).where(connection_log.c.id.in_(former)))
+            if rows:
+                connection.execute(insert(connection_log), rows)
+            if random.random() * _TRIM_ONE_IN < len(rows):
                 oldest_kept = (
                     select(connection_log.c.id)
                     .order_by(connection_log.c.id.desc())
@@ -120,12 +136,13 @@ class ConnectionLog(Subject):
                 )
 
         self._database.write(work)
+        return [str(row["id"]) for row in rows]
 
     def connections(self, limit: int = 100, refused_only: bool = False) -> list[Connection]:
-        """The newest associations, newest first."""
+        """The newest associations, newest first; `refused_only` are those that came to nothing."""
         query = select(connection_log).order_by(connection_log.c.id.desc()).limit(limit)
         if refused_only:
-            query = query.where(connection_log.c.outcome == "refused")
+            query = query.where(connection_log.c.outcome.in_(("refused", "failed")))
         rows = self._database.read(lambda c: c.execute(query).fetchall())
         return [Connection(**{k: v for k, v in row._mapping.items() if k != "id"}) for row in rows]
 

@@ -94,6 +94,7 @@ connection_log = Table(
         "ended",
         "transport",
         "certificate",
+        "user_name",
     ),
     *_columns(Integer, "times"),
 )
@@ -212,13 +213,9 @@ _ADDED_SECOND = {
 
 
 def _second(connection: Connection) -> None:
-    """Devices by certificate, transport, SOP class and transfer syntax; how a connection came and how often.
-    A ledger that this release makes has them from the first step."""
-    for table, columns in _ADDED_SECOND.items():
-        there = {column["name"] for column in inspect(connection).get_columns(table)}
-        for name, definition in columns.items():
-            if name not in there:
-                connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
+    """Devices by certificate, transport, SOP class and transfer syntax; how a connection came and how
+    often."""
+    _add_columns(connection, _ADDED_SECOND)
 
 
 def _third(connection: Connection) -> None:
@@ -226,7 +223,21 @@ def _third(connection: Connection) -> None:
     order_.create(connection, checkfirst=True)
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third)
+def _fourth(connection: Connection) -> None:
+    """The verified user of an association."""
+    _add_columns(connection, {"connection_log": {"user_name": "TEXT NOT NULL DEFAULT ''"}})
+
+
+def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
+    """A ledger that this release makes has them from the first step."""
+    for table, columns in added.items():
+        there = {column["name"] for column in inspect(connection).get_columns(table)}
+        for name, definition in columns.items():
+            if name not in there:
+                connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
+
+
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth)
 
 
 def log_key(at_us: int) -> str:

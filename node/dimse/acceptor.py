@@ -9,16 +9,27 @@ import logging
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Protocol
 
 from archive.errors import MissError
 from node.dimse import status as codes
 from node.dimse.association import Association, Context, Limits
+from node.dimse.closing import await_close
 from node.dimse.contexts import Offer, Permitted, ServiceName, negotiate
-from node.dimse.errors import AssociationEnded, PeerAborted, PeerReleased, Stopping, TimedOut, Violation
+from node.dimse.errors import (
+    AssociationEnded,
+    ConnectionLost,
+    PeerAborted,
+    PeerReleased,
+    Stopping,
+    TimedOut,
+    Violation,
+)
 from node.dimse.messages import Command, Field, response
+from node.dimse.origin import PLAIN, Origin
 from node.dimse.pdu import (
     APPLICATION_CONTEXT,
     ASSOCIATE_BYTES_MAX,
@@ -43,12 +54,15 @@ log = logging.getLogger(__name__)
 APPLICATION_CONTEXT_NOT_SUPPORTED = Rejection(1, 1, 2)
 PROTOCOL_VERSION_NOT_SUPPORTED = Rejection(1, 2, 2)
 TEMPORARY_CONGESTION = Rejection(2, 3, 1)
+DURABLE_TIMEOUT_S = 30.0
+TLS_HANDSHAKE = 0x16  # the type of the record that TLS begins with (RFC 8446, 5.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """A device that was let in. `issuer` is of its Patient IDs where it has one of its own; empty
-    `sop_classes` and `transfer_syntaxes` are all that the node takes."""
+    `sop_classes` and `transfer_syntaxes` are all that the node takes. `user` is who was verified, if anybody,
+    and `identity_answer` what is said to that (PS3.7 D.3.3.7)."""
 
     ae_title: str
     name: str
@@ -57,6 +71,8 @@ class Caller:
     on_conflict: str = "keep"
     sop_classes: frozenset[str] = frozenset()
     transfer_syntaxes: frozenset[str] = frozenset()
+    user: str = ""
+    identity_answer: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +89,12 @@ class Log:
 
     at_us: int
     address: str
+    transport: str = PLAIN
+    certificate: str = ""
     calling_ae: str = ""
     called_ae: str = ""
     device: str = ""
+    user: str = ""
     outcome: str = "refused"
     reason: str = ""
     contexts: list[str] = field(default_factory=list)
@@ -88,29 +107,108 @@ class Log:
 class Gate(Protocol):
     """Who may come in, how many at once, and the book of who came."""
 
-    def admit(self, request: AssociateRequest, address: str) -> Caller | Refusal: ...
+    def admit(self, request: AssociateRequest, origin: Origin) -> Caller | Refusal: ...
 
     def leave(self, caller: Caller) -> None: ...
 
     def record(self, entry: Log) -> None: ...
 
 
+class Durable(Protocol):
+    """Something that was written."""
+
+    def wait_durable(self, timeout_s: float) -> None:
+        """Return when it is on disk; MissError when it never will be, or not in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """A final response that was not sent yet."""
+
+    context: Context
+    command: Command
+    status: int
+    comment: str
+    stored: Durable | None
+
+
+class Turn(Enum):
+    """Where `Acceptor.steps` pauses."""
+
+    BETWEEN = "between two messages: nobody waits but for the peer's next request and for what is owed"
+    ENDING = "before the last words, which may wait for the peer"
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What a service sees of the association it serves."""
+    """What a service sees of the association it serves. `owed` are final responses in the order of their
+    requests."""
 
     association: Association
     caller: Caller
     address: str
     entry: Log
+    owed: list[_Owed] = field(default_factory=list)
 
     def respond(self, context: Context, command: Command, status: int, *, comment: str = "",
                 dataset: bytes | None = None) -> None:
         """Send a response and, when it is the last one, count it."""
+        self.settle()
+        self.association.send(context, self._answer(command, status, comment, dataset is not None), dataset)
+
+    def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
+               stored: Durable | None = None) -> None:
+        """Owe the peer the final response to `command`: sent at the next pause, in order, and only when
+        `stored` is on disk. Where it does not get there, the response says so."""
+        self.owed.append(_Owed(context, command, status, comment, stored))
+
+    def settle(self) -> None:
+        """Send what is owed, waiting for the disk and for the peer."""
+        if self.owed:
+            association = self.association
+            association.crowded = self._is_full() and association.wire.readable()
+            association.wire.send(self.answers())
+
+    def forgo(self) -> None:
+        """The peer is gone: what it sent whole is kept all the same, and nobody hears of it."""
+        if self.owed:
+            self.answers()
+
+    def reads_on(self) -> bool:
+        """Whether the next request is to be read before what is owed is sent: the peer has a window
+        (PS3.7 D.3.3.3), room in it, and has sent something."""
+        window = self.association.window
+        return 0 < len(self.owed) < window and self.association.wire.readable()
+
+    def hold_to_window(self, command: Command) -> None:
+        """End over a request that came while a whole window of others was not answered. Without a window a
+        peer that does not wait is served all the same, one after the other."""
+        crowded, self.association.crowded = self.association.crowded, False
+        if command.field != Field.C_CANCEL and (crowded or self._is_full()):
+            raise Violation("more operations at once than its window allows", 0, AbortSource.SERVICE_USER)
+
+    def _is_full(self) -> bool:
+        return len(self.owed) >= self.association.window > 1
+
+    def answers(self) -> bytes:
+        """What is owed, as octets to be sent: one wait for the disk serves all that were written by then."""
+        owed, self.owed[:] = self.owed[:], ()
+        return b"".join(self.association.encode(each.context, self._outcome(each)) for each in owed)
+
+    def _outcome(self, owed: _Owed) -> bytes:
+        status, comment = owed.status, owed.comment
+        try:
+            if owed.stored is not None:
+                owed.stored.wait_durable(DURABLE_TIMEOUT_S)
+        except MissError as error:
+            status, comment = codes.status_of(error), str(error)
+            log.info("%s from %s: %04X %s", owed.command.name, self.caller.ae_title, status, comment)
+        return self._answer(owed.command, status, comment, False)
+
+    def _answer(self, command: Command, status: int, comment: str, has_dataset: bool) -> bytes:
         if status not in (codes.PENDING, codes.PENDING_UNSUPPORTED_KEYS):
             self.entry.operations[f"{command.name} {status:04X}"] += 1
-        octets = response(command, status, comment=comment, has_dataset=dataset is not None)
-        self.association.send(context, octets, dataset)
+        return response(command, status, comment=comment, has_dataset=has_dataset)
 
 
 class Service(Protocol):
@@ -118,6 +216,10 @@ class Service(Protocol):
     is answered by the table in `status.py`."""
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None: ...
+
+    def is_prompt(self) -> bool:
+        """Whether a message that has arrived whole is served at once, waiting for nothing but its owed
+        response's sync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +242,30 @@ class Acceptor:
         self._limits = limits
         self._settled = settled
         self._entry = Log(int(time.time() * 1e6), address)
+        self.exchange: Exchange | None = None  # from the first pause on
 
-    def run(self) -> None:
-        """Serve the connection until it is closed; never raises."""
+    def steps(self) -> Generator[Turn]:
+        """Serve the connection until it is closed; never raises. It pauses where another thread may go on
+        with it, or throw in how the association ends."""
         try:
+            origin = self._arrive()
             request = self._await_request()
             if request is not None:
-                self._answer(request)
+                yield from self._answer(request, origin)
         except AssociationEnded as ended:
-            log.debug("%s: %s before an association", self._entry.address, ended)
+            self._never_associated(str(ended))
         except Exception as error:
             log_unexpected("a connection", error)
         finally:
             self._wire.close()
+
+    def _arrive(self) -> Origin:
+        """Sta1 to Sta2: the transport is agreed on, within ARTIM as well."""
+        self._entry.transport = self._wire.transport
+        origin = self._wire.arrive(self._entry.address, self._limits.artim_s)
+        self._entry.transport = origin.transport
+        self._entry.certificate = "" if origin.certificate is None else str(origin.certificate)
+        return origin
 
     def _await_request(self) -> AssociateRequest | None:
         """Sta2: nothing but A-ASSOCIATE-RQ has a place here, and ARTIM is running."""
@@ -166,65 +279,85 @@ class Acceptor:
                 return decode_request(memoryview(wire.read(length)))
             except InvalidPdu as invalid:
                 log.info("%s: an A-ASSOCIATE-RQ that is none: %s", self._entry.address, invalid)
-        elif not 1 <= kind <= 7:
-            return None  # no DICOM at all (a browser, a port scanner): closed without a word
+            length = 0
+            self._never_associated("an A-ASSOCIATE-RQ that can't be read")
         elif kind == PduType.ABORT:
+            self._never_associated("it aborted before an association")
             return None  # AA-2
-        self._say_and_linger(encode_abort(AbortSource.SERVICE_USER, AbortReason.NOT_SPECIFIED))  # AA-1
+        elif kind == TLS_HANDSHAKE:
+            self._never_associated("it speaks TLS, and this is the plain port")
+        elif 1 <= kind <= 7:
+            self._never_associated("its first PDU is no A-ASSOCIATE-RQ, or too long")
+        else:
+            self._never_associated("it does not speak DICOM")
+        with contextlib.suppress(AssociationEnded):  # AA-1, also to a browser or a port scanner
+            wire.send(encode_abort(AbortSource.SERVICE_USER, AbortReason.NOT_SPECIFIED))
+        await_close(wire, self._limits.artim_s, length)
         return None
 
-    def _answer(self, request: AssociateRequest) -> None:
+    def _answer(self, request: AssociateRequest, origin: Origin) -> Generator[Turn]:
         entry = self._entry
         entry.calling_ae, entry.called_ae = request.calling_ae, request.called_ae
-        verdict = self._admit(request)
+        verdict = self._admit(request, origin)
         if isinstance(verdict, Refusal):
             entry.reason = verdict.why
             entry.ended = f"rejected {verdict.rejection.triple}"
             with contextlib.suppress(AssociationEnded):
                 self._wire.send(encode_rejection(verdict.rejection))
             self._record()
-            self._wire.linger(self._limits.artim_s)  # Sta13
+            await_close(self._wire, self._limits.artim_s)
             return
         entry.device = verdict.name or verdict.ae_title
+        entry.user = verdict.user
         try:
-            last_words = self._associate(request, verdict)
+            last_words = yield from self._associate(request, verdict)
         finally:
             # Before the last word: a peer that hears it may come again at once, and finds its place free.
             self._gate.leave(verdict)
             self._settled(False)
+        yield Turn.ENDING
+        exchange = self.exchange
         with contextlib.suppress(AssociationEnded):
+            if exchange is not None and last_words:
+                exchange.settle()  # also to a peer that asked to release before it had its answers (AR-7)
+            elif exchange is not None:
+                exchange.forgo()
             self._wire.send(last_words)
         self._record()
-        if last_words:
-            self._wire.linger(self._limits.artim_s)  # Sta13; after the peer's own A-ABORT we close (AA-3)
+        if last_words:  # after the peer's own A-ABORT we close (AA-3)
+            left = 0 if exchange is None else exchange.association.pdu_left
+            await_close(self._wire, self._limits.artim_s, left)
 
-    def _admit(self, request: AssociateRequest) -> Caller | Refusal:
+    def _admit(self, request: AssociateRequest, origin: Origin) -> Caller | Refusal:
         if not request.protocol_version & 1:
             return Refusal(PROTOCOL_VERSION_NOT_SUPPORTED, "it does not speak version 1 of the protocol")
         if request.application_context != APPLICATION_CONTEXT:
             return Refusal(APPLICATION_CONTEXT_NOT_SUPPORTED, "its application context is not DICOM's")
         try:
-            return self._gate.admit(request, self._entry.address)
+            return self._gate.admit(request, origin)
         except Exception as error:
             log_unexpected("admission", error)
             return Refusal(TEMPORARY_CONGESTION, "the list of devices could not be read")
 
-    def _associate(self, request: AssociateRequest, caller: Caller) -> bytes:
+    def _associate(self, request: AssociateRequest, caller: Caller) -> Generator[Turn, None, bytes]:
         """Serve the association to its end; what is still to be said to the peer afterwards, if anything."""
         entry = self._entry
         entry.outcome = "accepted"
         permitted = Permitted(caller.services, caller.sop_classes, caller.transfer_syntaxes)
-        accept, contexts = negotiate(request, self._services.offer, permitted, self._limits.max_pdu_bytes)
+        accept, contexts = negotiate(request, self._services.offer, permitted, self._limits.max_pdu_bytes,
+                                     operations_max=self._limits.operations_max)
         for proposed, answer in zip(request.contexts, accept.contexts, strict=True):
             verdict = answer.transfer_syntax if answer.id in contexts else f"refused {answer.result}"
             entry.contexts.append(f"{proposed.abstract_syntax[:64]} {verdict}")
         try:
-            self._wire.send(encode_accept(accept))
+            window = accept.asynchronous_window
             association = Association(self._wire, contexts, request.max_pdu_bytes, self._limits,
-                                      requestor=False)
+                                      requestor=False, window=window[0] if window else 1)
+            self.exchange = Exchange(association, caller, entry.address, entry)
+            association.refuse_what_came()  # Sta3
+            self._wire.send(encode_accept(replace(accept, identity_answer=caller.identity_answer)))
             self._settled(True)
-            self._serve(Exchange(association, caller, entry.address, entry))
-        except PeerReleased:
+            yield from self._serve(self.exchange)
             entry.ended = "released"
             return RELEASE_RP_OCTETS
         except PeerAborted as aborted:
@@ -243,23 +376,38 @@ class Acceptor:
             return encode_abort(AbortSource.SERVICE_USER, AbortReason.NOT_SPECIFIED)
         return b""
 
-    def _serve(self, exchange: Exchange) -> None:
+    def _serve(self, exchange: Exchange) -> Generator[Turn, None, None]:
+        """Sta6, until the peer asks to release."""
         association = exchange.association
-        while True:
-            if association.wire.stopping:
-                raise Stopping("this side is being stopped")
-            context, command = association.receive()
-            if command.is_response:
-                raise Violation("a response to nothing", source=AbortSource.SERVICE_USER, reason=0)
-            self._perform(exchange, context, command)
+        try:
+            while True:
+                yield Turn.BETWEEN
+                if association.wire.stopping and not association.wire.busy:
+                    raise Stopping("this side is being stopped")
+                context, command = association.receive()
+                if command.is_response:
+                    raise Violation("a response to nothing", source=AbortSource.SERVICE_USER, reason=0)
+                exchange.hold_to_window(command)
+                self._perform(exchange, context, command)
+        except PeerReleased:
+            with contextlib.suppress(ConnectionLost):  # it need not wait for our answer
+                association.refuse_what_came()  # Sta8
+
+    def is_prompt(self, command: Command) -> bool:
+        """Whether a whole message of this kind is served without waiting."""
+        _, service = self._services.table.get(command.field, (None, None))
+        return service is not None and service.is_prompt()
 
     def _perform(self, exchange: Exchange, context: Context, command: Command) -> None:
         name, service = self._services.table.get(command.field, (None, None))
-        if service is None or name is not self._services.offer.service(context.abstract_syntax):
+        if (service is None or name is not self._services.offer.service(context.abstract_syntax)
+                or not context.requestor_is_scu):
             exchange.association.drain(context)
             if command.field != Field.C_CANCEL:  # else of an operation that is over: nothing to say
-                exchange.respond(context, command, codes.UNRECOGNIZED_OPERATION)
+                exchange.answer(context, command, codes.UNRECOGNIZED_OPERATION)
             return
+        if command.field != Field.C_STORE:
+            exchange.settle()  # what is asked now may be about what was sent before
         try:
             service.serve(exchange, context, command)
         except AssociationEnded:
@@ -274,12 +422,13 @@ class Acceptor:
               comment: str) -> None:
         log.info("%s from %s: %04X %s", command.name, exchange.caller.ae_title, status, comment)
         exchange.association.drain(context)
-        exchange.respond(context, command, status, comment=comment)
+        exchange.answer(context, command, status, comment=comment)
 
-    def _say_and_linger(self, octets: bytes) -> None:
-        with contextlib.suppress(AssociationEnded):
-            self._wire.send(octets)
-        self._wire.linger(self._limits.artim_s)
+    def _never_associated(self, why: str) -> None:
+        """The connection ends without an association; `why` is one of few texts, and names no peer."""
+        if not self._wire.stopping:
+            self._entry.outcome, self._entry.ended = "failed", why
+            self._record()
 
     def _record(self) -> None:
         self._entry.bytes_in, self._entry.bytes_out = self._wire.bytes_in, self._wire.bytes_out

@@ -9,10 +9,22 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from typing import NoReturn, Protocol
 
 from node.dimse import messages
-from node.dimse.errors import AssociationEnded, ConnectionLost, PeerAborted, PeerReleased, TimedOut, Violation
+from node.dimse.closing import await_close
+from node.dimse.errors import (
+    AssociationEnded,
+    ConnectionLost,
+    PeerAborted,
+    PeerReleased,
+    Stopping,
+    TimedOut,
+    Violation,
+)
 from node.dimse.messages import Command, Field
+from node.dimse.outbox import COMMAND_BYTES_MAX, Outbox
 from node.dimse.pdu import (
     COMMAND_FRAGMENT,
     HEADER_BYTES,
@@ -29,29 +41,51 @@ from node.dimse.pdu import (
 )
 from node.dimse.wire import TICK_S, Buffer, Wire
 
+ROOM_BYTES_MIN = 4096          # of a fragment that is worth a receive of its own
 EMPTY_FRAGMENTS_MAX = 1_000    # in a row: they are legal and carry nothing
-WAITING_COMMANDS_MAX = 8       # requests that came while another was answered; none may without a window
 SEND_BATCH_BYTES = 1 << 20     # gathered before they are sent: memory stays flat whatever the object's size
 SEND_BATCH_BUFFERS = 256
 CONTROL_PDU_BYTES_MAX = 1024   # of an A-RELEASE or A-ABORT, which have four octets
 
+_OF_FOUR = (PduType.ASSOCIATE_RJ, PduType.RELEASE_RQ, PduType.RELEASE_RP, PduType.ABORT)
 _HEADER = struct.Struct(">BxI")
 _PDV = struct.Struct(">IBB")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A presentation context that both sides agreed on."""
+    """A presentation context that both sides agreed on, and the roles in it (PS3.7 D.3.3.4)."""
 
     id: int
     abstract_syntax: str
     transfer_syntax: str
+    requestor_is_scu: bool = True
+    requestor_is_scp: bool = False
+
+
+class Ahead(Enum):
+    """What lies in the receive buffer when it is no whole message."""
+
+    PARTIAL = "a part of a message, or nothing"
+    OTHER = "something else, or more than may be looked at without consuming it"
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How far the message that lies ahead in the receive buffer has been looked at."""
+
+    octets: int = 0
+    pdu_left: int = 0
+    command: Command | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one association may cost. `max_pdu_bytes` is what we offer to receive; 0 offers no limit, since
-    PDUs are taken in pieces as they arrive and their length costs nothing."""
+    PDUs are taken in pieces as they arrive and their length costs nothing. Inside a message a peer may not be
+    silent for `message_timeout_s`, nor send fewer than `bytes_per_s_min` on the average of that time.
+    `operations_max` is the largest window of operations that a requestor gets which asks for one."""
 
     max_pdu_bytes: int = 256 << 10
     send_pdu_bytes_max: int = 256 << 10
@@ -60,17 +94,37 @@ class Limits:
     object_bytes_max: int = 1 << 40
     idle_timeout_s: float = 600.0
     message_timeout_s: float = 60.0
+    bytes_per_s_min: int = 1 << 10
     artim_s: float = 30.0
+    operations_max: int = 8
+
+
+class Sink(Protocol):
+    """Takes a data set in pieces."""
+
+    def room(self, size: int) -> memoryview | None:
+        """Where some of the next `size` octets may be put, at least one of them; None when they are to be
+        written."""
+
+    def filled(self, view: memoryview) -> None:
+        """`view`, the beginning of the room that was given, holds the next octets."""
+
+    def write(self, view: memoryview) -> None:
+        """The next octets; the view is valid until this returns."""
 
 
 class Association:
-    """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.stop` and `cut`."""
+    """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.stop` and `cut`.
+
+    `window` is how many requests the peer may have open at once (PS3.7 D.3.3.3); 1 without negotiation."""
 
     def __init__(self, wire: Wire, contexts: Mapping[int, Context], peer_max_pdu_bytes: int, limits: Limits,
-                 *, requestor: bool) -> None:
+                 *, requestor: bool, window: int = 1) -> None:
         self.wire = wire
         self.contexts = contexts
         self.limits = limits
+        self.window = window
+        self.crowded = False  # more had come when a whole window was answered
         self._requestor = requestor
         bound = limits.send_pdu_bytes_max
         pdu_bytes = min(peer_max_pdu_bytes, bound) if peer_max_pdu_bytes else bound
@@ -83,8 +137,16 @@ class Association:
         self._dataset_bytes = 0
         self._empty_fragments = 0
         self._waiting: list[tuple[Context, Command]] = []
+        self._seen: _Seen | None = None
+        wire.bytes_per_s_min = limits.bytes_per_s_min
+        wire.pace_window_s = limits.message_timeout_s
         wire.tick_s = min(TICK_S, limits.idle_timeout_s, limits.message_timeout_s)
         wire.set_deadline(None)
+
+    @property
+    def pdu_left(self) -> int:
+        """What is still to come of the PDU under way, for `await_close`."""
+        return self._pdu_left
 
     # --- receiving
 
@@ -95,6 +157,48 @@ class Association:
             return self._waiting.pop(0)
         return self._receive_command(self.limits.idle_timeout_s)
 
+    def ahead(self) -> Command | Ahead:
+        """What lies in the receive buffer; nothing is consumed. A command when it and its data set are there
+        to the last octet, so that reading them waits for nobody."""
+        if self._waiting or self._pdu_left or not self._pdv_last:
+            return Ahead.OTHER
+        seen = self._seen
+        if seen is None:
+            seen = self._seen = _Seen()
+        buffer, start, held = self.wire.buffer, self.wire.start, self.wire.held
+        while not seen.whole:
+            at = start + seen.octets
+            left = held - seen.octets
+            if left < HEADER_BYTES:
+                return Ahead.PARTIAL
+            if not seen.pdu_left:
+                kind, length = _HEADER.unpack_from(buffer, at)
+                longest = self.limits.max_pdu_bytes or length
+                if kind != PduType.P_DATA_TF or not PDV_HEADER_BYTES <= length <= longest:
+                    return Ahead.OTHER
+                seen.pdu_left = length
+                seen.octets += HEADER_BYTES
+                continue
+            length, _, control = _PDV.unpack_from(buffer, at)
+            if length < 2 or length + 4 > seen.pdu_left:
+                return Ahead.OTHER
+            if length + 4 > left:
+                return Ahead.PARTIAL
+            if seen.command is not None:
+                seen.whole = bool(control & LAST_FRAGMENT)
+            elif control != COMMAND_FRAGMENT | LAST_FRAGMENT:
+                return Ahead.OTHER  # commands in several fragments are rare
+            else:
+                try:
+                    seen.command = messages.parse(bytes(buffer[at + PDV_HEADER_BYTES:at + 4 + length]))
+                except Violation:
+                    return Ahead.OTHER
+                seen.whole = not seen.command.has_dataset
+            seen.octets += length + 4
+            seen.pdu_left -= length + 4
+        assert seen.command is not None
+        return seen.command
+
     def receive_response(self) -> Command:
         """The next response; requests that the peer makes meanwhile are kept (PS3.7 allows them both
         ways)."""
@@ -102,17 +206,38 @@ class Association:
             context, command = self._receive_command(self.limits.message_timeout_s)
             if command.is_response:
                 return command
+            if command.has_dataset:
+                raise Violation("a request with a data set in place of a response", 0,
+                                AbortSource.SERVICE_USER)
             self._keep(context, command)
 
     def fragments(self, context: Context) -> Iterator[memoryview]:
         """The data set of the command just received, as pieces in the receive buffer: use each before the
         next. Left before its end, it can be taken up again, or drained."""
-        while True:
+        while not self._dataset_waits:  # else what lies ahead is of a later command
             while self._pdv_left:
                 view = self.wire.take(self._pdv_left)
                 self._pdv_left -= len(view)
                 self._pdu_left -= len(view)
                 yield view
+            if self._pdv_last:
+                self.wire.busy = False
+                return
+            self._next_data_fragment(context)
+
+    def pour(self, context: Context, sink: Sink) -> None:
+        """The data set of the command just received, into `sink`: received straight into its room where it
+        has some."""
+        while not self._dataset_waits:
+            while self._pdv_left:
+                room = sink.room(self._pdv_left) if self._pdv_left >= ROOM_BYTES_MIN else None
+                view = self.wire.take(self._pdv_left) if room is None else room[:self.wire.take_into(room)]
+                self._pdv_left -= len(view)
+                self._pdu_left -= len(view)
+                if room is None:
+                    sink.write(view)
+                else:
+                    sink.filled(view)
             if self._pdv_last:
                 self.wire.busy = False
                 return
@@ -133,8 +258,9 @@ class Association:
         return bytes(octets)
 
     def cancelled(self, message_id: int) -> bool:
-        """Whether the peer has sent C-CANCEL for `message_id`; never waits for a peer that says nothing."""
-        while self.wire.readable():
+        """Whether the peer has sent C-CANCEL for `message_id`; never waits for a peer that says nothing, and
+        looks no further than a request whose data set lies in the way."""
+        while not self._dataset_waits and self.wire.readable():
             context, command = self._receive_command(self.limits.message_timeout_s)
             if command.field == Field.C_CANCEL:
                 if command.short(messages.MESSAGE_ID_RESPONDED_TO, -1) == message_id:
@@ -143,16 +269,23 @@ class Association:
             self._keep(context, command)
         return False
 
+    @property
+    def _dataset_waits(self) -> bool:
+        """Whether the last request that is kept for later has a data set, which lies ahead in the wire."""
+        return bool(self._waiting) and self._waiting[-1][1].has_dataset
+
     def _keep(self, context: Context, command: Command) -> None:
-        if command.has_dataset or len(self._waiting) >= WAITING_COMMANDS_MAX:
-            # Its data set lies in the way of what is awaited, and no asynchronous operations were negotiated.
-            raise Violation("a request came before the last was answered", AbortReason.UNEXPECTED_PARAMETER)
+        """Keep a request that came while another is answered: one fewer than the window."""
+        if len(self._waiting) >= self.window - 1:
+            raise Violation("more operations at once than its window allows", 0, AbortSource.SERVICE_USER)
         self._waiting.append((context, command))
 
     def _receive_command(self, patience_s: float) -> tuple[Context, Command]:
         wire = self.wire
         wire.patience_s = patience_s
         wire.busy = False
+        wire.begin_message()
+        seen, self._seen = self._seen, None
         octets = b""
         context_id = 0
         while True:
@@ -161,6 +294,9 @@ class Association:
                 raise Violation("a data set fragment in place of a command", AbortReason.UNEXPECTED_PARAMETER)
             if octets and found_id != context_id:
                 raise Violation("a command goes on in another presentation context")
+            if not octets:
+                wire.set_deadline(time.monotonic() + self.limits.message_timeout_s,
+                                  "a command set was not whole in time")
             context_id = found_id
             if len(octets) + length > self.limits.command_bytes_max:
                 raise Violation("a command set is larger than its bound", 0, AbortSource.SERVICE_USER)
@@ -168,7 +304,8 @@ class Association:
             self._pdu_left -= length
             if control & LAST_FRAGMENT:
                 break
-        command = messages.parse(octets)
+        wire.set_deadline(None)
+        command = messages.parse(octets) if seen is None or seen.command is None else seen.command
         self._pdv_left = 0
         self._pdv_last = not command.has_dataset
         self._dataset_bytes = 0
@@ -220,36 +357,48 @@ class Association:
         wire.patience_s = self.limits.message_timeout_s
         if kind != PduType.P_DATA_TF:
             self._control_pdu(kind, length)
+        self._pdu_left = length
         if self.limits.max_pdu_bytes and length > self.limits.max_pdu_bytes:
             raise Violation("a P-DATA-TF PDU is longer than the maximum that was agreed on")
         if length < PDV_HEADER_BYTES:
             raise Violation("a P-DATA-TF PDU holds no presentation data value")
-        self._pdu_left = length
 
-    def _control_pdu(self, kind: int, length: int) -> None:
-        """Always raises: in Sta6 every PDU but P-DATA-TF ends the association (PS3.8 Table 9-10)."""
-        if kind in (PduType.RELEASE_RQ, PduType.ABORT):
-            if length > CONTROL_PDU_BYTES_MAX:
-                raise Violation("an A-RELEASE or A-ABORT PDU has a wrong length")
-            body = self.wire.read(length)
-            if kind == PduType.ABORT:
-                raise PeerAborted(*decode_abort(memoryview(body)))
-            if length != 4:
-                raise Violation("an A-RELEASE-RQ PDU has a wrong length")
-            raise PeerReleased("the peer released the association")
-        known = kind in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC, PduType.ASSOCIATE_RJ, PduType.RELEASE_RP)
-        if known:
+    def _control_pdu(self, kind: int, length: int) -> NoReturn:
+        """In Sta6 every PDU but P-DATA-TF ends the association (PS3.8 Table 9-10)."""
+        if kind == PduType.RELEASE_RQ and length == 4:
+            self.wire.read(4)
+            raise PeerReleased("the peer released the association")  # AR-2
+        self.refuse_pdu(kind, length)
+
+    def refuse_pdu(self, kind: int, length: int) -> NoReturn:
+        """End over a PDU that has no place where it came: AA-3 for A-ABORT, AA-8 for all else."""
+        if kind == PduType.ABORT and length <= CONTROL_PDU_BYTES_MAX:
+            raise PeerAborted(*decode_abort(memoryview(self.wire.read(length))))
+        self._pdu_left = length
+        if kind in _OF_FOUR and length != 4:
+            raise Violation("an A-RELEASE, A-ABORT or A-ASSOCIATE-RJ PDU has a wrong length")
+        if 1 <= kind <= 7:
             raise Violation("a PDU that has no place here", AbortReason.UNEXPECTED_PDU)
         raise Violation("a PDU of no known type", AbortReason.UNRECOGNIZED_PDU)
+
+    def refuse_what_came(self) -> None:
+        """Where the peer has to wait for us (Sta3, Sta8): whatever it sent all the same ends the association
+        as above. Its closing is for the next send or receive to find."""
+        if self.wire.readable():
+            self.refuse_pdu(*self._pdu_header())
 
     # --- sending
 
     def send(self, context: Context, command: bytes, dataset: bytes | None = None) -> None:
         """A message with a small data set, or none, in one piece."""
-        octets = b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
+        octets = self.encode(context, command)
         if dataset is not None:
             octets += b"".join(self._pdus(context.id, 0, dataset))
         self.wire.send(octets)
+
+    def encode(self, context: Context, command: bytes) -> bytes:
+        """The PDUs of a command set."""
+        return b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
 
     def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:
         """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they
@@ -276,6 +425,23 @@ class Association:
         vector += (data_header(context.id, LAST_FRAGMENT, filled), *fragment)
         self.wire.send_vector(vector)
 
+    def outbox(self) -> Outbox:
+        """A buffer for files that are sent here."""
+        return Outbox(self._fragment_bytes)
+
+    def send_outbox(self, context: Context, command: bytes, outbox: Outbox) -> None:
+        """A message whose data set comes from an outbox, of which the first part is loaded. OSError when the
+        file can't be read to its end: then the association is to be aborted."""
+        octets = self.encode(context, command)
+        if len(octets) <= COMMAND_BYTES_MAX:
+            outbox.put_before(octets)
+        else:
+            self.wire.send(octets)
+        self.wire.send(outbox.octets)
+        while outbox.left:
+            outbox.load()
+            self.wire.send(outbox.octets)
+
     def _pdus(self, context_id: int, kind: int, octets: bytes) -> Iterator[bytes]:
         step = self._fragment_bytes
         for at in range(0, len(octets) or 1, step):
@@ -286,54 +452,56 @@ class Association:
     # --- ending
 
     def release(self) -> None:
-        """Ask to release and wait for the answer within ARTIM; always closes. PS3.8 Sta7: data that is still
-        under way is passed over (AR-6); when both ask at once the requestor answers first (AR-8 to AR-10)."""
+        """Ask to release and wait for the answer within ARTIM; always closes."""
         try:
             self.wire.set_deadline(time.monotonic() + self.limits.artim_s)
             self.wire.send(RELEASE_RQ_OCTETS)
             self._await_release_answer()
-        except Violation as violation:
+        except Violation as violation:  # AA-8
             self.abort(violation.source, violation.reason)
-        except (ConnectionLost, TimedOut, PeerAborted):
+            await_close(self.wire, self.limits.artim_s, self._pdu_left)
+        except TimedOut:
+            self.abort()  # AA-1
+        except (ConnectionLost, PeerAborted, Stopping):
             pass
         finally:
             self.wire.close()
 
     def _await_release_answer(self) -> None:
-        answered = False
-        while not answered:
+        """Sta7: data that is still under way is passed over (AR-6). When both ask at once (AR-8) the
+        requestor answers and then waits for its answer (Sta9, Sta11); the acceptor waits for the answer to
+        its own request first and then answers (Sta10, Sta12)."""
+        kind: int = PduType.P_DATA_TF
+        length = self._pdu_left
+        while kind == PduType.P_DATA_TF:
+            self._pdu_left = length
             self._skip_pdu_rest()
             kind, length = self._pdu_header()
-            if kind == PduType.P_DATA_TF:
-                self._pdu_left = length
-            elif kind == PduType.RELEASE_RP and length == 4:
-                self.wire.read(4)
-                answered = True
-            elif kind == PduType.RELEASE_RQ and length == 4:
-                self.wire.read(4)
-                answered = self._settle_collision()
-            else:
-                self._control_pdu(kind, length)
-
-    def _settle_collision(self) -> bool:
-        """Both sides asked: the requestor answers and then waits for its answer (Sta9, Sta11); the acceptor
-        waits for the answer to its own request first and then answers (Sta10, Sta12). Whether all is said."""
+        if length == 4 and kind in (PduType.RELEASE_RP, PduType.RELEASE_RQ):
+            self.wire.read(4)
+        else:
+            self.refuse_pdu(kind, length)
+        if kind == PduType.RELEASE_RP:
+            return  # AR-3
         if self._requestor:
-            self.wire.send(RELEASE_RP_OCTETS)
-            return False
+            self.wire.send(RELEASE_RP_OCTETS)  # AR-9
+            self._await_release_response()     # AR-3
+        else:
+            self._await_release_response()     # AR-10
+            self.wire.send(RELEASE_RP_OCTETS)  # AR-4
+            await_close(self.wire, self.limits.artim_s)
+
+    def _await_release_response(self) -> None:
         kind, length = self._pdu_header()
         if kind != PduType.RELEASE_RP or length != 4:
-            self._control_pdu(kind, length)
+            self.refuse_pdu(kind, length)
         self.wire.read(4)
-        self.wire.send(RELEASE_RP_OCTETS)
-        self.wire.linger(self.limits.artim_s)
-        return True
 
     def _skip_pdu_rest(self) -> None:
         while self._pdu_left:
             self._pdu_left -= len(self.wire.take(self._pdu_left))
 
     def abort(self, source: int = AbortSource.SERVICE_USER, reason: int = AbortReason.NOT_SPECIFIED) -> None:
-        """Send A-ABORT; the caller lingers or closes."""
+        """Send A-ABORT; the caller waits for the peer to close, or closes."""
         with contextlib.suppress(AssociationEnded):
             self.wire.send(encode_abort(source, reason))

@@ -33,6 +33,10 @@ _STANDARD_ROOT = "1.2.840.10008."
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR: of media, never sent
 
+# Hanging protocols, palettes, implant templates, protocols, inventories: a service class of its own (PS3.4
+# GG), whose objects belong to no study. There is no place for them here, so they are not agreed on.
+_WITHOUT_A_PATIENT = frozenset(known_classes._NON_PATIENT_OBJECT_CLASSES.values())
+
 # Syntaxes whose data sets do not carry their own pixels, or are no data sets.
 _NOT_IN_STREAM = frozenset((
     "1.2.840.10008.1.2.4.94", "1.2.840.10008.1.2.4.95",  # JPIP
@@ -65,7 +69,7 @@ def _storage_classes() -> frozenset[str]:
     classes = {uid for uid, (name, kind, _, retired, _) in UID_dictionary.items()
                if _is_storage(uid, name, kind, retired)}
     newer = set(known_classes._STORAGE_CLASSES.values())  # than the dictionary
-    return frozenset(classes | newer)
+    return frozenset(classes | newer) - _WITHOUT_A_PATIENT
 
 
 STORAGE_CLASSES = _storage_classes()
@@ -75,13 +79,19 @@ STORAGE_SYNTAXES = frozenset(
 # Identifiers are read and written as data sets, so only in the syntaxes that need no codec (PS3.5 10).
 IDENTIFIER_SYNTAXES = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG))
 
+DEFAULT_ROLE = Role("", scu=True, scp=False)  # where none is proposed (PS3.7 D.3.3.4)
+# Storage SCP of level 2 (full), signature level 3 (bit-preserving), no coercion (PS3.4 Table B.3-1).
+STORAGE_SUPPORT = bytes((2, 0, 3, 0, 0, 0))
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a node takes. `private` adds private SOP classes and transfer syntaxes, and storage classes that
-    are newer than our tables (AS6)."""
+    are newer than our tables (AS6). `requestor_serves` are the services whose SCP a requestor may be on its
+    own association: storage, once there is C-GET."""
 
     private: bool = False
+    requestor_serves: frozenset[ServiceName] = frozenset()
 
     def service(self, sop_class_uid: str) -> ServiceName | None:
         """The service that takes this abstract syntax."""
@@ -122,30 +132,39 @@ class Permitted:
                 or transfer_syntax_uid in self.transfer_syntaxes)
 
 
-def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted,
-              max_pdu_bytes: int) -> tuple[AssociateAccept, dict[int, Context]]:
-    """Answer every proposed context: the first transfer syntax that the requestor names and we take."""
+def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted, max_pdu_bytes: int, *,
+              operations_max: int = 1) -> tuple[AssociateAccept, dict[int, Context]]:
+    """Answer every proposed context (the first transfer syntax that the requestor names and we take), and
+    what else it negotiates."""
+    roles = _answer_roles(request.roles, offer, permitted)
     answers: list[AnsweredContext] = []
     contexts: dict[int, Context] = {}
     for proposed in request.contexts:
-        answer = _answer(proposed, offer, permitted)
+        role = roles.get(proposed.abstract_syntax, DEFAULT_ROLE)
+        answer = _answer(proposed, offer, permitted, role)
         answers.append(answer)
         if answer.result == ContextResult.ACCEPTANCE:
-            contexts[answer.id] = Context(answer.id, proposed.abstract_syntax, answer.transfer_syntax)
+            contexts[answer.id] = Context(answer.id, proposed.abstract_syntax, answer.transfer_syntax,
+                                          role.scu, role.scp)
     accepted = {context.abstract_syntax for context in contexts.values()}
-    accept = AssociateAccept(request.called_ae, request.calling_ae, tuple(answers), max_pdu_bytes,
-                             roles=_answer_roles(request.roles, accepted))
+    accept = AssociateAccept(
+        request.called_ae, request.calling_ae, tuple(answers), max_pdu_bytes,
+        roles=tuple(role for uid, role in roles.items() if uid in accepted),
+        extended=_answer_extended(request.extended, offer, accepted),
+        asynchronous_window=_answer_window(request.asynchronous_window, operations_max),
+        as_received=request.as_received,
+    )
     return accept, contexts
 
 
-def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted) -> AnsweredContext:
+def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted, role: Role) -> AnsweredContext:
     # A refused context still carries one transfer syntax, which is not looked at (PS3.8 9.3.3.2).
     first = proposed.transfer_syntaxes[0] if proposed.transfer_syntaxes else IMPLICIT_LITTLE
     ignored = first if is_uid(first) else IMPLICIT_LITTLE
     service = offer.service(proposed.abstract_syntax)
     if service is None or not permitted.takes_class(service, proposed.abstract_syntax):
         return AnsweredContext(proposed.id, ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED, ignored)
-    if service not in permitted.services:
+    if service not in permitted.services or not (role.scu or role.scp):
         return AnsweredContext(proposed.id, ContextResult.USER_REJECTION, ignored)
     for uid in proposed.transfer_syntaxes:
         if offer.takes_syntax(service, uid) and permitted.takes_syntax(service, uid):
@@ -153,14 +172,33 @@ def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted) -> An
     return AnsweredContext(proposed.id, ContextResult.TRANSFER_SYNTAXES_NOT_SUPPORTED, ignored)
 
 
-def _answer_roles(roles: Sequence[Role], accepted: set[str]) -> tuple[Role, ...]:
-    """We are SCP of what we accept; the SCP role is not given to the requestor until there is C-GET (PS3.7
-    D.3.3.4)."""
-    seen: dict[str, Role] = {}
+def _answer_roles(roles: Sequence[Role], offer: Offer, permitted: Permitted) -> dict[str, Role]:
+    """By SOP class, of the roles that the requestor proposes those that it gets: never more than it asked for
+    (PS3.7 D.3.3.4). The first proposal for a class counts. Who gets neither role has no use for a context."""
+    answered: dict[str, Role] = {}
     for role in roles:
-        if role.sop_class_uid in accepted and role.sop_class_uid not in seen:
-            seen[role.sop_class_uid] = Role(role.sop_class_uid, role.scu, False)
-    return tuple(seen.values())
+        service = offer.service(role.sop_class_uid)
+        if service is not None and service in permitted.services:
+            given = Role(role.sop_class_uid, role.scu, role.scp and service in offer.requestor_serves)
+            answered.setdefault(role.sop_class_uid, given)
+    return answered
+
+
+def _answer_window(asked: tuple[int, int] | None, operations_max: int) -> tuple[int, int] | None:
+    """Answered only when asked; 0 is unlimited (PS3.7 D.3.3.3). We ourselves invoke one operation at a
+    time."""
+    if asked is None:
+        return None
+    return min(asked[0] or operations_max, operations_max), 1
+
+
+def _answer_extended(asked: Sequence[tuple[str, bytes]], offer: Offer,
+                     accepted: set[str]) -> tuple[tuple[str, bytes], ...]:
+    """What we support of what is asked about, once for each class (PS3.7 D.3.3.5). Of queries that is
+    nothing beyond the baseline, and no answer says so (PS3.4 C.5.1.1)."""
+    answers = {uid: STORAGE_SUPPORT for uid, _ in asked
+               if uid in accepted and offer.service(uid) is ServiceName.STORE}
+    return tuple(answers.items())
 
 
 def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:

@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 PLAIN = "plain"
+TLS = "TLS"  # of no version yet
 SUBJECT_SHOWN_MAX = 200
 
 

@@ -1,5 +1,6 @@
 """Owns the requestor's side: connect, propose, and then echo, store and find over the association (PS3.7
-9.1). It never retries and never chooses what to send; `sending.py` and the services that forward do."""
+9.1), with several C-STOREs open at once where the peer grants a window. It never retries and never chooses
+what to send; `sending.py` and the services that forward do."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from typing import Self
 
 from node.dimse import contexts, messages
 from node.dimse.association import Association, Context, Limits
-from node.dimse.errors import ConnectionLost, PeerAborted, Rejected, Violation
-from node.dimse.messages import Command
+from node.dimse.closing import await_close
+from node.dimse.errors import AssociationEnded, ConnectionLost, PeerAborted, Rejected, Violation
+from node.dimse.messages import RESPONSE, Command, Field
+from node.dimse.outbox import Outbox
 from node.dimse.pdu import (
     ASSOCIATE_BYTES_MAX,
     HEADER_BYTES,
@@ -25,6 +28,7 @@ from node.dimse.pdu import (
     InvalidPdu,
     PduType,
     ProposedContext,
+    UserIdentity,
     decode_abort,
     decode_accept,
     decode_rejection,
@@ -33,10 +37,13 @@ from node.dimse.pdu import (
     parse_header,
 )
 from node.dimse.status import PENDING, PENDING_UNSUPPORTED_KEYS
+from node.dimse.tls import Dialling
 from node.dimse.wire import Buffer, Wire
 
 CONNECT_TIMEOUT_S = 10.0
+CLOSE_WAIT_S = 1.0  # for a peer that was told by A-ABORT that its answer to A-ASSOCIATE-RQ is none
 IDENTIFIER_BYTES_MAX = 4 << 20
+WINDOW_MAX = 64
 ECHO_CONTEXT = ProposedContext(1, contexts.VERIFICATION, (contexts.IMPLICIT_LITTLE,))
 FIND_CONTEXT = ProposedContext(1, contexts.STUDY_ROOT_FIND,
                                (contexts.EXPLICIT_LITTLE, contexts.IMPLICIT_LITTLE))
@@ -44,42 +51,58 @@ FIND_CONTEXT = ProposedContext(1, contexts.STUDY_ROOT_FIND,
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """An application entity that can be called."""
+    """An application entity that can be called; over TLS when it says how."""
 
     host: str
     port: int
     called_ae: str
+    tls: Dialling | None = None
 
 
 class Requestor:
-    """An association that we asked for. Leaving its `with` block releases it, or aborts it on an error."""
+    """An association that we asked for. Leaving its `with` block releases it, or aborts it on an error.
 
-    def __init__(self, association: Association, accept: AssociateAccept) -> None:
+    `window` is how many operations may be open at once: 1 unless one was asked for and granted."""
+
+    def __init__(self, association: Association, accept: AssociateAccept, window: int = 1) -> None:
         self.association = association
         self.accept = accept
+        self.window = window
         self._message_id = 0
+        self._open: set[int] = set()
         self._by_syntaxes = {(context.abstract_syntax, context.transfer_syntax): context
                              for context in association.contexts.values()}
 
     @classmethod
     def connect(cls, peer: Peer, calling_ae: str, proposed: Sequence[ProposedContext], *,
-                limits: Limits | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> Self:
-        """Connect and associate. Raises ConnectionLost, TimedOut, Rejected, PeerAborted or Violation."""
+                limits: Limits | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S,
+                window: int = 1, user_identity: UserIdentity | None = None) -> Self:
+        """Connect and associate. `window` asks for that many open operations. Raises ConnectionLost,
+        TimedOut, Rejected, PeerAborted or Violation."""
         limits = limits or Limits()
         try:
             sock = socket.create_connection((peer.host, peer.port), connect_timeout_s)
         except OSError as error:
             cause = os.strerror(error.errno) if error.errno else str(error)
             raise ConnectionLost(f"no connection to {peer.host}:{peer.port}: {cause}") from None
-        wire = Wire(sock, buffer_bytes_max=limits.buffer_bytes_max, send_timeout_s=limits.message_timeout_s)
+        if peer.tls is not None:
+            wire: Wire = peer.tls.wrap(sock, peer.host, timeout_s=limits.artim_s,
+                                       buffer_bytes_max=limits.buffer_bytes_max,
+                                       send_timeout_s=limits.message_timeout_s)
+        else:
+            wire = Wire(sock, buffer_bytes_max=limits.buffer_bytes_max,
+                        send_timeout_s=limits.message_timeout_s)
         try:
-            request = AssociateRequest(peer.called_ae, calling_ae, tuple(proposed), limits.max_pdu_bytes)
+            request = AssociateRequest(peer.called_ae, calling_ae, tuple(proposed), limits.max_pdu_bytes,
+                                       asynchronous_window=(window, 1) if window > 1 else None,
+                                       user_identity=user_identity)
             accept = _negotiate(wire, request, limits.artim_s)
         except BaseException:
             wire.close()
             raise
         agreed = contexts.agreed(proposed, accept.contexts)
-        return cls(Association(wire, agreed, accept.max_pdu_bytes, limits, requestor=True), accept)
+        association = Association(wire, agreed, accept.max_pdu_bytes, limits, requestor=True)
+        return cls(association, accept, _granted(window, accept))
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +136,29 @@ class Requestor:
                                          originator=originator)
         self.association.send_stream(context, request, chunks)
         return self._response().status
+
+    def post(self, context: Context, sop_instance_uid: str, outbox: Outbox) -> int:
+        """C-STORE of what an outbox has begun, without waiting for the response; its message ID. At most
+        `window` may be open. OSError when the file can't be read to its end: then only abort is left."""
+        if len(self._open) >= self.window:
+            raise ValueError("the window is full")
+        message_id = self._next_message_id()
+        request = messages.store_request(message_id, context.abstract_syntax, sop_instance_uid)
+        self._open.add(message_id)
+        self.association.send_outbox(context, request, outbox)
+        return message_id
+
+    def outcome(self) -> tuple[int, int]:
+        """Wait for the response to something that was posted: its message ID and status. With a window they
+        come in any order."""
+        answer = self.association.receive_response()
+        message_id = answer.short(messages.MESSAGE_ID_RESPONDED_TO, -1)
+        if message_id not in self._open:
+            raise Violation("a response to another message", 0, AbortSource.SERVICE_USER)
+        if answer.field != Field.C_STORE | RESPONSE:
+            raise Violation("a response of another kind", 0, AbortSource.SERVICE_USER)
+        self._open.discard(message_id)
+        return message_id, answer.status
 
     def find(self, identifier: bytes, sop_class_uid: str = contexts.STUDY_ROOT_FIND, *,
              cancel_after: int | None = None) -> Iterator[tuple[Command, bytes | None]]:
@@ -178,13 +224,22 @@ def _negotiate(wire: Wire, request: AssociateRequest, artim_s: float) -> Associa
             raise PeerAborted(*decode_abort(body))
         except InvalidPdu as invalid:
             violation = Violation(f"the answer to A-ASSOCIATE-RQ can't be read: {invalid}", invalid.reason)
+            length = 0
     elif 1 <= kind <= 7:
         violation = Violation("a PDU that does not answer A-ASSOCIATE-RQ", AbortReason.UNEXPECTED_PDU)
     else:
         violation = Violation("the peer does not speak DICOM", AbortReason.UNRECOGNIZED_PDU)
-    with contextlib.suppress(ConnectionLost):
+    with contextlib.suppress(AssociationEnded):
         wire.send(encode_abort(violation.source, violation.reason))
+        await_close(wire, min(artim_s, CLOSE_WAIT_S), length)
     raise violation
+
+
+def _granted(asked: int, accept: AssociateAccept) -> int:
+    """The window that was agreed on: absent is 1, 0 unlimited, more than was asked for is what was asked
+    for (PS3.7 D.3.3.3)."""
+    invoked = 1 if accept.asynchronous_window is None else accept.asynchronous_window[0]
+    return min(invoked or asked, asked)
 
 
 def echo(peer: Peer, calling_ae: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> int:

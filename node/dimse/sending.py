@@ -4,35 +4,29 @@ takes, and says of every file what became of it. It never changes a data set and
 from __future__ import annotations
 
 import logging
+import os
 import queue
-import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Protocol
 
-from archive.dataset.header import scan
-from archive.errors import CannotUnderstand, MissError
-from archive.model import is_uid
+from archive.dataset.part10 import read_head
+from archive.errors import CannotUnderstand, InvalidInstance
 from node.dimse import contexts
-from node.dimse.association import Limits
+from node.dimse.association import Context, Limits
 from node.dimse.errors import AssociationEnded
+from node.dimse.outbox import BUFFER_BYTES, Outbox
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
 from node.dimse.status import CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, is_stored
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20
 BATCH_FILES_MAX = 5_000       # whose headers are known ahead: they decide which contexts are proposed
-META_BYTES_MAX = 64 << 10     # of a file's group 2
-UID_BYTES_MAX = 128           # 64 and what careless writers pad
 FAILURES_IN_A_ROW_MAX = 3     # associations that end before one file was stored: then the peer is given up
-_LONG_VRS = (b"OB", b"UN", b"UT", b"OW", b"SQ", b"UC", b"UR", b"OD", b"OF", b"OL", b"OV", b"SV", b"UV")
 
 
 class Sendable(Protocol):
@@ -64,12 +58,14 @@ class Part10File:
 @dataclass(slots=True)
 class SendReport:
     """What became of the files. `failed` have the DIMSE status that the peer gave, 0122 when it takes no such
-    class or syntax, 0110 when the association ended; `skipped` were not tried."""
+    class or syntax, 0110 when the association ended before it answered; `skipped` were not sent. `ended` says
+    of each association that ended early how, and how many of its instances were stored by then."""
 
     sent: int = 0
     bytes: int = 0
     failed: list[tuple[Path, int]] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,53 +78,19 @@ class Progress:
 
 
 def read_meta(path: Path) -> Part10File:
-    """Read what a C-STORE says of a file; CannotUnderstand says why it can't be sent.
-
-    Class and instance are the data set's own, as the receiver compares them with it; the file's meta
-    information stands in for what can't be read, and is wrong more often than one would think.
-    """
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        values, offset = _meta(content)
-        transfer_syntax = values.get(0x10, "")
-        if not is_uid(transfer_syntax):
-            raise CannotUnderstand("the file meta information names no transfer syntax")
-        sop_class, instance = values.get(0x02, ""), values.get(0x03, "")
-        with memoryview(content) as view, view[offset:] as dataset, suppress(MissError):
-            found = scan(dataset, transfer_syntax).instance
-            sop_class = found.get("SOPClassUID", sop_class)
-            instance = found.get("SOPInstanceUID", instance)
-    if not is_uid(sop_class) or not instance:
-        raise CannotUnderstand("neither file meta information nor data set say what it is an instance of")
-    return Part10File(path, sop_class, instance, transfer_syntax, offset)
-
-
-def _meta(content: mmap) -> tuple[dict[int, str], int]:
-    """The short values of group 2, which is always Explicit VR Little Endian, and the offset after it."""
-    head = content[:META_BYTES_MAX]
-    if head[128:132] != b"DICM":
-        raise CannotUnderstand("no DICOM file: no DICM mark after the preamble")
-    at = 132
-    values: dict[int, str] = {}
-    while head[at:at + 2] == b"\x02\x00":
-        if len(head) < at + 12:
-            raise CannotUnderstand("the file meta information is cut short")
-        element, = struct.unpack_from("<H", head, at + 2)
-        wide = head[at + 4:at + 6] in _LONG_VRS
-        length, = struct.unpack_from("<I" if wide else "<H", head, at + (8 if wide else 6))
-        at += 12 if wide else 8
-        if length > len(head) - at:
-            raise CannotUnderstand("the file meta information is cut short")
-        if length <= UID_BYTES_MAX:
-            values[element] = head[at:at + length].decode("ascii", "replace").strip(" \0")
-        at += length
-    return values, at
+    """Read what a C-STORE says of a file; CannotUnderstand or InvalidInstance say why it can't be sent."""
+    with path.open("rb") as file:
+        head = read_head(file)
+    return Part10File(path, head.sop_class_uid, head.sop_instance_uid, head.transfer_syntax_uid,
+                      head.dataset_offset)
 
 
 def send_files(target: Peer, calling_ae: str, files: Iterable[Path | Sendable],
                on_progress: Callable[[Progress], None] | None = None, *, associations: int = 1,
-               limits: Limits | None = None) -> SendReport:
-    """Send every file. Raises what `Requestor.connect` raises when the first association can't be had; a
-    later end of an association costs the file under way, and the rest goes on over another."""
+               window: int = 1, limits: Limits | None = None) -> SendReport:
+    """Send every file once. `window` asks the peer for that many open operations on each association. Raises
+    what `Requestor.connect` raises when the first association can't be had; a later end of an association
+    costs the files that it had not answered, and the rest goes on over another."""
     report = _Report(on_progress)
     iterator = iter(files)
     while batch := list(islice(iterator, BATCH_FILES_MAX)):
@@ -137,7 +99,11 @@ def send_files(target: Peer, calling_ae: str, files: Iterable[Path | Sendable],
         for proposed in contexts.plan(pairs):
             wanted = {(context.abstract_syntax, context.transfer_syntaxes[0]) for context in proposed}
             chosen = [file for file, pair in zip(ready, pairs, strict=True) if pair in wanted]
-            _send_group(target, calling_ae, proposed, chosen, report, associations, limits or Limits())
+
+            def connect(proposed: Sequence[ProposedContext] = proposed) -> Requestor:
+                return Requestor.connect(target, calling_ae, proposed, limits=limits, window=window)
+
+            _send_group(connect, chosen, report, associations)
     return report.result
 
 
@@ -163,6 +129,10 @@ class _Report:
             self.result.skipped.append((path, reason))
             self._tell(Progress(path, None, 0))
 
+    def end(self, stored: int, error: Exception) -> None:
+        with self._lock:
+            self.result.ended.append(f"after {stored} instances: {error}")
+
     def _tell(self, progress: Progress) -> None:
         if self._on_progress is not None:
             self._on_progress(progress)
@@ -175,31 +145,25 @@ def _readable(batch: Sequence[Path | Sendable], report: _Report) -> Iterator[Sen
             continue
         try:
             yield read_meta(entry)
-        except CannotUnderstand as error:
+        except (CannotUnderstand, InvalidInstance) as error:
             report.skip(entry, str(error))
-        except ValueError:  # from mmap
-            report.skip(entry, "the file is empty")
         except OSError:
             report.skip(entry, "the file can't be read")
 
 
-def _send_group(target: Peer, calling_ae: str, proposed: Sequence[ProposedContext],
-                files: Sequence[Sendable], report: _Report, associations: int, limits: Limits) -> None:
+def _send_group(connect: Callable[[], Requestor], files: Sequence[Sendable], report: _Report,
+                associations: int) -> None:
     """Send files that share one set of contexts, over one or several associations at once."""
     waiting: queue.SimpleQueue[Sendable] = queue.SimpleQueue()
     for file in files:
         waiting.put(file)
-    first = Requestor.connect(target, calling_ae, proposed, limits=limits)
-
-    def work(requestor: Requestor | None) -> None:
-        _send_waiting(lambda: Requestor.connect(target, calling_ae, proposed, limits=limits), requestor,
-                      waiting, report)
-
-    others = [threading.Thread(target=work, args=(None,), name="send", daemon=True)
+    first = connect()
+    others = [threading.Thread(target=_send_waiting, args=(connect, None, waiting, report), name="send",
+                               daemon=True)
               for _ in range(min(associations, len(files)) - 1)]
     for thread in others:
         thread.start()
-    work(first)
+    _send_waiting(connect, first, waiting, report)
     for thread in others:
         thread.join()
     while not waiting.empty():
@@ -209,42 +173,112 @@ def _send_group(target: Peer, calling_ae: str, proposed: Sequence[ProposedContex
 def _send_waiting(connect: Callable[[], Requestor], requestor: Requestor | None,
                   waiting: queue.SimpleQueue[Sendable], report: _Report) -> None:
     failures = 0
-    while failures < FAILURES_IN_A_ROW_MAX:
-        try:
-            file = waiting.get_nowait()
-        except queue.Empty:
-            break
+    while failures < FAILURES_IN_A_ROW_MAX and (requestor is not None or not waiting.empty()):
         try:
             requestor = requestor or connect()
         except AssociationEnded as ended:
-            log.info("no association: %s", ended)
-            waiting.put(file)
+            report.end(0, ended)
             failures += 1
             continue
+        stream = _Stream(requestor, waiting, report)
         try:
-            status, size = _send(requestor, file)
-            failures = 0
-            report.done(file.path, status, size)
-        except OSError:
-            report.skip(file.path, "the file can't be read")
-            requestor.abort()  # its data set was begun
-            requestor = None
-        except AssociationEnded as ended:
-            log.info("the association ended: %s", ended)
-            report.done(file.path, PROCESSING_FAILURE, 0)
+            stream.run()
+            requestor.release()
+        except (AssociationEnded, OSError) as error:
+            stream.give_up(error)
             requestor.abort()
-            requestor = None
-            failures += 1
-    if requestor is not None:
-        requestor.release()
+            failures = 0 if stream.answered else failures + 1
+        requestor = None
 
 
-def _send(requestor: Requestor, file: Sendable) -> tuple[int, int]:
-    context = requestor.context(file.sop_class_uid, file.transfer_syntax_uid)
-    if context is None:
-        return CLASS_NOT_SUPPORTED, 0
-    before = requestor.association.wire.bytes_out
-    with file.path.open("rb", buffering=0) as data:
-        data.seek(file.dataset_offset)
-        status = requestor.store(context, file.sop_instance_uid, iter(lambda: data.read(CHUNK_BYTES), b""))
-    return status, requestor.association.wire.bytes_out - before
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A file whose first part is in the outbox."""
+
+    file: Sendable
+    context: Context
+    fd: int
+    size: int
+
+
+class _Stream:
+    """Files on their way over one association: the next one is read while those before it await their
+    responses."""
+
+    def __init__(self, requestor: Requestor, waiting: queue.SimpleQueue[Sendable], report: _Report) -> None:
+        self._requestor = requestor
+        self._waiting = waiting
+        self._report = report
+        self._outbox: Outbox = requestor.association.outbox()
+        self._open: dict[int, tuple[Path, int]] = {}
+        self._ready: _Ready | None = None
+        self.answered = 0
+
+    def run(self) -> None:
+        """Send what is waiting. AssociationEnded, and OSError when a file can't be read to its end: then
+        `give_up`."""
+        requestor, report = self._requestor, self._report
+        self._ready = self._next()
+        while (ready := self._ready) is not None:
+            if len(self._open) >= requestor.window:
+                self._collect()
+            self._ready = None
+            try:
+                message_id = requestor.post(ready.context, ready.file.sop_instance_uid, self._outbox)
+            except OSError:
+                report.skip(ready.file.path, "the file can't be read")
+                raise
+            except AssociationEnded:
+                report.done(ready.file.path, PROCESSING_FAILURE, 0)
+                raise
+            finally:
+                os.close(ready.fd)
+            self._open[message_id] = ready.file.path, ready.size
+            self._ready = self._next()
+        while self._open:
+            self._collect()
+
+    def give_up(self, error: Exception) -> None:
+        """What was not answered has failed; what was only read goes back to those that wait."""
+        self._report.end(self.answered, error)
+        log.info("an association ended early: %s", error)
+        for path, _ in self._open.values():
+            self._report.done(path, PROCESSING_FAILURE, 0)
+        if self._ready is not None:
+            os.close(self._ready.fd)
+            self._waiting.put(self._ready.file)
+
+    def _collect(self) -> None:
+        message_id, status = self._requestor.outcome()
+        path, size = self._open.pop(message_id)
+        self.answered += 1
+        self._report.done(path, status, size)
+
+    def _next(self) -> _Ready | None:
+        """Read the beginning of the next file that the peer takes."""
+        while True:
+            try:
+                file = self._waiting.get_nowait()
+            except queue.Empty:
+                return None
+            context = self._requestor.context(file.sop_class_uid, file.transfer_syntax_uid)
+            if context is None:
+                self._report.done(file.path, CLASS_NOT_SUPPORTED, 0)
+                continue
+            try:
+                return self._read(file, context)
+            except OSError:
+                self._report.skip(file.path, "the file can't be read")
+
+    def _read(self, file: Sendable, context: Context) -> _Ready:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = max(os.fstat(fd).st_size - file.dataset_offset, 0)
+            if size > BUFFER_BYTES:
+                os.posix_fadvise(fd, file.dataset_offset, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._outbox.begin(fd, file.dataset_offset, size, context.id)
+            self._outbox.load()
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Ready(file, context, fd, size)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from archive.errors import SettingsError
 from node.dimse.errors import AssociationEnded, ConnectionLost, TimedOut
-from node.dimse.origin import Origin, PeerCertificate, read_certificate
+from node.dimse.origin import TLS, Origin, PeerCertificate, read_certificate
 from node.dimse.wire import Buffer, Wire
 
 log = logging.getLogger(__name__)
@@ -111,34 +111,38 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Dialling:
-    """How a requestor speaks TLS. `trust` is a PEM of authorities (those of the system when None);
-    `certificate` and `key` are shown to a peer that asks; `server_name` is what the peer's certificate must
-    hold, and None holds it to the host that is dialled; "" accepts any name that a trusted authority
-    signed."""
+    """How a requestor speaks TLS. `server_name` is what the peer's certificate must hold: None is the host
+    that is dialled, and "" any name that a trusted authority signed."""
 
-    trust: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    context: ssl.SSLContext
     server_name: str | None = None
+
+    @classmethod
+    def by(cls, *, trust: Path | None = None, certificate: Path | None = None, key: Path | None = None,
+           server_name: str | None = None) -> Dialling:
+        """`trust` is a PEM of authorities (those of the system when None); `certificate` and `key` are shown
+        to a peer that asks. Raises SettingsError when the files are not there or do not fit."""
+        context = _context(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = server_name != ""
+        if trust is not None:
+            _load_trust(context, trust)
+        else:
+            context.load_default_certs()
+        if (certificate is None) is not (key is None):
+            raise SettingsError("a certificate needs its key, and a key its certificate")
+        if certificate is not None and key is not None:
+            _load_own(context, TlsFiles(certificate, key))
+        return cls(context, server_name)
 
     def wrap(self, sock: socket.socket, host: str, *, timeout_s: float, buffer_bytes_max: int,
              send_timeout_s: float) -> TlsWire:
         """TLS over a connected socket, agreed on within `timeout_s`. Raises HandshakeFailed, TimedOut or
-        ConnectionLost, and SettingsError when the files are not there or do not fit."""
-        context = _context(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = self.server_name != ""
-        if self.trust is not None:
-            _load_trust(context, self.trust)
-        else:
-            context.load_default_certs()
-        if (self.certificate is None) is not (self.key is None):
-            raise SettingsError("a certificate needs its key, and a key its certificate")
-        if self.certificate is not None and self.key is not None:
-            _load_own(context, TlsFiles(self.certificate, self.key))
+        ConnectionLost."""
         try:
-            wire = TlsWire(sock, context, server_name=self.server_name or host,
+            wire = TlsWire(sock, self.context, server_name=self.server_name or host,
                            buffer_bytes_max=buffer_bytes_max, send_timeout_s=send_timeout_s)
         except OSError as error:
+            sock.close()
             raise ConnectionLost(f"the connection is lost ({_reason(error)})") from None
         try:
             wire.handshake(timeout_s)
@@ -155,6 +159,8 @@ class TlsWire(Wire):
     not touch at once, and nobody holds the turn while it waits for the peer. A read takes record after record
     while they are full, so that a bulk of data costs few turns.
     """
+
+    transport = TLS
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_name: str | None = None,
                  buffer_bytes_max: int = 256 << 10, patience_s: float = 60.0,
@@ -187,7 +193,7 @@ class TlsWire(Wire):
 
     def arrive(self, address: str, timeout_s: float) -> Origin:
         certificate = self.handshake(timeout_s)
-        return Origin(address, self._tls.version() or "TLS", certificate)
+        return Origin(address, self._tls.version() or TLS, certificate)
 
     @property
     def can_be_watched(self) -> bool:  # type: ignore[override]

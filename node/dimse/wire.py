@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 
 from node.dimse.errors import ConnectionLost, Stopping, TimedOut
+from node.dimse.origin import PLAIN, Origin
 
 Buffer = bytes | bytearray | memoryview
 
 QUIET_BUFFER_BYTES = 16 << 10   # what an association that says little costs
 TICK_S = 5.0                    # a blocked receive looks at its limits this often
 VECTOR_MAX = 64                 # buffers of one sendmsg; IOV_MAX is 1,024
-LINGER_BYTES_MAX = 1 << 20      # what a peer may still send after it was told that the association is over
 
 _TIMEVAL = struct.Struct("@ll")
 
@@ -31,7 +31,13 @@ class Wire:
     when octets keep trickling in. `busy` says that a PDU or message has begun: then every receive re-arms
     TCP_QUICKACK, as a sender with Nagle on waits for our acknowledgement and we for the rest of its message
     (40 ms each time).
+
+    Inside a message a peer owes `bytes_per_s_min` (0: nothing) on the average of each `pace_window_s` that we
+    wait for it; what we take ourselves, for the disk or the budget, is not held against it.
     """
+
+    transport = PLAIN
+    can_be_watched = True  # what is readable shows at the descriptor: nothing is kept in between
 
     def __init__(self, sock: socket.socket, *, buffer_bytes_max: int = 256 << 10, patience_s: float = 60.0,
                  send_timeout_s: float = 60.0) -> None:
@@ -46,7 +52,12 @@ class Wire:
         self.busy = False
         self.bytes_in = 0
         self.bytes_out = 0
+        self.bytes_per_s_min = 0
+        self.pace_window_s = patience_s
+        self._pace_waited_s = 0.0
+        self._pace_bytes = 0
         self._deadline: float | None = None
+        self._deadline_of = ""
         self._receive_timeout_s = 0.0
         self.stopping = False
         sock.setblocking(True)
@@ -55,10 +66,15 @@ class Wire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_timeout_s))
         self._set_receive_timeout(self.tick_s)
 
-    def set_deadline(self, deadline: float | None) -> None:
-        """Bound everything received from now on by a moment of `time.monotonic`, or (None) by patience
-        alone."""
+    def arrive(self, address: str, timeout_s: float) -> Origin:
+        """Agree on the transport with a peer that has connected, within `timeout_s`; where it comes from."""
+        return Origin(address)
+
+    def set_deadline(self, deadline: float | None, what: str = "the peer did not finish in time") -> None:
+        """Bound everything received from now on by a moment of `time.monotonic`, or (None) by patience alone;
+        `what` is said when it has passed."""
         self._deadline = deadline
+        self._deadline_of = what
         if deadline is None:
             self._set_receive_timeout(self.tick_s)
 
@@ -87,13 +103,57 @@ class Wire:
         self.start = end
         return self._view[start:end]
 
-    def readable(self) -> bool:
-        """Whether a receive would not wait; an end of the connection counts."""
+    def take_into(self, room: memoryview) -> int:
+        """Put octets into `room`, which is not empty: what is held, else what one receive brings. How
+        many."""
+        held = min(self._end - self.start, len(room))
+        if not held:
+            return self._receive_some(room)
+        room[:held] = self._view[self.start:self.start + held]
+        self.start += held
+        return held
+
+    @property
+    def held(self) -> int:
+        """How many octets lie in `buffer` from `start` on."""
+        return self._end - self.start
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def readable(self, patience_s: float = 0.0) -> bool:
+        """Whether a receive would not wait, now or within `patience_s`; an end of the connection counts."""
         if self.start < self._end:
             return True
         poll = select.poll()  # select() ends at 1,024 descriptors
         poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(patience_s * 1000))
+
+    def fill(self) -> bool:
+        """Take what has arrived into `buffer`, without waiting. False when there is nothing, no room, or the
+        connection has ended: the next receive says which."""
+        if self.start == self._end:
+            self.start = self._end = 0
+        elif self._end == len(self.buffer):
+            self._make_room(min(self.held + 1, len(self.buffer)))
+        try:
+            count = self._receive_now(self._view[self._end:])
+        except OSError:
+            return False
+        self.bytes_in += count
+        self._end += count
+        if self._end == len(self.buffer) and self._end < self._buffer_bytes_max:
+            self._replace_buffer(self._buffer_bytes_max)
+        return count > 0
+
+    def send_now(self, octets: bytes) -> int:
+        """Send what goes without waiting; how many octets went."""
+        try:
+            sent = self._send_now(octets)
+        except OSError:
+            return 0  # the next blocking send says what is wrong
+        self.bytes_out += sent
+        return sent
 
     def send(self, octets: Buffer) -> None:
         try:
@@ -123,28 +183,18 @@ class Wire:
         except OSError as error:
             raise ConnectionLost(f"the connection is lost ({_name(error)})") from None
 
-    def linger(self, seconds: float) -> None:
-        """Wait for the peer to close, as closing first with octets unread would reset the connection and take
-        our last PDU from it (PS3.8 Sta13); what still comes is passed over, up to a bound."""
-        left = LINGER_BYTES_MAX
-        self.busy = False
-        self.set_deadline(time.monotonic() + seconds)
-        with contextlib.suppress(ConnectionLost, TimedOut, Stopping):
-            while left > 0:
-                left -= len(self.take(left))
-
     def stop(self) -> None:
         """From another thread: end with Stopping as soon as no message is under way. One that begins just now
         is cut as well: its sender hears no success."""
         self.stopping = True
         if not self.busy:
             with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RD)
+                self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
         """From another thread: end the connection in both directions at once."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._sock.close()
@@ -162,17 +212,25 @@ class Wire:
 
     def _receive(self) -> None:
         """One receive behind what is held; there is room for at least one octet."""
+        self._end += self._receive_some(self._view[self._end:])
+        if self._end == len(self.buffer) and self._end < self._buffer_bytes_max:
+            self._replace_buffer(self._buffer_bytes_max)  # the peer is faster: read in larger pieces
+
+    def _receive_some(self, room: memoryview) -> int:
+        """One receive into `room`, within every limit; how many octets."""
         waited_s = 0.0
         while True:
             if self._deadline is not None:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
-                    raise TimedOut("the peer did not finish in time")
+                    raise TimedOut(self._deadline_of)
                 self._set_receive_timeout(max(left, 0.001))
-            if self.busy or self.start != self._end:
-                self._acknowledge_at_once()
+            inside = self.busy or self.start != self._end
+            if inside:
+                self.acknowledge_at_once()
+                began_s = time.monotonic()
             try:
-                count = self._receive_into(self._view[self._end:])
+                count = self._receive_into(room)
                 break
             except BlockingIOError:
                 waited_s += self._receive_timeout_s
@@ -180,16 +238,32 @@ class Wire:
                     raise self._lost("") from None
                 if self._deadline is None and waited_s >= self.patience_s:
                     raise TimedOut(f"the peer was silent for {waited_s:.0f} s") from None
-                if self.start == self._end and len(self.buffer) > QUIET_BUFFER_BYTES:
+                if not self.busy and self.start == self._end and len(self.buffer) > QUIET_BUFFER_BYTES:
                     self._replace_buffer(QUIET_BUFFER_BYTES)
+                    room = self._view
             except OSError as error:
                 raise self._lost(f"the connection is lost ({_name(error)})") from None
         if count == 0:
             raise self._lost("the peer closed the connection")
+        if inside:
+            self._hold_to_pace(waited_s + time.monotonic() - began_s, count)
         self.bytes_in += count
-        self._end += count
-        if self._end == len(self.buffer) and self._end < self._buffer_bytes_max:
-            self._replace_buffer(self._buffer_bytes_max)  # the peer is faster: read in larger pieces
+        return count
+
+    def begin_message(self) -> None:
+        """What comes next is another message: the pace counts anew."""
+        self._pace_waited_s = 0.0
+        self._pace_bytes = 0
+
+    def _hold_to_pace(self, waited_s: float, count: int) -> None:
+        self._pace_waited_s += waited_s
+        self._pace_bytes += count
+        if self._pace_waited_s < self.pace_window_s:
+            return
+        if self._pace_bytes < self.bytes_per_s_min * self._pace_waited_s:
+            raise TimedOut(f"the peer is too slow: {self._pace_bytes} octets of a message in "
+                           f"{self._pace_waited_s:.0f} s, fewer than {self.bytes_per_s_min} a second")
+        self.begin_message()
 
     def _lost(self, what: str) -> ConnectionLost | Stopping:
         return Stopping("this side is being stopped") if self.stopping else ConnectionLost(what)
@@ -202,7 +276,8 @@ class Wire:
         self._view[:len(held)] = held
         self.start, self._end = 0, len(held)
 
-    def _acknowledge_at_once(self) -> None:
+    def acknowledge_at_once(self) -> None:
+        """A message has begun and is not whole: its sender may wait for our acknowledgement."""
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
@@ -211,6 +286,18 @@ class Wire:
     def _receive_into(self, view: memoryview) -> int:
         """One receive; 0 at the end. BlockingIOError when nothing came within the receive timeout."""
         return self._sock.recv_into(view)
+
+    def _receive_now(self, view: memoryview) -> int:
+        """What is there, without waiting; OSError when there is nothing."""
+        return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+
+    def _send_now(self, octets: Buffer) -> int:
+        """What goes without waiting; OSError when nothing does."""
+        return self._sock.send(octets, socket.MSG_DONTWAIT)
+
+    def _shutdown(self, how: int) -> None:
+        """From another thread."""
+        self._sock.shutdown(how)
 
     def _send_some(self, buffers: Sequence[Buffer]) -> int:
         """How many octets of these were sent, at least one. BlockingIOError when the peer does not read."""

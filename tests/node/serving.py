@@ -19,8 +19,10 @@ from node.dimse.association import Limits
 from node.dimse.contexts import IMPLICIT_LITTLE, VERIFICATION, Offer, ServiceName
 from node.dimse.messages import Field
 from node.dimse.requestor import Peer
-from node.dimse.server import DimseServer
+from node.dimse.server import PENDING_PER_ADDRESS_MAX, DimseServer
 from node.dimse.services.echo import Echo
+from node.dimse.tls import Listener
+from node.users import UserCheck, UserPolicy
 
 AE_TITLE = "MISS"
 QUICK = Limits(artim_s=1.0, idle_timeout_s=30.0, message_timeout_s=2.0)
@@ -43,6 +45,11 @@ class Serving:
     def peer(self) -> Peer:
         return Peer("127.0.0.1", self.port, AE_TITLE)
 
+    @property
+    def tls_port(self) -> int:
+        assert self.server.tls_port is not None
+        return self.server.tls_port
+
     def log(self, count: int) -> list[Connection]:
         """The connection log, newest first, once it has `count` rows."""
         wait_for(lambda: len(self.ledger.connections()) >= count, "the connection log")
@@ -51,18 +58,24 @@ class Serving:
 
 @contextmanager
 def serving(folder: Path, *, table: Mapping[int, tuple[ServiceName, Service]] = ECHO, limits: Limits = QUICK,
-            private: bool = False, associations_max: int = 100,
-            associations_per_device_max: int = 50) -> Iterator[Serving]:
+            private: bool = False, associations_max: int = 100, associations_per_device_max: int = 80,
+            tls: Listener | None = None, region: str = "", ward: str = "", certificates_required: bool = True,
+            pending_per_address_max: int = PENDING_PER_ADDRESS_MAX, offer: Offer | None = None,
+            users: UserPolicy = UserPolicy.IGNORE) -> Iterator[Serving]:
     """A server with the devices CT1 (from loopback) and nothing else."""
     ledger = Ledger.open(sqlite_url(folder / "ledger.db"))
     ledger.add_device(Device("CT1", "127.0.0.1", "CT, room 1"))
     admission = Admission(ledger, AE_TITLE, associations_max=associations_max,
-                          associations_per_device_max=associations_per_device_max)
-    server = DimseServer("127.0.0.1", 0, admission, Services(Offer(private), table), limits)
+                          associations_per_device_max=associations_per_device_max, region=region, ward=ward,
+                          certificates_required=certificates_required, users=UserCheck(ledger, users))
+    server = DimseServer("127.0.0.1", 0, admission, Services(offer or Offer(private), table), limits,
+                         tls=None if tls is None else (0, tls),
+                         pending_per_address_max=pending_per_address_max)
     try:
         with server:
             yield Serving(server, ledger, admission)
     finally:
+        admission.close()
         ledger.close()
 
 
@@ -81,6 +94,14 @@ class Raw:
     def __init__(self, port: int, *, timeout_s: float = 10.0) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout_s)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @classmethod
+    def of(cls, sock: socket.socket, *, timeout_s: float = 10.0) -> Raw:
+        """Over a connection that is there."""
+        raw = cls.__new__(cls)
+        raw.sock = sock
+        sock.settimeout(timeout_s)
+        return raw
 
     def __enter__(self) -> Raw:
         return self

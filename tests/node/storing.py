@@ -18,6 +18,7 @@ from node.dimse.requestor import Requestor
 from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
 from node.dimse.services.store import Store
+from node.dimse.tls import Listener
 from tests.datasets import Instance
 from tests.node.serving import AE_TITLE, QUICK, Serving, serving
 
@@ -59,6 +60,7 @@ def store(requestor: Requestor, instance: Instance, chunks: Sequence[bytes] | No
 
 @contextmanager
 def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, responses_max: int = 1000,
+            tls: Listener | None = None, region: str = "",
             **archive_settings: float) -> Iterator[Storing]:
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
@@ -68,5 +70,5 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
             Field.C_STORE: (ServiceName.STORE, Store(archive.intake, WARD, ISSUER)),
             Field.C_FIND: (ServiceName.FIND, find),
         }
-        with serving(folder, table=table, limits=limits, private=private) as served:
+        with serving(folder, table=table, limits=limits, private=private, tls=tls, region=region) as served:
             yield Storing(served.server, served.ledger, served.admission, archive, find)

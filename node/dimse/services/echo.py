@@ -13,4 +13,7 @@ class Echo:
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         exchange.association.drain(context)
-        exchange.respond(context, command, SUCCESS)
+        exchange.answer(context, command, SUCCESS)
+
+    def is_prompt(self) -> bool:
+        return True

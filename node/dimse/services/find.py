@@ -52,6 +52,9 @@ class Find:
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
     searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
+    def is_prompt(self) -> bool:
+        return False
+
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         association = exchange.association
         if not command.has_dataset:

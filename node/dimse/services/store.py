@@ -7,15 +7,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from archive.errors import DatasetMismatch, InvalidInput
+from archive.errors import DatasetMismatch, Forbidden, InvalidInput, MissError, UnsupportedClass
 from archive.intake import Intake
-from archive.model import InstanceHead, Provenance, is_uid, require_uid
-from node.dimse.acceptor import Exchange
+from archive.model import ConflictPolicy, InstanceHead, Provenance, require_uid
+from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
+from node.dimse.contexts import STORAGE_CLASSES
 from node.dimse.messages import Command
 from node.dimse.status import SUCCESS
-
-DURABLE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +27,39 @@ class Store:
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         association = exchange.association
-        reception = self.intake.begin(self._head(exchange, context, command))
+        policy = ConflictPolicy(exchange.caller.on_conflict)
+        reception = self.intake.begin(self._head(exchange, context, command), policy=policy)
         try:
-            for view in association.fragments(context):
-                reception.write(view)
+            association.pour(context, reception)
             ticket = reception.commit()
         except BaseException:  # the peer may be gone in the middle of it: nothing of it may stay
             reception.abort()
             raise
-        ticket.wait_durable(DURABLE_TIMEOUT_S)
-        # A conflict is answered 0000 as well (ST8): the first copy stays, this one is kept and shown.
-        exchange.respond(context, command, SUCCESS)
+        # A conflict is answered 0000 as well (ST8): the first copy stays, this one is kept and shown. Devices
+        # whose conflicts are refused have met OtherContent: 0111.
+        exchange.answer(context, command, SUCCESS, stored=ticket)
+
+    def is_prompt(self) -> bool:
+        return not self.intake.is_pressed()
 
     def _head(self, exchange: Exchange, context: Context, command: Command) -> InstanceHead:
         sop_class = command.affected_sop_class_uid
         if not command.has_dataset:
             raise InvalidInput("a C-STORE without a data set")
-        if not is_uid(sop_class) or sop_class != context.abstract_syntax:
-            raise DatasetMismatch("the SOP class is not that of the presentation context")
+        if sop_class != context.abstract_syntax:
+            raise _other_class(sop_class, exchange.caller)
         instance = require_uid(command.affected_sop_instance_uid, "Affected SOP Instance UID")
         caller = exchange.caller
         issuer = self.issuer if caller.issuer is None else caller.issuer
         provenance = Provenance(self.ward, issuer, caller.name or caller.ae_title, caller.ae_title,
                                 int(time.time() * 1e6))
         return InstanceHead(sop_class, instance, context.transfer_syntax, provenance)
+
+
+def _other_class(sop_class: str, caller: Caller) -> MissError:
+    """What is wrong with a SOP class that is not its context's (PS3.7 9.1.1.1.9)."""
+    if sop_class not in STORAGE_CLASSES:
+        return UnsupportedClass("a SOP class that is not stored here")
+    if caller.sop_classes and sop_class not in caller.sop_classes:
+        return Forbidden("a SOP class that this device may not send")
+    return DatasetMismatch("the SOP class is not that of the presentation context")
