@@ -5,6 +5,7 @@ recovery set aside within its bounds. What it decides it leaves to `eviction.py`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -68,6 +69,8 @@ class Upkeep:
 
     def close(self) -> None:
         self._stopping.set()
+        with contextlib.suppress(queue.Full):  # then it is awake already
+            self._jobs.put_nowait(lambda: None)
         if self._thread.ident is not None:
             self._thread.join(_CLOSE_S_MAX)
 
@@ -87,11 +90,18 @@ class Upkeep:
     def _evict(self, request: EvictionRequest) -> EvictionReport:
         report = self._eviction.evict(request, self._pace())
         if not request.dry_run:
-            whole = not self._packs.storage.capabilities.punch_holes
-            for number in sorted(report.packs):
-                self._compaction.compact(number, self._pace(), only_empty=not whole)
-            self._eviction.give_back()
+            self._let_go(report)
         return report
+
+    def _let_go(self, report: EvictionReport) -> None:
+        """The packs that hold nothing any more, and, where nothing can be punched, those that hold little."""
+        punches = self._packs.storage.capabilities.punch_holes
+        for number in sorted(report.packs):
+            try:
+                self._compaction.compact(number, self._pace(), only_empty=punches)
+            except OutOfResources as error:
+                log.warning("pack %d is not compacted: %s", number, error)
+        self._eviction.give_back()
 
     def _compact(self, number: int | None) -> list[Compacted]:
         numbers = self._compaction.candidates() if number is None else [number]
