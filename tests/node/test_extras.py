@@ -11,12 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from archive.errors import CannotUnderstand
+from archive.dataset import part10
+from archive.dataset.part10 import Part10Head
+from archive.errors import CannotUnderstand, InvalidInstance
 from archive.model import is_uid
 from node.dimse.association import Limits
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor, echo
-from node.dimse.sending import read_meta, send_files
+from node.dimse.sending import Part10File, read_meta, send_files
 from tests.node.storing import storing
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -47,6 +49,15 @@ def test_every_storable_file_is_stored_byte_for_byte(tmp_path: Path) -> None:
         assert served.totals().instances == len(wanted)
 
 
+def _head(path: Path) -> Part10Head | Part10File:
+    """What a sender that looks at nothing would say of a file whose UIDs are none."""
+    try:
+        return read_meta(path)
+    except InvalidInstance:
+        with path.open("rb") as file:
+            return part10.read_meta(file)
+
+
 @pytest.mark.skipif(not (DATA / "hostile/manifest.json").exists(), reason="no hostile files here")
 def test_hostile_files_cost_bounded_time_and_memory(tmp_path: Path) -> None:
     rows = json.loads((DATA / "hostile/manifest.json").read_text())
@@ -57,7 +68,7 @@ def test_hostile_files_cost_bounded_time_and_memory(tmp_path: Path) -> None:
         for row in rows:
             path = DATA / "hostile" / row["file"]
             try:
-                meta = read_meta(path)
+                meta = _head(path)
                 sop_class, uid, syntax = meta.sop_class_uid, meta.sop_instance_uid, meta.transfer_syntax_uid
                 dataset = path.read_bytes()[meta.dataset_offset:]
             except (CannotUnderstand, ValueError):

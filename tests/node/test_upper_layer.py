@@ -8,13 +8,17 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from node.admission import Admission
 from node.dimse import messages, pdu
-from node.dimse.association import Association, Limits
+from node.dimse.association import Association, Context, Limits
+from node.dimse.closing import ABORTS_MAX
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, VERIFICATION
 from node.dimse.errors import PeerAborted, TimedOut, Violation
 from node.dimse.pdu import PduType, ProposedContext
@@ -98,12 +102,11 @@ def test_a_header_at_the_buffers_edge(served: Serving, size: int) -> None:
 
 
 def test_what_we_do_not_negotiate_is_passed_over(served: Serving) -> None:
-    """Asynchronous operations, user identity and extended negotiation: no answer, so none of them (PS3.7
-    D.3.3)."""
+    """User identity and extended negotiation of what has none: no answer, so none of them (PS3.7 D.3.3)."""
     request = pdu.AssociateRequest(
         AE_TITLE, "CT1", (ProposedContext(1, VERIFICATION, (IMPLICIT_LITTLE,)),), 16384,
-        asynchronous_window=(8, 8), user_identity=pdu.UserIdentity(2, True, b"user", b"secret"),
-        extended=((VERIFICATION, b"\1"),))
+        user_identity=pdu.UserIdentity(2, True, b"user", b"secret"), extended=((VERIFICATION, b"\1"),),
+        common_extended=(pdu.CommonExtended(VERIFICATION, "1.2.840.10008.4.2", ("1.2.3",)),))
     with Raw(served.port) as raw:
         raw.send(pdu.encode_request(request))
         kind, body = raw.receive()
@@ -124,37 +127,106 @@ def test_a_peer_that_does_not_read_is_left() -> None:
     theirs.close()
 
 
-UNEXPECTED_IN_STA2 = {
-    "P-DATA-TF": data(1, 3, ECHO_RQ),
+# --- PS3.8 Tables 9-6 to 9-10, state by state, with one PDU of each kind
+
+PDUS = {
+    "A-ASSOCIATE-RQ": pdu.encode_request(echo_request()),
     "A-ASSOCIATE-AC": pdu.encode_accept(pdu.AssociateAccept("A", "B", ())),
     "A-ASSOCIATE-RJ": pdu.encode_rejection(pdu.Rejection(1, 1, 1)),
+    "P-DATA-TF": data(1, 3, ECHO_RQ),
     "A-RELEASE-RQ": pdu.RELEASE_RQ_OCTETS,
     "A-RELEASE-RP": pdu.RELEASE_RP_OCTETS,
+    "A-ABORT": pdu.encode_abort(0, 0),
+    "of no known type": struct.pack(">BxI", 9, 4) + bytes(4),
+    "A-RELEASE-RQ of 5 octets": struct.pack(">BxI", 5, 5) + bytes(5),
+    "A-RELEASE-RP of 3 octets": struct.pack(">BxI", 6, 3) + bytes(3),
+    "A-ASSOCIATE-RJ of 9 octets": struct.pack(">BxI", 3, 9) + bytes(9),
+}
+USER_ABORT = (int(PduType.ABORT), bytes(4))
+CLOSED = (0, b"")
+UNEXPECTED, UNRECOGNIZED, INVALID = 2, 1, 6
+
+
+def provider_abort(reason: int) -> tuple[int, bytes]:
+    return int(PduType.ABORT), bytes((0, 0, 2, reason))
+
+
+def _reason(kind: str) -> int:
+    return UNRECOGNIZED if "type" in kind else INVALID if "octets" in kind else UNEXPECTED
+
+
+MORE_IN_STA2 = {
     "an A-ASSOCIATE-RQ of 70 KB": struct.pack(">BxI", 1, 70 << 10),
     "an empty A-ASSOCIATE-RQ": struct.pack(">BxI", 1, 0),
+    "no DICOM": b"GET / HTTP/1.1\r\n\r\n",
 }
 
 
-@pytest.mark.parametrize("octets", UNEXPECTED_IN_STA2.values(), ids=UNEXPECTED_IN_STA2.keys())
-def test_sta2_answers_what_has_no_place_with_an_abort(served: Serving, octets: bytes) -> None:
-    """AA-1: A-ABORT, source service-user."""
+@pytest.mark.parametrize("kind", [*PDUS, *MORE_IN_STA2])
+def test_sta2(served: Serving, kind: str) -> None:
+    """AE-6 for A-ASSOCIATE-RQ, AA-2 for A-ABORT, AA-1 (source service-user) for all else."""
     with Raw(served.port) as raw:
-        raw.send(octets)
-        assert raw.receive() == (PduType.ABORT, bytes((0, 0, 0, 0)))
+        raw.send((PDUS | MORE_IN_STA2)[kind])
+        answer = raw.receive()
+        if kind == "A-ASSOCIATE-RQ":
+            assert answer[0] == PduType.ASSOCIATE_AC
+        else:
+            assert answer == (CLOSED if kind == "A-ABORT" else USER_ABORT)
 
 
-def test_sta2_abort_closes(served: Serving) -> None:
+def test_sta2_ends_with_artim_in_silence(served: Serving) -> None:
+    """AA-2: closed without a word."""
     with Raw(served.port) as raw:
-        raw.send(pdu.encode_abort(0, 0))
         assert raw.closed()
+    with Raw(served.port) as raw:  # AA-5
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert raw.closed()
+    wait_for(lambda: served.server.connections == 0, "none is left")
+
+
+@pytest.mark.parametrize("kind", PDUS)
+def test_sta3(served: Serving, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """While admission thinks, the peer has to wait: AA-3 for A-ABORT, AA-8 for all else."""
+    entered, go = threading.Event(), threading.Event()
+    admit = Admission.admit
+
+    def slow(self: Admission, *args: Any) -> Any:
+        entered.set()
+        go.wait(10)
+        return admit(self, *args)
+
+    monkeypatch.setattr(Admission, "admit", slow)
+    with Raw(served.port) as raw:
+        raw.send(PDUS["A-ASSOCIATE-RQ"])
+        assert entered.wait(10)
+        raw.send(PDUS[kind])
+        go.set()
+        assert raw.receive() == (CLOSED if kind == "A-ABORT" else provider_abort(_reason(kind)))
+    wait_for(lambda: served.admission.associations == {}, "the place is free")
+
+
+def test_sta3_a_peer_that_closes(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AA-4."""
+    entered, go = threading.Event(), threading.Event()
+    admit = Admission.admit
+
+    def slow(self: Admission, *args: Any) -> Any:
+        entered.set()
+        go.wait(10)
+        return admit(self, *args)
+
+    monkeypatch.setattr(Admission, "admit", slow)
+    with Raw(served.port) as raw:
+        raw.send(PDUS["A-ASSOCIATE-RQ"])
+        assert entered.wait(10)
+    go.set()
+    assert served.log(1)[0].ended == "the peer closed the connection"
+    wait_for(lambda: served.admission.associations == {}, "the place is free")
 
 
 UNEXPECTED_IN_STA6 = {
-    "A-ASSOCIATE-RQ": (pdu.encode_request(echo_request()), 2),
-    "A-ASSOCIATE-AC": (pdu.encode_accept(pdu.AssociateAccept("A", "B", ())), 2),
-    "A-ASSOCIATE-RJ": (pdu.encode_rejection(pdu.Rejection(1, 1, 1)), 2),
-    "A-RELEASE-RP": (pdu.RELEASE_RP_OCTETS, 2),
-    "type 9": (struct.pack(">BxI", 9, 4) + bytes(4), 1),
+    **{kind: (octets, _reason(kind)) for kind, octets in PDUS.items()
+       if kind not in ("P-DATA-TF", "A-RELEASE-RQ", "A-ABORT")},
     "P-DATA-TF beyond the maximum": (struct.pack(">BxI", 4, (256 << 10) + 1), 6),
     "P-DATA-TF of 4 GB": (struct.pack(">BxI", 4, 0xFFFFFFF0), 6),
     "an empty P-DATA-TF": (struct.pack(">BxI", 4, 0), 6),
@@ -163,8 +235,8 @@ UNEXPECTED_IN_STA6 = {
     "a header cut by the PDU's end": (struct.pack(">BxI", 4, 8) + struct.pack(">IBB", 2, 1, 1) + b"xy", 6),
     "a context that was not accepted": (data(3, 3, ECHO_RQ), 6),
     "a data set without a command": (data(1, 2, b"xx"), 5),
-    "A-RELEASE-RQ of 5 octets": (struct.pack(">BxI", 5, 5) + bytes(5), 6),
     "an element past the command's end": (data(1, 3, ECHO_RQ[:-1]), 6),
+    "an A-ABORT of 4 GB": (struct.pack(">BxI", 7, 0xFFFFFFF0), 6),
 }
 
 
@@ -174,8 +246,128 @@ def test_sta6_aborts_with_the_reason(served: Serving, octets: bytes, reason: int
     with Raw(served.port) as raw:
         raw.associate()
         raw.send(octets)
-        assert raw.receive() == (PduType.ABORT, bytes((0, 0, 2, reason)))
+        assert raw.receive() == provider_abort(reason)
     assert served.log(1)[0].ended.startswith("aborted by us: ")
+
+
+def test_sta6_a_peer_that_closes(served: Serving) -> None:
+    """AA-4."""
+    with Raw(served.port) as raw:
+        raw.associate()
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert raw.closed()
+    assert served.log(1)[0].ended == "the peer closed the connection"
+
+
+@pytest.mark.parametrize("kind", PDUS)
+@pytest.mark.parametrize("requestor", [True, False], ids=["requestor", "acceptor"])
+def test_sta7(kind: str, requestor: bool) -> None:
+    """We asked to release: AR-3, AR-6, AR-8, AA-3, and AA-8 for all else."""
+    with releasing(requestor=requestor) as raw:
+        raw.send(PDUS[kind])
+        if kind == "P-DATA-TF":
+            raw.send(PDUS["A-RELEASE-RP"])
+        if kind == "A-RELEASE-RQ" and requestor:
+            assert raw.receive() == (PduType.RELEASE_RP, bytes(4))
+        elif kind == "A-RELEASE-RQ":
+            raw.send(PDUS["A-RELEASE-RP"])
+            assert raw.receive() == (PduType.RELEASE_RP, bytes(4))
+        else:
+            ends = kind in ("P-DATA-TF", "A-RELEASE-RP", "A-ABORT")
+            assert raw.receive() == (CLOSED if ends else provider_abort(_reason(kind)))
+
+
+def test_sta7_a_peer_that_does_not_answer() -> None:
+    """AA-1 when the time is over."""
+    with releasing(requestor=True) as raw:
+        assert raw.receive() == USER_ABORT
+        assert raw.closed()
+
+
+@pytest.mark.parametrize("kind", PDUS)
+def test_sta8(served: Serving, kind: str) -> None:
+    """The peer asked to release and said more: AA-3 for A-ABORT, AA-8 for all else."""
+    with Raw(served.port) as raw:
+        raw.associate()
+        raw.send(PDUS["A-RELEASE-RQ"] + PDUS[kind])
+        assert raw.receive() == (CLOSED if kind == "A-ABORT" else provider_abort(_reason(kind)))
+
+
+def test_sta8_a_peer_that_does_not_wait(served: Serving) -> None:
+    """AR-4 all the same: it said what it had to say."""
+    with Raw(served.port) as raw:
+        raw.associate()
+        raw.send(PDUS["A-RELEASE-RQ"])
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert raw.receive() == (PduType.RELEASE_RP, bytes(4))
+        assert raw.closed()
+    assert served.log(1)[0].ended == "released"
+
+
+@pytest.mark.parametrize("kind", PDUS)
+@pytest.mark.parametrize("requestor", [True, False], ids=["Sta11", "Sta10"])
+def test_a_release_collision(kind: str, requestor: bool) -> None:
+    """Both asked: AR-9 and AR-3 as requestor, AR-10 and AR-4 as acceptor; AA-3; AA-8 for all else."""
+    with releasing(requestor=requestor) as raw:
+        raw.send(PDUS["A-RELEASE-RQ"])
+        if requestor:
+            assert raw.receive() == (PduType.RELEASE_RP, bytes(4))
+        raw.send(PDUS[kind])
+        if kind == "A-RELEASE-RP" and not requestor:
+            assert raw.receive() == (PduType.RELEASE_RP, bytes(4))
+        elif kind in ("A-RELEASE-RP", "A-ABORT"):
+            assert raw.closed()
+        else:
+            assert raw.receive() == provider_abort(_reason(kind))
+
+
+TO_STA13 = {
+    "after A-RELEASE-RP": (True, PDUS["A-RELEASE-RQ"], (int(PduType.RELEASE_RP), bytes(4))),
+    "after our A-ABORT": (True, PDUS["of no known type"], provider_abort(UNRECOGNIZED)),
+    "inside a PDU that was refused": (True, struct.pack(">BxI", 4, 0), provider_abort(INVALID)),
+    "after A-ASSOCIATE-RJ": (False, pdu.encode_request(echo_request("NOBODY")),
+                             (int(PduType.ASSOCIATE_RJ), bytes((0, 1, 1, 3)))),
+    "after AA-1": (False, PDUS["A-RELEASE-RP"], USER_ABORT),
+}
+
+
+@pytest.mark.parametrize("way", TO_STA13)
+@pytest.mark.parametrize("kind", PDUS)
+def test_sta13(served: Serving, way: str, kind: str) -> None:
+    """AA-7 for A-ASSOCIATE-RQ and for what is no PDU, AA-2 for A-ABORT, AA-6 (passed over) for all else."""
+    associated, octets, answer = TO_STA13[way]
+    with Raw(served.port) as raw:
+        if associated:
+            raw.associate()
+        raw.send(octets)
+        assert raw.receive() == answer
+        raw.send(PDUS[kind])
+        if kind == "A-ABORT":
+            assert raw.closed()
+        elif kind == "A-ASSOCIATE-RQ" or _reason(kind) != UNEXPECTED:
+            assert raw.receive() == provider_abort(_reason(kind))
+        raw.send(PDUS["A-ASSOCIATE-RQ"])
+        assert raw.receive() == provider_abort(UNEXPECTED) or kind == "A-ABORT"
+
+
+def test_sta13_is_bounded(served: Serving) -> None:
+    """By ARTIM in silence (AA-2), by what may still come, and by the aborts that are sent."""
+    with Raw(served.port) as raw:
+        raw.send(PDUS["A-RELEASE-RP"])
+        assert raw.receive() == USER_ABORT
+        started = time.monotonic()
+        assert raw.closed()
+        assert time.monotonic() - started < 5
+    with Raw(served.port) as raw:
+        raw.send(PDUS["A-RELEASE-RP"] + struct.pack(">BxI", 4, 100 << 20))
+        with pytest.raises(OSError):
+            for _ in range(100):
+                raw.send(bytes(1 << 20))
+            raise AssertionError("100 MiB were taken")
+    with Raw(served.port) as raw:
+        raw.send(PDUS["A-RELEASE-RP"] + PDUS["of no known type"] * 20)
+        answers = [raw.receive() for _ in range(10)]
+        assert answers == [USER_ABORT] + [provider_abort(UNRECOGNIZED)] * ABORTS_MAX + [CLOSED]
 
 
 def test_a_peers_abort_ends_it(served: Serving) -> None:
@@ -220,6 +412,8 @@ def test_a_browser_is_shown_the_door(served: Serving) -> None:
     """46."""
     with Raw(served.port) as raw:
         raw.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.receive() == (PduType.ABORT, bytes(4))
+        raw.sock.shutdown(socket.SHUT_WR)
         assert raw.closed()
     wait_for(lambda: served.server.connections == 0, "no connection left")
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "dimse"], "no thread left")
@@ -325,22 +519,6 @@ def test_what_is_no_answer_to_a_release_is_aborted() -> None:
     assert seen == [PduType.RELEASE_RQ, PduType.ABORT]
 
 
-def test_both_release_at_once_as_acceptor() -> None:
-    """AR-8 as acceptor: its answer comes after the peer's (Sta10, Sta12)."""
-    ours, theirs = _pair()
-    association = Association(Wire(ours), {}, 0, QUICK, requestor=False)
-    thread = threading.Thread(target=association.release)
-    thread.start()
-    theirs.settimeout(5)
-    assert theirs.recv(10) == pdu.RELEASE_RQ_OCTETS
-    theirs.sendall(pdu.RELEASE_RQ_OCTETS)
-    theirs.sendall(pdu.RELEASE_RP_OCTETS)
-    assert theirs.recv(10) == pdu.RELEASE_RP_OCTETS
-    theirs.close()
-    thread.join(5)
-    assert not thread.is_alive()
-
-
 def test_stop_lets_a_message_finish_and_ends_idle_ones(tmp_path: Path) -> None:
     with serving(tmp_path) as served, Raw(served.port) as busy, Raw(served.port) as idle:
         busy.associate()
@@ -407,6 +585,21 @@ def test_the_requestor_refuses_what_is_no_dicom() -> None:
     listener.close()
 
 
+@contextmanager
+def releasing(*, requestor: bool) -> Iterator[Raw]:
+    """An association of ours that has just asked to release, and its peer."""
+    ours, theirs = _pair()
+    context = Context(1, VERIFICATION, IMPLICIT_LITTLE)
+    association = Association(Wire(ours), {1: context}, 0, QUICK, requestor=requestor)
+    thread = threading.Thread(target=association.release)
+    thread.start()
+    with Raw.of(theirs) as raw:
+        assert raw.receive() == (PduType.RELEASE_RQ, bytes(4))
+        yield raw
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def _pair() -> tuple[socket.socket, socket.socket]:
     listener = socket.create_server(("127.0.0.1", 0))
     ours = socket.create_connection(listener.getsockname())
@@ -439,10 +632,7 @@ class _scripted:
         self._listener.close()
 
     def _run(self) -> None:
-        raw = Raw.__new__(Raw)
-        raw.sock, _ = self._listener.accept()
-        raw.sock.settimeout(10)
-        with raw:
+        with Raw.of(self._listener.accept()[0]) as raw:
             raw.receive()
             raw.send(pdu.encode_accept(pdu.AssociateAccept(
                 "X", "MISS", (pdu.AnsweredContext(1, 0, IMPLICIT_LITTLE),), 16384)))
