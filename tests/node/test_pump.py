@@ -1,0 +1,187 @@
+"""Associations between two messages: they cost no thread, whatever the pieces in which the next message
+comes, and whoever keeps it waiting waits alone."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from node.dimse import messages, pdu
+from node.dimse.contexts import EXPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
+from node.dimse.pdu import AbortSource, AssociateRequest, PduType, ProposedContext
+from node.dimse.pump import PARTIAL_BYTES_MAX
+from tests.datasets import CT, Instance, make_instance
+from tests.node.serving import AE_TITLE, QUICK, Raw, data, wait_for
+from tests.node.storing import Storing, storing
+
+COMMAND, LAST = pdu.COMMAND_FRAGMENT, pdu.LAST_FRAGMENT
+REQUEST = AssociateRequest(AE_TITLE, "CT1", (
+    ProposedContext(1, CT, (EXPLICIT_LITTLE,)),
+    ProposedContext(3, VERIFICATION, (EXPLICIT_LITTLE,)),
+    ProposedContext(5, STUDY_ROOT_FIND, (EXPLICIT_LITTLE,)),
+), 16384)
+ECHO = data(3, COMMAND | LAST, messages.echo_request(7))
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Iterator[Storing]:
+    with storing(tmp_path) as served:
+        yield served
+
+
+def store_octets(instance: Instance, message_id: int = 1, fragment_bytes: int = 16_000) -> bytes:
+    command = messages.store_request(message_id, instance.sop_class_uid, instance.sop_instance_uid)
+    octets = data(1, COMMAND | LAST, command)
+    for at in range(0, len(instance.dataset), fragment_bytes):
+        piece = instance.dataset[at:at + fragment_bytes]
+        octets += data(1, LAST if at + fragment_bytes >= len(instance.dataset) else 0, piece)
+    return octets
+
+
+def status(raw: Raw) -> int:
+    kind, body = raw.receive()
+    assert kind == PduType.P_DATA_TF, kind
+    return messages.parse(body[6:]).status
+
+
+def dimse_threads() -> int:
+    return sum(thread.name == "dimse" for thread in threading.enumerate())
+
+
+def test_idle_associations_have_no_thread(stores: Storing) -> None:
+    with ExitStack() as open_ones:
+        raws = [open_ones.enter_context(Raw(stores.port)) for _ in range(40)]
+        for raw in raws:
+            raw.associate(REQUEST)
+        wait_for(lambda: dimse_threads() == 0, "the threads of idle associations")
+        for raw in raws:
+            raw.send(ECHO)
+        assert [status(raw) for raw in raws] == [0] * 40
+        for number, raw in enumerate(raws):
+            raw.send(store_octets(make_instance(number=number)))
+        assert [status(raw) for raw in raws] == [0] * 40
+        wait_for(lambda: dimse_threads() == 0, "the threads after small messages")
+    assert stores.totals().instances == 40
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 6000])
+def test_a_message_may_come_in_any_pieces(stores: Storing, pieces: int) -> None:
+    instance = make_instance(number=1, rows=20, columns=20)
+    octets = store_octets(instance, fragment_bytes=300)
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        step = max(len(octets) // pieces, 1)
+        for at in range(0, len(octets), step):
+            raw.send(octets[at:at + step])
+        assert status(raw) == 0
+    [stored] = stores.stored(instance)
+    assert stores.dataset(stored) == instance.dataset
+
+
+def test_small_and_large_messages_take_turns(stores: Storing) -> None:
+    """A message that does not fit goes to a thread, and the association comes back."""
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        side = int(PARTIAL_BYTES_MAX ** 0.5)
+        for number in range(6):
+            large = number % 2 == 1
+            edge = side if large else 8
+            raw.send(store_octets(make_instance(number=number, rows=edge, columns=edge)))
+            assert status(raw) == 0
+            raw.send(ECHO)
+            assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the thread of the large messages")
+    assert stores.totals().instances == 6
+
+
+def test_several_messages_at_once_are_answered_in_order(stores: Storing) -> None:
+    instances = [make_instance(number=number) for number in range(5)]
+    octets = b"".join(store_octets(each, number + 1) for number, each in enumerate(instances)) + ECHO
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        raw.send(octets)
+        answered = [messages.parse(raw.receive()[1][6:]) for _ in range(6)]
+    assert [each.short(messages.MESSAGE_ID_RESPONDED_TO, -1) for each in answered] == [1, 2, 3, 4, 5, 7]
+    assert {each.status for each in answered} == {0}
+    assert stores.totals().instances == 5
+
+
+def test_a_query_behind_a_store_sees_it(stores: Storing) -> None:
+    instance = make_instance(number=1)
+    identifier = struct.pack("<HH2sH", 0x0008, 0x0052, b"CS", 6) + b"STUDY "
+    identifier += struct.pack("<HH2sH", 0x0020, 0x000D, b"UI", 0)
+    find = data(5, COMMAND | LAST, messages.find_request(2, STUDY_ROOT_FIND)) + data(5, LAST, identifier)
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        raw.send(store_octets(instance) + find)
+        assert status(raw) == 0
+        assert status(raw) == 0xFF00
+        kind, match = raw.receive()
+        assert kind == PduType.P_DATA_TF and instance.study_uid.encode() in match
+        assert status(raw) == 0
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_who_falls_silent_is_cut(tmp_path: Path, inside: bool) -> None:
+    begun = store_octets(make_instance(number=1))[:-1] if inside else b""
+    limits = replace(QUICK, idle_timeout_s=0.5, message_timeout_s=0.5)
+    with storing(tmp_path, limits=limits) as stores, Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        raw.send(begun)
+        kind, body = raw.receive()
+        assert (kind, body[2]) == (PduType.ABORT, AbortSource.SERVICE_USER)
+        raw.sock.close()
+        assert "silent" in stores.log(1)[0].ended
+        assert stores.totals().instances == 0
+
+
+def test_a_broken_message_ends_its_own_association(stores: Storing) -> None:
+    with Raw(stores.port) as other, Raw(stores.port) as raw:
+        other.associate(REQUEST)
+        raw.associate(REQUEST)
+        raw.send(data(9, COMMAND | LAST, messages.echo_request(1)))  # a context that was never proposed
+        kind, body = raw.receive()
+        assert (kind, body[2]) == (PduType.ABORT, AbortSource.SERVICE_PROVIDER)
+        other.send(ECHO)
+        assert status(other) == 0
+
+
+def test_who_does_not_read_its_answers_keeps_nobody_waiting(stores: Storing) -> None:
+    """Its answers fill the socket, then a thread waits for it; the others go on, and it may come back."""
+    with Raw(stores.port) as deaf, Raw(stores.port) as other:
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.associate(REQUEST)
+        other.associate(REQUEST)
+        deaf.sock.settimeout(0.5)
+        asked = 0
+        try:
+            while asked < 100_000:
+                deaf.sock.sendall(ECHO * 100)
+                asked += 100
+                if asked % 5_000 == 0:
+                    other.send(ECHO)
+                    assert status(other) == 0
+        except TimeoutError:
+            pass
+        other.send(ECHO)
+        assert status(other) == 0
+
+
+def test_stopping_ends_what_is_parked(tmp_path: Path) -> None:
+    with storing(tmp_path) as stores, Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        wait_for(lambda: dimse_threads() == 0, "the association's pause")
+        stopper = threading.Thread(target=stores.server.stop)
+        stopper.start()
+        assert raw.receive()[0] == PduType.ABORT
+        raw.sock.close()
+        stopper.join(10)
+        assert not stopper.is_alive()
+        assert stores.server.connections == 0
