@@ -322,11 +322,6 @@ class Site:
         name = opened.packs.log.layout.name_of(end.file)
         assert not any(self.folder.joinpath("state", name).read_bytes()[end.offset :])
 
-    def __str__(self) -> str:
-        lines = [f"seed {self.seed}: {self.kills.total()} kills, {len(self.acknowledged)} acknowledged"]
-        lines += [f"{count:6d} {moment}" for moment, count in self.kills.most_common()]
-        return "\n".join(lines)
-
 
 def choose_aim(chance: random.Random) -> Aim | None:
     """Half of the rounds die anywhere, a tenth as they start, the others at a step of the write path."""
