@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from archive.budget import ByteBudget
 from archive.compaction import Compaction
+from archive.conflicts.sorting import Sorter
 from archive.database import sqlite_url
 from archive.errors import Evicted, MissError, NotFound, Unavailable
 from archive.eviction import Eviction
@@ -123,6 +124,10 @@ class Writing:
             settings.intake_limits,
         )
         self.upkeep = self._begin_upkeep(settings, index)
+        self.sorter = Sorter(
+            index, self.packs, self.indexer.record_facts, pressed=self.intake.is_pressed
+        )
+        self.sorter.start()
 
     def _begin_upkeep(self, settings: ArchiveSettings, index: Index) -> Upkeep:
         record = self.indexer.record_facts
@@ -158,6 +163,7 @@ class Writing:
             log.warning("no mark in the log: %s", error)
 
     def close(self) -> None:
+        self.sorter.stop()
         self.upkeep.close()
         self.indexer.close()
         self._close_logs()

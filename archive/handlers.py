@@ -4,9 +4,11 @@ order desk, a command to its own when neither runs. Every handler is safe to rep
 from __future__ import annotations
 
 from archive.archive import Archive
+from archive.conflicts.decisions import ACCEPT, REJECT, Decisions
 from archive.orders import Handler
 
 
 def handlers_of(archive: Archive) -> dict[str, Handler]:
     """By the kind of an order."""
-    return {}
+    decisions = Decisions(archive)
+    return {ACCEPT: decisions.accept, REJECT: decisions.reject}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from io import BytesIO
@@ -103,11 +103,16 @@ class Comparison:
 
 
 def compare(
-    first: BinaryIO, second: BinaryIO, *, limits: CompareLimits | None = None, show: bool = False
+    first: BinaryIO,
+    second: BinaryIO,
+    *,
+    limits: CompareLimits | None = None,
+    show: bool = False,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Comparison:
     """Compare two Part 10 streams. It never raises for what they contain."""
     limits = limits or CompareLimits()
-    run = _Run(limits, show)
+    run = _Run(limits, show, is_stopping)
     try:
         run.compare(_Side(first, limits), _Side(second, limits))
     except MissError as error:
@@ -200,6 +205,7 @@ def _word(element: Element) -> int:
 class _Run:
     limits: CompareLimits
     show: bool
+    is_stopping: Callable[[], bool]
     differences: list[Difference] = field(default_factory=list)
     truncated: bool = False
     pixels: PixelDifference | None = None
@@ -251,6 +257,8 @@ class _Run:
                 return
 
     def check_time(self) -> None:
+        if self.is_stopping():
+            raise TooLarge("not compared to the end: stopped")
         if time.monotonic() > self._deadline_s:
             raise TooLarge(f"not compared to the end within {self.limits.seconds_max:.0f} s")
 

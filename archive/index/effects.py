@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
 from archive.index.acceptance import AttributeReader, Content, accept
 from archive.index.rows import Row
@@ -198,6 +198,11 @@ class _Changes:
                 conflict.c.sop_instance_uid == fact.sop_instance_uid, conflict.c.digest == fact.digest,
                 conflict.c.state.in_([one.value for one in from_states]),
             )  # fmt: skip
+            if fact.kind is FactKind.EQUIVALENT and len(fact.detail) == _DIGEST_DIGITS:
+                statement = statement.where(exists().where(
+                    instance.c.sop_instance_uid == fact.sop_instance_uid,
+                    instance.c.digest == bytes.fromhex(fact.detail),
+                ))  # fmt: skip
             connection.execute(statement.values(
                 state=state.value, decided_us=fact.at_us, decided_by=fact.detail if by_person else ""
             ))  # fmt: skip
@@ -242,6 +247,8 @@ def told_us(receipt: Fact) -> int:
     _, _, at = receipt.detail.partition(TOLD)
     return int(at) if at.isascii() and at.isdigit() else 0
 
+
+_DIGEST_DIGITS = 64  # an EQUIVALENT names the live content that it was compared with
 
 TOLD = "accepted "  # before the time of the decision, in the detail of a receipt
 

@@ -50,6 +50,7 @@ _LOOKUP = (
 )
 _HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
 _STATE = "SELECT state FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_UNCOMPARED = "SELECT 1 FROM conflict WHERE state IN ('open', 'proposed') AND compared = FALSE LIMIT 1"
 _REFUSED = "SELECT 1 FROM refusal WHERE sop_instance_uid = ? AND digest = ?"
 _HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
 
@@ -174,6 +175,10 @@ class Index:
         """Contents that are kept beside the live one of their UID, newest first: those that wait for a
         decision, or those in other `states`; of one UID alone when it is given."""
         return self._database.read(lambda c: contents.conflicts(c, limit, states, uid, uncompared=False))
+
+    def has_uncompared(self) -> bool:
+        """Whether any undecided content may be compared; cheap, as it is asked every second."""
+        return self._database.quick(_UNCOMPARED) is not None
 
     def uncompared(self, limit: int) -> list[ConflictRow]:
         """Undecided contents that were not compared yet with the live one of their UID."""
