@@ -14,6 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from certs.profiles import device_uri
+from miss.load.sender import CALLING_AE
+from miss.load.temporary_node import REGION
 from node.dimse.tls import TlsFiles
 
 LIFE = datetime.timedelta(days=2)
@@ -46,9 +49,13 @@ def make_certificates(folder: Path) -> Certificates:
                  .add_extension(_usage(signs_certificates=True), critical=True)
                  .sign(authority_key, hashes.SHA256()))
     made.trust.write_bytes(authority.public_bytes(Encoding.PEM))
-    for name, usage, certificate, key_file in (
-        ("server", ExtendedKeyUsageOID.SERVER_AUTH, made.server, made.server_key),
-        ("client", ExtendedKeyUsageOID.CLIENT_AUTH, made.client, made.client_key),
+    # What ties a certificate to an AE title for a node; the peers do not look at it.
+    device = x509.UniformResourceIdentifier(device_uri(REGION, CALLING_AE))
+    here: list[x509.GeneralName] = [
+        x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    for name, usage, names, certificate, key_file in (
+        ("server", ExtendedKeyUsageOID.SERVER_AUTH, here, made.server, made.server_key),
+        ("client", ExtendedKeyUsageOID.CLIENT_AUTH, [*here, device], made.client, made.client_key),
     ):
         key = rsa.generate_private_key(65537, KEY_BITS)
         signed = (_begin(f"bench {name}", "bench authority", key)
@@ -57,9 +64,7 @@ def make_certificates(folder: Path) -> Certificates:
                   .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
                   .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()),
                                  critical=False)
-                  .add_extension(x509.SubjectAlternativeName([
-                      x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-                      critical=False)
+                  .add_extension(x509.SubjectAlternativeName(names), critical=False)
                   .sign(authority_key, hashes.SHA256()))
         certificate.write_bytes(signed.public_bytes(Encoding.PEM))
         key_file.touch(mode=0o600)

@@ -16,11 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from archive.errors import MissError
 from miss import configuration
 from miss.console import set_up_logging
 from miss.load.sender import CALLING_AE
-from node.dimse.errors import AssociationEnded
 from node.dimse.requestor import Peer, echo
 from node.service import Node
 
@@ -31,8 +29,8 @@ def obey() -> None:
         start = time.perf_counter()
         try:
             answer: dict[str, object] = {"status": echo(Peer(host, port, ae_title), CALLING_AE)}
-        except (AssociationEnded, MissError) as error:
-            answer = {"error": str(error)}
+        except Exception as error:  # whatever it is: somebody waits for an answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({**answer, "seconds": time.perf_counter() - start}), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 

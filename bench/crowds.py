@@ -23,7 +23,7 @@ from bench.servers import START_S_MAX, Miss
 from bench.table import Bar, Result
 from miss.load import usage
 from miss.load.measure import check
-from miss.load.sender import CONTEXT_ID, Line, Load, Plan, Target
+from miss.load.sender import CONTEXT_ID, Line, Load, Plan, Target, send
 from miss.load.temporary_node import HOST, Place
 from miss.processes import listening, wait_until
 from node.dimse.contexts import IMPLICIT_LITTLE, VERIFICATION
@@ -73,7 +73,11 @@ class CommandedNode:
             wait_until("the node", lambda: self._up(process), timeout_s=START_S_MAX)
             yield process
         finally:
-            process.communicate(timeout=STOP_S_MAX)  # the end of its input ends it
+            try:
+                process.communicate(timeout=STOP_S_MAX)  # the end of its input ends it
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def _up(self, process: subprocess.Popen[str]) -> bool | None:
         if process.poll() is not None:
@@ -132,9 +136,7 @@ class IdleRow:
             process = stack.enter_context(node.running())
             target = node.place.target
             bench.wait_until_quiet()
-            alone = Load(target, bench.small, Plan(ASSOCIATIONS, bench.scale.seconds, 10**7))
-            alone.begin()
-            before = alone.finish()
+            before = send(target, bench.small, Plan(ASSOCIATIONS, bench.scale.seconds, 10**7))
             bench.wait_until_quiet()
             pids = usage.tree(process.pid)
             resident = usage.resident_bytes(pids)
@@ -142,9 +144,9 @@ class IdleRow:
                 stack.callback(Line(target, VERIFY).sock.close)
             each = (usage.resident_bytes(pids) - resident) / bench.scale.idle
             bench.wait_until_quiet()
-            load = Load(target, bench.small, Plan(ASSOCIATIONS, bench.scale.seconds, 10**7, first=10**8))
             echoing = Echoing(target)
-            with echoing:
+            plan = Plan(ASSOCIATIONS, bench.scale.seconds, 10**7, first=10**8)
+            with Load(target, bench.small, plan) as load, echoing:
                 load.begin()
                 own = open_one(process, target)
                 beside = load.finish()

@@ -106,15 +106,18 @@ class LagRow:
     def measure(self, bench: Bench) -> list[Result]:
         with bench.fresh("lag") as folder, Miss(folder) as server:
             bench.wait_until_quiet()
-            load = Load(server.target, bench.small, Plan(ASSOCIATIONS, bench.scale.lag_seconds, 10**8))
             looking = Looking(server.target, bench.small)
             thread = threading.Thread(target=looking.run, name="looking")
-            thread.start()
-            load.begin()
-            lag = watch(server.node.place, load, looking, bench.scale.lag_seconds)
-            tally = load.finish()
-            looking.end()
-            thread.join()
+            plan = Plan(ASSOCIATIONS, bench.scale.lag_seconds, 10**8)
+            with Load(server.target, bench.small, plan) as load:
+                thread.start()
+                try:
+                    load.begin()
+                    lag = watch(server.node.place, load, looking, bench.scale.lag_seconds)
+                    tally = load.finish()
+                finally:
+                    looking.end()
+                    thread.join()
             rate = tally.rate
             tally.stored += looking.stored
             void = looking.problem or check(server.node.place, bench.small, tally)

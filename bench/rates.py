@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.runs import UNLIMITED, Bench, Run
 from bench.servers import ForkingStorescp, Miss, Orthanc, Pynetdicom, Server, Storescp
@@ -54,16 +54,18 @@ class RateRow:
                  bar: Bar) -> Result:
         line = self._line(runs[Miss], unit, bar)
         if why := peer.missing(tls=self.tls):
-            return Result(line.row, line.work, unit, line.ours, peer.name, (), bar, line.void or why,
-                          line.note)
+            if not bar.needs_peer and bar != Bar():
+                return replace(line, note=f"{line.note}; {why}")
+            return replace(line, peer=peer.name, void=line.void or why)
         theirs = tuple(map(FIGURES[unit], runs[peer]))
-        return Result(line.row, line.work, unit, line.ours, peer.name, theirs, bar,
-                      line.void or _void(peer.name, runs[peer]), line.note)
+        return replace(line, peer=peer.name, theirs=theirs, void=line.void or _void(peer.name, runs[peer]))
 
     def _line(self, runs: list[Run], unit: str, bar: Bar) -> Result:
         middle = sorted(runs, key=lambda run: run.tally.rate)[len(runs) // 2]
         p50_ms, p95_ms = (middle.tally.latency_s(share) * 1e3 for share in (0.5, 0.95))
         note = f"p50 {p50_ms:.2f} ms, p95 {p95_ms:.2f} ms" if unit in (RATE, BYTES_RATE) else ""
+        if unit == GROWTH:
+            note = f"PSS afterwards {middle.pss_bytes / MIB:.0f} MiB"
         return Result(self.key, self.work, unit, tuple(map(FIGURES[unit], runs)), bar=bar,
                       void=_void("MISS", runs), note=note)
 
@@ -78,7 +80,7 @@ def _ratio(least: float) -> Bar:
 
 
 _THIRD = Bar(most_ratio=1 / 3)
-_GROWTH = (GROWTH, Bar(most=GROWTH_MIB_MAX))
+_GROWTH = Bar(most=GROWTH_MIB_MAX)
 
 
 def _small(associations: int, least: float, *others: tuple[type[Server], Bar]) -> RateRow:
@@ -99,7 +101,7 @@ def _many(associations: int) -> str:
 def _mammogram(associations: int) -> RateRow:
     return RateRow(
         f"mg-{associations}", f"30 MB MG, {_many(associations)}", lambda bench: bench.mammogram, associations,
-        [(Orthanc, BYTES_RATE, _ratio(1.3))], [_GROWTH],
+        [(Orthanc, BYTES_RATE, _ratio(1.3)), (Orthanc, GROWTH, _GROWTH)],
         count=lambda bench: bench.scale.mammograms, rounds=lambda bench: bench.scale.mammogram_rounds)
 
 
@@ -115,9 +117,9 @@ RATE_ROWS: tuple[RateRow, ...] = (
     _ct(1, 3), _ct(4, 2.5), _ct(8, 2.5),
     _mammogram(1), _mammogram(4),
     RateRow("native", "one native object of 2.2 GB", lambda bench: bench.native, 1,
-            [(Orthanc, BYTES_RATE, _ratio(3))], [_GROWTH], count=lambda bench: 1),
+            [(Orthanc, BYTES_RATE, _ratio(3)), (Orthanc, GROWTH, _GROWTH)], count=lambda bench: 1),
     RateRow("encapsulated", "one object of 6 GB in fragments", lambda bench: bench.encapsulated, 1,
-            [], [(BYTES_RATE, Bar()), _GROWTH], count=lambda bench: 1),
+            [], [(BYTES_RATE, Bar()), (GROWTH, _GROWTH)], count=lambda bench: 1),
     _tls("small", lambda bench: bench.small, 1, RATE, 2.5),
     _tls("small", lambda bench: bench.small, 4, RATE, 2.5),
     _tls("ct", lambda bench: bench.ct, 1, BYTES_RATE, 1.3),

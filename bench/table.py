@@ -24,10 +24,14 @@ class Bar:
     least: float | None = None
     most: float | None = None
 
+    @property
+    def needs_peer(self) -> bool:
+        return self.least_ratio is not None or self.most_ratio is not None
+
     def met(self, ours: float, theirs: float | None) -> bool | None:
         """None when there is nothing to reach, or no peer to compare with."""
         verdicts: list[bool] = []
-        if self.least_ratio is not None or self.most_ratio is not None:
+        if self.needs_peer:
             if not theirs:
                 return None
             ratio = ours / theirs

@@ -81,6 +81,9 @@ def test_a_peer_that_is_not_there_is_said(bench: Bench, monkeypatch: pytest.Monk
     results = row("small-1").measure(bench)
     assert {result.void for result in results} == {"Orthanc is not installed", "DCMTK is not installed"}
     assert all(result.ours and not result.theirs and result.met is None for result in results)
+    speed, memory = row("native").measure(bench)
+    assert speed.void == "Orthanc is not installed" and speed.met is None
+    assert not memory.void and memory.met is not None and memory.note.endswith("Orthanc is not installed")
     assert row("untuned-ct").measure(bench)[0].void == "DCMTK is not installed"
     assert row("send").measure(bench)[0].void == "DCMTK is not installed"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -88,10 +89,10 @@ def node() -> Iterator[TemporaryNode]:
 
 
 def test_every_answer_is_counted_and_checked(node: TemporaryNode) -> None:
-    load = Load(node.place.target, SMALL, Plan(associations=3, seconds=60, instances=50))
-    assert load.stored == 0
-    load.begin()
-    tally = load.finish()
+    with Load(node.place.target, SMALL, Plan(associations=3, seconds=60, instances=50)) as load:
+        assert load.stored == 0
+        load.begin()
+        tally = load.finish()
     assert (tally.stored, tally.failed, len(tally.latencies)) == (50, 0, 50) and load.stored == 50
     assert tally.bytes == 50 * SMALL.instance(0).size and 0 < tally.latency_s(0.5) <= tally.latency_s(1)
     assert check(node.place, SMALL, tally) == ""
@@ -124,6 +125,13 @@ def test_who_refuses_or_is_not_there_is_a_failure(node: TemporaryNode) -> None:
     assert stranger.stored == 0 and stranger.failures == {-1: 2}
     [free] = free_ports(1)
     assert send(Target(free, "NOBODY"), SMALL, Plan(1, 1, 1)).failures == {-1: 1}
+
+
+def test_senders_that_never_began_do_not_stay() -> None:
+    before = multiprocessing.active_children()
+    with Load(Target(1, "NOBODY"), SMALL, Plan(2, 60, 10)):
+        assert len(multiprocessing.active_children()) == len(before) + 2
+    assert multiprocessing.active_children() == before
 
 
 def test_a_node_is_measured(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from itertools import count, islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
+from typing import Self
 
 from archive.errors import Unavailable
 from miss.load.instances import Buffer, Corpus, Instance
@@ -50,6 +51,8 @@ SMALL_MESSAGE_BYTES = 64 << 10  # joined: cheaper than the vector's bookkeeping
 VECTOR_BUFFERS_MAX = 1024      # IOV_MAX
 VECTOR_BYTES_MAX = 4 << 20
 SILENCE_S_MAX = 180.0          # a peer may take that long over one object
+BEGIN_S_MAX = 60.0
+END_S_MAX = 10.0
 CONTEXT_ID = 1
 _PDU_HEADER_BYTES = 6
 _PDV_HEADER_BYTES = 6
@@ -113,8 +116,8 @@ class Tally:
 
 
 class Load:
-    """Senders that are ready: forked, their first instances made, waiting for `begin`. `stored` may be asked
-    at any time from then on."""
+    """Senders that are ready: forked, waiting for `begin`. `stored` may be asked at any time from then on.
+    Whoever is still there when its `with` block ends is killed."""
 
     def __init__(self, target: Target, corpus: Corpus, plan: Plan) -> None:
         context = multiprocessing.get_context("fork")  # what they send is ours, and shared
@@ -131,8 +134,18 @@ class Load:
             self._pipes.append(ours)
             self._processes.append(process)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
     def begin(self) -> None:
-        self._gate.wait(60)
+        self._gate.wait(BEGIN_S_MAX)
 
     @property
     def stored(self) -> int:
@@ -143,17 +156,11 @@ class Load:
         """Wait for all and add them up. Raises Unavailable when a sender ended without a word."""
         total = Tally()
         try:
-            tallies = [pipe.recv() for pipe in self._pipes]
+            tallies: list[Tally] = [pipe.recv() for pipe in self._pipes]
         except EOFError:
             raise Unavailable("a sending process ended before its work did") from None
-        finally:
-            for process in self._processes:
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-            for pipe in self._pipes:
-                pipe.close()
+        for process in self._processes:
+            process.join(END_S_MAX)  # so that what it cost is in what this process has reaped
         for tally in tallies:
             total.stored += tally.stored
             total.bytes += tally.bytes
@@ -166,9 +173,9 @@ class Load:
 
 def send(target: Target, corpus: Corpus, plan: Plan) -> Tally:
     """All of `plan`, from beginning to end."""
-    load = Load(target, corpus, plan)
-    load.begin()
-    return load.finish()
+    with Load(target, corpus, plan) as load:
+        load.begin()
+        return load.finish()
 
 
 class Line:
@@ -310,7 +317,7 @@ def _send(target: Target, corpus: Corpus, plan: Plan, place: int, gate: Barrier,
     tally = Tally()
     share = -(-(plan.instances - place) // plan.associations)  # rounded up
     numbers = islice(count(plan.first + place, plan.associations), share)
-    gate.wait(60)
+    gate.wait(BEGIN_S_MAX)
     tally.started = tally.ended = time.perf_counter()
     used = resource.getrusage(resource.RUSAGE_SELF)
     try:
