@@ -130,6 +130,39 @@ def test_silent_slow_and_foreign_connections_at_once(tmp_path: Path) -> None:
         node.check_no_surprise()
 
 
+def test_associations_that_stop_inside_a_message_are_ended(tmp_path: Path) -> None:
+    """After one octet of a PDU, inside a command, inside a data set: beside 70 of them others are served,
+    each is aborted when its time is up, and what it held is let go."""
+    instance, other = make_instance(padding=300_000), make_instance(number=2)
+    command = data(1, 3, messages.store_request(1, CT, instance.sop_instance_uid))
+    whole = data(1, 2, instance.dataset)
+    stops = (b"\4", command[:3], command[:30], command, command + whole[:1], command + whole[:9],
+             command + whole[:200_000])
+    limits = Limits(message_timeout_s=2.0, idle_timeout_s=2.0)
+    with forked(tmp_path, limits=limits, small_object_bytes_max=100_000) as node, ExitStack() as raws:
+        before = threads_of(node)
+        stuck = []
+        for number in range(70):
+            raw = raws.enter_context(Raw(node.port))
+            raw.associate(store_request())
+            raw.send(stops[number % len(stops)])
+            stuck.append(raw)
+        asked = time.monotonic()
+        assert echo(node.peer, "CT1") == 0
+        assert time.monotonic() - asked < 1.0
+        with associated(node) as requestor:
+            assert store(requestor, other) == 0
+        for raw in stuck:
+            assert raw.receive()[0] == pdu.PduType.ABORT
+        for raw in stuck:
+            raw.sock.close()
+        # What writes large objects and zeros stays.
+        wait_for(lambda: threads_of(node) <= before + 6, "no thread left behind")
+        wait_for(lambda: not list((tmp_path / "state").glob("large/*")), "nothing of it stays")
+        node.check_no_surprise()
+    check_held(tmp_path, [other])
+
+
 def test_a_huge_length_before_association_costs_nothing(tmp_path: Path) -> None:
     """36: PDU length FFFFFFF0, then 200 MiB."""
     with forked(tmp_path) as node, weighed(node) as growth:
