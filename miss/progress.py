@@ -15,7 +15,7 @@ from node.dimse.status import CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, is_stored
 
 WORDS = {
     CLASS_NOT_SUPPORTED: "the peer takes no such SOP class in this transfer syntax",
-    PROCESSING_FAILURE: "the association ended",
+    PROCESSING_FAILURE: "processing failure (0110), or the association ended before the answer",
 }
 
 

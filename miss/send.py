@@ -14,6 +14,7 @@ from miss.console import err, out, size
 from miss.peers import parse_peer, require_ae_title
 
 CALLING_AE = "MISS-SEND"
+ENDED_SHOWN_MAX = 10
 
 
 def send(
@@ -23,6 +24,8 @@ def send(
                                     help="Who is to get them.")],
     calling: Annotated[str, typer.Option(help="The AE title to call as; the peer knows it.")] = CALLING_AE,
     associations: Annotated[int, typer.Option(help="How many associations at once.", min=1, max=64)] = 1,
+    window: Annotated[int, typer.Option(
+        help="Instances under way at once on each association, where the peer grants it.", min=1, max=64)] = 1,
     tls: Annotated[bool, typer.Option("--tls", help="Over TLS.")] = False,
     trust: Annotated[Path | None, typer.Option(
         metavar="FILE", help="The authorities of the peer's certificate, in PEM; else the system's.",
@@ -37,7 +40,9 @@ def send(
 ) -> None:
     """Sends DICOM files as they are, in the transfer syntax that they have.
 
-    What is no DICOM file is skipped and counted. Exit code 1 when an instance was not taken.
+    What is no DICOM file is skipped and counted. Each file is sent once: when an association ends early,
+    what it had not answered counts as failed, and the rest goes on over another. Exit code 1 when an
+    instance was not taken.
 
     \b
     Examples:
@@ -63,10 +68,13 @@ def send(
         _say(found.skipped, "skipped")
         raise InvalidInput("there is nothing to send")
     with sending_bar(len(found.files), f"to {to}") as show:
-        report = send_files(peer, require_ae_title(calling), found.files, show, associations=associations)
+        report = send_files(peer, require_ae_title(calling), found.files, show, associations=associations,
+                            window=window)
     found.skipped.update(reason for _, reason in report.skipped)
     _say(found.skipped, "skipped")
     _say(failures(report), "failed")
+    for ended in report.ended[:ENDED_SHOWN_MAX]:
+        err.print(f"an association ended early, {ended}", style="yellow", markup=False)
     out.print(f"sent {report.sent} ({size(report.bytes)}), failed {len(report.failed)}, "
               f"skipped {found.skipped.total()}", markup=False)
     if report.failed:

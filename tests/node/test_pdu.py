@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -82,6 +83,87 @@ def test_passwords_stay_out_of_text() -> None:
 def test_broken_requests_are_named(octets: bytes, what: str) -> None:
     with pytest.raises(pdu.InvalidPdu, match=what):
         pdu.decode_request(memoryview(pdu.encode_request(REQUEST)[6:74] + octets))
+
+
+uids = st.integers(0, 10**60).map(lambda number: f"2.25.{number}")
+titles = st.sampled_from(["MISS", "A", "CT 1, ROOM 2", "0123456789ABCDEF", "#$%&*+-/~"])
+octet_strings = st.binary(max_size=60)
+shorts = st.integers(0, 0xFFFF)
+windows = st.none() | st.tuples(shorts, shorts)
+all_roles = st.lists(st.builds(pdu.Role, uids, st.booleans(), st.booleans()), max_size=4).map(tuple)
+all_extended = st.lists(st.tuples(uids, octet_strings), max_size=4).map(tuple)
+requests = st.builds(
+    pdu.AssociateRequest, titles, titles,
+    st.lists(st.tuples(uids, st.lists(uids, max_size=3).map(tuple)), min_size=1, max_size=9).map(
+        lambda pairs: tuple(pdu.ProposedContext(2 * n + 1, *pair) for n, pair in enumerate(pairs))),
+    st.integers(0, 0xFFFFFFFF), uids, titles, all_roles, all_extended, windows,
+    st.none() | st.builds(pdu.UserIdentity, st.integers(0, 255), st.booleans(), octet_strings, octet_strings),
+    uids, shorts,
+    st.lists(st.builds(pdu.CommonExtended, uids, uids, st.lists(uids, max_size=3).map(tuple)),
+             max_size=3).map(tuple),
+)
+accepts = st.builds(
+    pdu.AssociateAccept, titles, titles,
+    st.lists(st.builds(pdu.AnsweredContext, st.integers(0, 255), st.integers(0, 255), uids),
+             max_size=9).map(tuple),
+    st.integers(0, 0xFFFFFFFF), uids, titles, all_roles, all_extended, windows, st.none() | octet_strings,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests)
+def test_every_request_comes_back(request: pdu.AssociateRequest) -> None:
+    octets = pdu.encode_request(request)
+    assert struct.unpack(">BxI", octets[:6]) == (1, len(octets) - 6)
+    decoded = pdu.decode_request(memoryview(octets)[6:])
+    assert decoded == request
+    assert decoded.as_received == octets[10:74]
+
+
+@settings(max_examples=150, deadline=None)
+@given(accepts)
+def test_every_accept_comes_back(accept: pdu.AssociateAccept) -> None:
+    assert pdu.decode_accept(memoryview(pdu.encode_accept(accept))[6:]) == accept
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255), octet_strings)
+def test_short_pdus(first: int, second: int, third: int, octets: bytes) -> None:
+    rejection = pdu.Rejection(first, second, third)
+    assert pdu.decode_rejection(memoryview(pdu.encode_rejection(rejection))[6:]) == rejection
+    assert pdu.decode_abort(memoryview(pdu.encode_abort(first, second))[6:]) == (first, second)
+    pdu.decode_abort(memoryview(octets))
+    with contextlib.suppress(pdu.InvalidPdu):
+        pdu.decode_rejection(memoryview(octets))
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests, st.data())
+def test_mutated_requests_raise_nothing_else(request: pdu.AssociateRequest, chosen: st.DataObject) -> None:
+    """Octets changed, cut out and put in anywhere in a good one."""
+    body = bytearray(pdu.encode_request(request)[6:])
+    for _ in range(chosen.draw(st.integers(1, 6))):
+        at = chosen.draw(st.integers(0, max(len(body) - 1, 0)))
+        body[at:at + chosen.draw(st.integers(0, 4))] = chosen.draw(st.binary(max_size=4))
+    for decode in (pdu.decode_request, pdu.decode_accept):
+        with contextlib.suppress(pdu.InvalidPdu):
+            decode(memoryview(body))
+
+
+@pytest.mark.parametrize("octets", [
+    b"\x20\0\0\4\1\0\0\0" + b"\x77\0\0\0" * 16_000,           # empty unknown items
+    b"\x50\0\xff\xfc" + b"\x51\0\0\4\0\0\0\0" * 8_190 + b"\x5f\0\0\0" * 3,
+    b"\x50\0\xff\xfc" + b"\x54\0\0\4\0\0\1\1" * 8_191 + b"\0" * 4,
+    b"\x50\0\xff\xf0" + b"\x57\0\xff\xec\0\0\0\0\xff\xe6" + b"\0\0" * 32_755,
+    b"\x20\0\xff\xf8\1\0\0\0" + b"\x40\0\0\0" * 16_381,
+])
+def test_the_largest_requests_take_little_time(octets: bytes) -> None:
+    """64 KiB of the smallest items: the work is linear in the octets."""
+    body = memoryview(pdu.encode_request(REQUEST)[6:74] + octets)
+    started = time.process_time()
+    with contextlib.suppress(pdu.InvalidPdu):
+        pdu.decode_request(body)
+    assert time.process_time() - started < 0.5
 
 
 @settings(max_examples=400, deadline=None)

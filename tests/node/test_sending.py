@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
+import struct
 import subprocess
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydicom import dcmread
 from pynetdicom import AE, evt
 from pynetdicom.events import Event
 from pynetdicom.sop_class import _STORAGE_CLASSES
 from pynetdicom.transport import ThreadedAssociationServer
 
-from node.dimse import contexts
+from node.dimse import contexts, messages, pdu
+from node.dimse.association import Limits
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE
 from node.dimse.errors import ConnectionLost, Rejected
-from node.dimse.pdu import ProposedContext
+from node.dimse.outbox import Outbox
+from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor
 from node.dimse.sending import Progress, SendReport, read_meta, send_files
+from node.dimse.wire import Buffer, Wire
 from tests.datasets import CT, IMPLICIT, MR, RLE, Instance, make_instance
-from tests.node.serving import serving, wait_for
+from tests.node.serving import Raw, data, serving, wait_for
 from tests.peers import dcmtk
 
 
@@ -270,3 +280,328 @@ def test_pynetdicom_echoes_many_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(20)
         assert results == [0] * 8
+
+
+# --- peers by hand
+
+class Acceptor:
+    """Takes associations one after the other and gives each to a function; what it was sent is counted."""
+
+    def __init__(self, *scripts: Callable[[Raw], None], answer: pdu.AssociateAccept | None = None) -> None:
+        self._scripts = scripts
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._run)
+        self.requests: list[pdu.AssociateRequest] = []
+        self.errors: list[BaseException] = []
+
+    def __enter__(self) -> Acceptor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.join(20)
+        self._listener.close()
+        assert kind is not None or not self.errors, self.errors
+
+    @property
+    def peer(self) -> Peer:
+        return Peer("127.0.0.1", self._listener.getsockname()[1], "X")
+
+    def _run(self) -> None:
+        try:
+            for script in self._scripts:
+                self._listener.settimeout(20)
+                with Raw.of(self._listener.accept()[0], timeout_s=20.0) as raw:
+                    _, body = raw.receive()
+                    request = pdu.decode_request(memoryview(body))
+                    self.requests.append(request)
+                    answers = tuple(pdu.AnsweredContext(context.id, 0, context.transfer_syntaxes[0])
+                                    for context in request.contexts)
+                    accept = pdu.AssociateAccept("X", "MISS", answers, 16384)
+                    raw.send(pdu.encode_accept(
+                        accept if self._answer is None else replace(self._answer, contexts=answers)))
+                    script(raw)
+        except BaseException as error:
+            self.errors.append(error)
+
+
+def take_store(raw: Raw) -> tuple[messages.Command, bytes] | None:
+    """The next C-STORE; None when the peer releases, after it was answered, or is gone."""
+    command: messages.Command | None = None
+    dataset = b""
+    while True:
+        kind, body = raw.receive()
+        if kind == PduType.RELEASE_RQ:
+            raw.send(pdu.RELEASE_RP_OCTETS)
+            return None
+        if kind in (0, PduType.ABORT):
+            return None
+        assert kind == PduType.P_DATA_TF
+        if body[5] & 1:
+            command = messages.parse(body[6:])
+        else:
+            dataset += body[6:]
+        if body[5] == 2:
+            assert command is not None
+            return command, dataset
+
+
+def reply(raw: Raw, command: messages.Command, status: int = 0, *, number: int | None = None) -> None:
+    if number is not None:
+        command.message_id = number
+    raw.send(data(1, 3, messages.response(command, status)))
+
+
+def one_by_one(raw: Raw) -> None:
+    while (taken := take_store(raw)) is not None:
+        reply(raw, taken[0])
+
+
+@pytest.mark.parametrize(("granted", "open_at_once"),
+                         [((3, 1), 3), ((0, 0), 4), ((100, 1), 4), ((1, 1), 1), (None, 1)])
+def test_a_window_is_used_as_far_as_it_is_granted(tmp_path: Path, granted: tuple[int, int] | None,
+                                                  open_at_once: int) -> None:
+    """Four were asked for; the answers come in any order."""
+    instances = [make_instance(number=n, padding=n * 100) for n in range(12)]
+    paths = write(tmp_path, instances)
+    got: list[bytes] = []
+    most = 0
+
+    def script(raw: Raw) -> None:
+        nonlocal most
+        while len(got) < 12:
+            batch = []
+            for _ in range(open_at_once):
+                taken = take_store(raw)
+                assert taken is not None
+                batch.append(taken[0])
+                got.append(taken[1])
+            raw.sock.setblocking(False)
+            with pytest.raises(BlockingIOError):  # nothing beyond the window
+                raw.sock.recv(1)
+            raw.sock.settimeout(20)
+            most = max(most, len(batch))
+            for command in reversed(batch):
+                reply(raw, command, 0xB000 if command.message_id == 3 else 0)
+        assert take_store(raw) is None
+
+    accept = pdu.AssociateAccept("X", "MISS", (), 16384, asynchronous_window=granted)
+    with Acceptor(script, answer=accept) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths, window=4)
+    assert (report.sent, report.failed, report.ended) == (12, [], [])
+    assert got == [instance.dataset for instance in instances]
+    assert acceptor.requests[0].asynchronous_window == (4, 1)
+    assert most == open_at_once
+
+
+def test_no_window_is_asked_for_unless_wanted(tmp_path: Path) -> None:
+    with Acceptor(one_by_one) as acceptor:
+        assert send_files(acceptor.peer, "MISS", write(tmp_path, [make_instance()])).sent == 1
+    assert acceptor.requests[0].asynchronous_window is None
+
+
+def test_a_peer_that_closes_in_the_middle(tmp_path: Path) -> None:
+    """The file without an answer has failed and is not sent again; the rest goes on, and the report says
+    how far it was."""
+    paths = write(tmp_path, [make_instance(number=n) for n in range(6)])
+    seen: list[str] = []
+
+    def closes(raw: Raw) -> None:
+        for _ in range(2):
+            taken = take_store(raw)
+            assert taken is not None
+            seen.append(taken[0].affected_sop_instance_uid)
+            reply(raw, taken[0])
+        third = take_store(raw)
+        assert third is not None
+        seen.append(third[0].affected_sop_instance_uid)
+
+    def goes_on(raw: Raw) -> None:
+        while (taken := take_store(raw)) is not None:
+            seen.append(taken[0].affected_sop_instance_uid)
+            reply(raw, taken[0])
+
+    with Acceptor(closes, goes_on) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths)
+    assert (report.sent, report.failed) == (5, [(paths[2], 0x0110)])
+    assert report.ended == ["after 2 instances: the peer closed the connection"]
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_a_connection_lost_with_a_window_costs_what_was_open(tmp_path: Path) -> None:
+    paths = write(tmp_path, [make_instance(number=n) for n in range(8)])
+
+    def closes(raw: Raw) -> None:
+        first = take_store(raw)
+        for _ in range(3):
+            assert take_store(raw) is not None
+        assert first is not None
+        reply(raw, first[0])
+        assert take_store(raw) is not None
+
+    accept = pdu.AssociateAccept("X", "MISS", (), 16384, asynchronous_window=(4, 1))
+    with Acceptor(closes, one_by_one, answer=accept) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths, window=4)
+    assert report.sent == 4
+    assert [path for path, status in report.failed if status == 0x0110] == paths[1:5]
+    assert len(report.ended) == 1 and report.ended[0].startswith("after 1 instances: ")
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    (lambda raw, command: reply(raw, command, number=99), "a response to another message"),
+    (lambda raw, command: reply(raw, messages.parse(messages.echo_request(1))), "a response of another kind"),
+    (lambda raw, command: raw.send(data(1, 3, messages.store_request(1, CT, "1.2.3"))),
+     "in place of a response"),
+    (lambda raw, command: raw.send(data(5, 3, messages.response(command, 0))), "was not accepted"),
+    (lambda raw, command: raw.send(pdu.RELEASE_RQ_OCTETS), "released"),
+    (lambda raw, command: raw.send(pdu.encode_abort(2, 6)), "aborted"),
+    (lambda raw, command: raw.send(b"HTTP/1.1"), "no known type"),
+])
+def test_answers_that_are_none(tmp_path: Path, wrong: Callable[[Raw, messages.Command], None],
+                               words: str) -> None:
+    """The association is ended and the file has failed; the next one goes over another association."""
+    paths = write(tmp_path, [make_instance(number=n) for n in range(2)])
+
+    def script(raw: Raw) -> None:
+        taken = take_store(raw)
+        assert taken is not None
+        wrong(raw, taken[0])
+        while raw.receive()[0] not in (0, PduType.ABORT):
+            pass
+
+    with Acceptor(script, one_by_one) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths)
+    assert (report.sent, report.failed) == (1, [(paths[0], 0x0110)])
+    assert len(report.ended) == 1 and words in report.ended[0]
+
+
+def test_a_peer_that_says_nothing(tmp_path: Path) -> None:
+    paths = write(tmp_path, [make_instance()])
+
+    def silent(raw: Raw) -> None:
+        assert take_store(raw) is not None
+        assert raw.receive()[0] == PduType.ABORT
+
+    with Acceptor(silent) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths, limits=Limits(message_timeout_s=0.3))
+    assert report.failed == [(paths[0], 0x0110)]
+    assert "silent" in report.ended[0]
+
+
+def test_a_peer_that_takes_nothing(tmp_path: Path) -> None:
+    """Nothing is sent, each is named, and the end is orderly."""
+    paths = write(tmp_path, [make_instance(number=n) for n in range(3)])
+    with pynetdicom_scp(classes=(MR,)) as (peer, got, _):
+        report = send_files(peer, "MISS", paths)
+    assert (report.sent, report.failed, got, report.ended) == (0, [(path, 0x0122) for path in paths], [], [])
+
+
+def test_a_peer_that_always_closes_is_given_up(tmp_path: Path) -> None:
+    paths = write(tmp_path, [make_instance(number=n) for n in range(9)])
+
+    def closes(raw: Raw) -> None:
+        assert take_store(raw) is not None
+
+    with Acceptor(closes, closes, closes) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths)
+    assert (report.sent, len(report.failed), len(report.ended)) == (0, 9, 3)
+
+
+def test_a_file_that_ends_early_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shrank after its size was known: its association is ended, as the data set was begun."""
+    sizes = (0, 3 << 20, 0)
+    paths = write(tmp_path, [make_instance(number=n, padding=size) for n, size in enumerate(sizes)])
+    load = Outbox.load
+
+    def shrinking(outbox: Outbox) -> None:
+        load(outbox)
+        if outbox.left > 0:
+            with paths[1].open("r+b") as file:
+                file.truncate(1 << 20)
+
+    monkeypatch.setattr(Outbox, "load", shrinking)
+    with Acceptor(one_by_one, one_by_one) as acceptor:
+        report = send_files(acceptor.peer, "MISS", paths)
+    assert report.sent == 2
+    assert report.skipped == [(paths[1], "the file can't be read")]
+    assert report.ended == ["after 1 instances: the file ends early"]
+
+
+def test_a_message_is_one_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Command and data set go out together, with no small write behind them that would wait for an
+    acknowledgement."""
+    paths = write(tmp_path, [make_instance(number=n, padding=500_000) for n in range(3)])
+    sends: list[int] = []
+    send = Wire.send
+
+    def counted(wire: Wire, octets: Buffer) -> None:
+        sends.append(len(octets))
+        send(wire, octets)
+
+    monkeypatch.setattr(Wire, "send", counted)
+    with Acceptor(one_by_one) as acceptor:
+        assert send_files(acceptor.peer, "MISS", paths).sent == 3
+    assert len([size for size in sends if size > 1000]) == 3
+    assert len(sends) == 1 + 3 + 1  # A-ASSOCIATE-RQ and A-RELEASE-RQ
+
+
+def test_memory_is_flat_whatever_the_size(tmp_path: Path) -> None:
+    """A gibibyte, from a file with a hole to a peer that throws it away."""
+    path, = write(tmp_path, [make_instance()])
+    size = 1 << 30
+    with path.open("r+b") as file:
+        file.truncate(size)
+    sink = bytearray(1 << 20)
+    received = 0
+
+    def swallow(raw: Raw) -> None:
+        nonlocal received
+        kind, body = raw.receive()
+        command = messages.parse(body[6:])
+        while received < size - read_meta(path).dataset_offset:
+            head = raw._exactly(12)
+            assert head is not None
+            left = int.from_bytes(head[6:10], "big") - 2
+            received += left
+            while left:
+                left -= raw.sock.recv_into(memoryview(sink)[:left])
+        reply(raw, command)
+        assert take_store(raw) is None
+
+    before = psutil.Process().memory_info().rss
+    accept = pdu.AssociateAccept("X", "MISS", (), 0)
+    with Acceptor(swallow, answer=accept) as acceptor:
+        report = send_files(acceptor.peer, "MISS", [path], limits=Limits(message_timeout_s=60.0))
+        assert psutil.Process().memory_info().rss - before < 16 << 20
+    assert report.sent == 1 and report.bytes == received
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(0, 70_000), fragment=st.integers(1, 20_000).map(lambda n: 2 * n),
+       offset=st.integers(0, 300), later=st.integers(0, 5_000))
+def test_an_outbox_cuts_a_file_into_fragments(size: int, fragment: int, offset: int, later: int) -> None:
+    """Two files through one outbox: every octet, whole fragments but for the last, which alone is marked."""
+    with tempfile.TemporaryFile() as file:
+        outbox = Outbox(fragment)
+        for context_id, length in ((1, size), (1, later), (3, size)):
+            content = random.Random(length).randbytes(length)
+            file.seek(0)
+            file.truncate()
+            file.write(bytes(offset) + content)
+            file.flush()
+            outbox.begin(file.fileno(), offset, length, context_id)
+            octets = b""
+            while not octets or outbox.left:
+                outbox.load()
+                octets += outbox.octets
+            found, at = b"", 0
+            while at < len(octets):
+                kind, pdu_length, value_length, context, control = struct.unpack_from(">BxIIBB", octets, at)
+                piece = octets[at + 12:at + 6 + pdu_length]
+                at += 6 + pdu_length
+                assert (kind, pdu_length - 4, context) == (4, value_length, context_id)
+                assert control == (2 if at == len(octets) else 0)
+                assert len(piece) == fragment or control == 2
+                found += piece
+            assert found == content
