@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,14 +31,17 @@ from archive.model import START, Record
 from archive.packs.recovery import Damage
 from archive.packs.storage import FileStorage
 from archive.rebuild import rebuild
+from node.dimse import messages
 from node.dimse.errors import AssociationEnded
-from node.dimse.pdu import ProposedContext
+from node.dimse.pdu import AssociateRequest, PduType, ProposedContext
 from node.dimse.requestor import Peer, Requestor
 from tests.datasets import CT, EXPLICIT, make_instance
 from tests.forked import PATIENT, begin, serve
-from tests.node.serving import AE_TITLE
+from tests.node.serving import AE_TITLE, Raw, data
 
-SENDERS = 3
+SENDERS = 2
+WINDOW = 4
+FRAGMENT_BYTES = 60_000
 ROUND_S_MAX = 0.25      # of storing, unless the aim is hit before
 SMALL_BYTES_MAX = 48 << 10
 LARGE_SHARE = 0.06
@@ -57,12 +60,6 @@ class Aim:
     prefix: str
     countdown: int
     moment: str = "after"
-
-    def check_tail(self, opened: Archive) -> None:
-        """Behind the last record there is nothing that was ever written."""
-        end = opened.packs.log.end
-        name = opened.packs.log.layout.name_of(end.file)
-        assert not any(self.folder.joinpath("state", name).read_bytes()[end.offset :])
 
     def __str__(self) -> str:
         return f"{self.moment} {self.operation} {self.prefix}"
@@ -217,8 +214,8 @@ class Site:
     def _store_until_killed(self, port: int, process: Any, aim: Aim | None, chance: random.Random) -> bool:
         """Whether it died where it was aimed at."""
         over = threading.Event()
-        senders = [threading.Thread(target=self._send, args=(port, over))
-                   for _ in range(SENDERS)]
+        senders = [threading.Thread(target=self._send, args=(port, over)) for _ in range(SENDERS)]
+        senders.append(threading.Thread(target=self._send_ahead, args=(port, over)))
         for sender in senders:
             sender.start()
         if aim is None:
@@ -247,16 +244,47 @@ class Site:
                 try:
                     status = requestor.store(context, uid_of(1, number), [dataset])
                 except AssociationEnded:
-                    with self._lock:
-                        if random.Random(number).random() > FORGOTTEN_SHARE:
-                            self.unanswered.append(number)
+                    self._unanswered([number])
                     raise
-                with self._lock:
-                    if status == 0:
-                        self.acknowledged.add(uid_of(1, number))
-                        self.unchecked.append(number)
-                    else:
-                        self.wrong.append(f"{status:04X} for {number}")
+                self._answered(number, status)
+
+    def _send_ahead(self, port: int, over: threading.Event) -> None:
+        """As `_send`, within an asynchronous operations window: WINDOW requests wait for their answers."""
+        asked: dict[int, int] = {}  # message IDs, and the numbers of what was sent
+        proposed = (ProposedContext(1, CT, (EXPLICIT,)),)
+        request = AssociateRequest(AE_TITLE, "CT1", proposed, 16384, asynchronous_window=(WINDOW, 1))
+        message_id = 0
+        # The node dies in the middle of whatever it says.
+        with suppress(OSError, AssertionError), Raw(port, timeout_s=PATIENT.message_timeout_s) as raw:
+            raw.associate(request)
+            while not over.is_set():
+                while len(asked) < WINDOW:
+                    number, dataset = self._take()
+                    message_id = message_id % 0xFFFF + 1
+                    asked[message_id] = number
+                    raw.send(data(1, 3, messages.store_request(message_id, CT, uid_of(1, number))))
+                    for at in range(0, len(dataset), FRAGMENT_BYTES):
+                        last = 2 if at + FRAGMENT_BYTES >= len(dataset) else 0
+                        raw.send(data(1, last, dataset[at : at + FRAGMENT_BYTES]))
+                kind, body = raw.receive()
+                if kind != PduType.P_DATA_TF:
+                    break
+                answer = messages.parse(body[6:])
+                self._answered(asked.pop(answer.short(messages.MESSAGE_ID_RESPONDED_TO, 0)), answer.status)
+        self._unanswered(asked.values())
+
+    def _answered(self, number: int, status: int) -> None:
+        with self._lock:
+            if status == 0:
+                self.acknowledged.add(uid_of(1, number))
+                self.unchecked.append(number)
+            else:
+                self.wrong.append(f"{status:04X} for {number}")
+
+    def _unanswered(self, numbers: Iterable[int]) -> None:
+        """Most of them are sent again in a later round."""
+        with self._lock:
+            self.unanswered += [n for n in numbers if random.Random(n).random() > FORGOTTEN_SHARE]
 
     def _take(self) -> tuple[int, bytes]:
         with self._lock:
