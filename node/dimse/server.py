@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 STACK_BYTES = 512 << 10   # of address space; what is not touched costs no memory
 BACKLOG = 1024
-PENDING_MAX = 1000        # connections without an association; past it the oldest gives way to the newest
-PENDING_PER_ADDRESS_MAX = 500  # as many of these may be of one address; then its own oldest gives way
+PENDING_MAX = 2500        # connections without an association; past it the address with most loses one
+PENDING_PER_ADDRESS_MAX = 2000  # as many of these may be of one address; then its own oldest gives way
 ENDING_MAX = 4000         # associations that are over and whose peer has not closed yet
 PAUSE_S = 0.1             # after accept() failed (no descriptor left)
 LARGE_WAIT_S = 0.25       # after a message that the pump could not serve its thread waits for the next one
@@ -223,35 +223,37 @@ class DimseServer:
 
 
 class _Waiting:
-    """Connections that wait for their peers, in order of arrival, within two bounds. It locks nothing."""
+    """Connections that wait for their peers, within two bounds. It locks nothing."""
 
     def __init__(self, in_all_max: int, per_address_max: int) -> None:
         self._in_all_max = in_all_max
         self._per_address_max = per_address_max
-        self._all: dict[Connection, None] = {}
-        self._of: dict[str, dict[Connection, None]] = {}
+        self._count = 0
+        self._of: dict[str, dict[Connection, None]] = {}  # by address, in order of arrival
 
     def __iter__(self) -> Iterator[Connection]:
-        return iter(self._all)
+        return chain.from_iterable(self._of.values())
 
     def enter(self, connection: Connection) -> Connection | None:
-        """Take one in; the one that has to give way for it, if any: the oldest, of the same address when that
-        has too many."""
+        """Take one in; the one that has to give way for it, if any: the oldest of the same address when that
+        has too many, or of the address that has most, so that nobody loses a place to one who has more."""
         own = self._of.setdefault(connection.address, {})
-        self._all[connection] = own[connection] = None
-        oldest = None
+        own[connection] = None
+        self._count += 1
         if len(own) > self._per_address_max:
-            oldest = next(iter(own))
-        elif len(self._all) > self._in_all_max:
-            oldest = next(iter(self._all))
-        if oldest is not None:
-            self.leave(oldest)
+            most = own
+        elif self._count > self._in_all_max:
+            most = max(self._of.values(), key=len)
+        else:
+            return None
+        oldest = next(iter(most))
+        self.leave(oldest)
         return oldest
 
     def leave(self, connection: Connection) -> None:
-        if self._all.pop(connection, self) is None:
-            own = self._of[connection.address]
-            del own[connection]
+        own = self._of.get(connection.address)
+        if own is not None and own.pop(connection, self) is None:
+            self._count -= 1
             if not own:
                 del self._of[connection.address]
 
