@@ -174,6 +174,8 @@ class ConflictState(Enum):
     REPLACED = "replaced"      # it was live, until a person accepted another
 
 
+TOLD = "accepted "  # in the detail of a receipt, before the time of the decision that the region was told of
+
 UNDECIDED = (ConflictState.OPEN, ConflictState.PROPOSED)
 
 

@@ -146,8 +146,9 @@ class Delivery:
     async def _offer(self, step: Offer) -> None:
         items = [
             uplink_pb2.OfferItem(
-                sop_instance_uid=row.head.sop_instance_uid, digest=row.digest, size=row.dataset_bytes
-            )
+                sop_instance_uid=row.head.sop_instance_uid, digest=row.digest, size=row.dataset_bytes,
+                accepted_us=row.accepted_us,
+            )  # fmt: skip
             for row in step.items
         ]
         try:
@@ -382,7 +383,10 @@ def raise_if_ours(error: BaseException) -> None:
 
 
 def _begin(row: PendingInstance) -> uplink_pb2.PushBegin:
-    return uplink_pb2.PushBegin(head=serde.head_to(row.head), size=row.dataset_bytes, conflict=row.conflict)
+    return uplink_pb2.PushBegin(
+        head=serde.head_to(row.head), size=row.dataset_bytes, conflict=row.conflict,
+        accepted_us=row.accepted_us,
+    )  # fmt: skip
 
 
 def _alone(reply: uplink_pb2.PushReply) -> uplink_pb2.PushVerdicts:

@@ -8,6 +8,7 @@ stream instead, so that no object is blamed for it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,17 @@ from dataclasses import dataclass, field
 from archive.archive import Archive
 from archive.errors import Corrupt, InvalidInput, MissError, TooLarge
 from archive.intake import Ticket
-from archive.model import Fact, FactKind, InstanceHead, Outcome, Scope
+from archive.model import ConflictState, Fact, FactKind, InstanceHead, Outcome, Scope
 from archive.reception import Reception
 from federation import serde
 from federation.replicator import Received, Refused
 from protos import uplink_pb2
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES_MAX = 1 << 20
 OFFER_ITEMS_MAX = 1_000
+CONTENTS_MAX = 1_000  # kept under one UID, that are looked through
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Pushed:
     uid: str
     digest: bytes
     ticket: Ticket
+    accepted_us: int = 0
 
 
 @dataclass(slots=True)
@@ -56,6 +61,9 @@ class Receiver:
             raise InvalidInput(f"more than {OFFER_ITEMS_MAX:,} instances in one offer")
         self._archive.wait_indexed()
         found = [self._receipt_for(item.sop_instance_uid, serde.digest_from(item.digest)) for item in items]
+        for item, receipt in zip(items, found, strict=True):
+            if item.accepted_us > 0 and receipt is not None:
+                self._accept(ward, receipt.sop_instance_uid, receipt.digest, item.accepted_us)
         self._note_copies(ward, [receipt for receipt in found if receipt is not None])
         return found
 
@@ -65,6 +73,8 @@ class Receiver:
         for one in pushed:
             one.ticket.wait_durable()
             one.ticket.wait_indexed()
+            if one.accepted_us > 0:
+                self._accept(ward, one.uid, one.digest, one.accepted_us)
             receipts.append(Received(one.uid, one.digest, self._clock(), one.ticket.outcome))
         self._note_copies(ward, [one for one in receipts if one.outcome is Outcome.DUPLICATE])
         return receipts
@@ -72,6 +82,18 @@ class Receiver:
     def incoming(self, ward: str) -> Incoming:
         """The objects of one push stream of this ward."""
         return Incoming(self._archive, ward)
+
+    def _accept(self, ward: str, uid: str, digest: bytes, accepted_us: int) -> None:
+        """A person at the ward decided which of two contents is served. It counts here where both are that
+        ward's: nobody decides over what another ward sent."""
+        live = self._archive.index.live(uid)
+        rows = self._archive.index.conflicts(CONTENTS_MAX, states=list(ConflictState), uid=uid)
+        if not any(row.other_digest == digest and row.ward == ward for row in rows):
+            return
+        if live is not None and live.head.provenance.ward != ward:
+            log.warning("%s decided about %s, which is served as another ward's", ward, uid)
+            return
+        self._archive.record_facts([Fact(FactKind.ACCEPTED, uid, digest, ward, accepted_us, ward)])
 
     def _receipt_for(self, uid: str, digest: bytes) -> Received | None:
         if not self._archive.index.has_content(uid, digest):
@@ -114,6 +136,7 @@ class Incoming:
         self._head: InstanceHead | None = None
         self._reception: Reception | None = None
         self._left = 0
+        self._accepted_us = 0
         self._refusal: MissError | None = None
         self._taking = threading.Lock()
         self._over = False
@@ -168,7 +191,7 @@ class Incoming:
         if begin.size < 0:
             raise InvalidInput("an object of less than no bytes")
         self._head = serde.head_from(begin.head, ward=self._ward)
-        self._left, self._refusal = begin.size, None
+        self._left, self._refusal, self._accepted_us = begin.size, None, begin.accepted_us
         with self._refusing():
             self._reception = self._archive.intake.begin(
                 self._head, conflict=begin.conflict, size_hint=begin.size
@@ -195,7 +218,8 @@ class Incoming:
             with self._refusing():
                 if self._left:
                     raise Corrupt("an object shorter than it was said to be")
-                taken.pushed.append(Pushed(uid, digest, self._reception.commit(expected_digest=digest)))
+                ticket = self._reception.commit(expected_digest=digest)
+                taken.pushed.append(Pushed(uid, digest, ticket, self._accepted_us))
         if self._refusal is not None:
             permanent = not isinstance(self._refusal, Corrupt)
             taken.refused.append(Refused(uid, digest, str(self._refusal), permanent))

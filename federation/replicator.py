@@ -16,7 +16,8 @@ reason. A receipt becomes a fact; only when the fact is synced does the row leav
 knows an instance by UID and digest, and gives the same receipt again. So whenever a stream breaks, all that
 was on it without a verdict is offered anew, whatever became of it. A verdict names UID and digest; one that
 fits nothing that was sent is ignored, so no receipt can be noted for other bytes than those that were
-offered.
+offered. What a person accepted at the ward is offered again, with the time of the decision; a receipt notes
+of which decision the region knew, and settles no later one.
 
 **Order.** What a reader waits for first (urgent), then the newest: after an outage of a day the patient who
 is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels.
@@ -41,7 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from archive.model import Fact, FactKind, Outcome, PendingInstance
+from archive.model import TOLD, Fact, FactKind, Outcome, PendingInstance
 
 Key = tuple[str, bytes]
 Order = tuple[bool, int, int]
@@ -260,7 +261,7 @@ class Replicator:
             if verdict.receipt is None:
                 self._queue(item, "needed")
             elif (verdict.receipt.sop_instance_uid, verdict.receipt.digest) == _key(row):
-                self._done(item, FactKind.RECEIPT, verdict.receipt.at_us, verdict.receipt.outcome.value)
+                self._done(item, FactKind.RECEIPT, verdict.receipt.at_us, _told(item, verdict.receipt))
             else:
                 self._queue(item, "fresh")
         for row in offer[len(verdicts) :]:
@@ -282,7 +283,8 @@ class Replicator:
             return False
         del self._sent[stream][key]
         self._failures = 0
-        self._done(self._items[key], FactKind.RECEIPT, receipt.at_us, receipt.outcome.value)
+        item = self._items[key]
+        self._done(item, FactKind.RECEIPT, receipt.at_us, _told(item, receipt))
         return True
 
     def refused(self, stream: int, refusal: Refused, now_s: float, now_us: int) -> bool:
@@ -400,6 +402,12 @@ class Replicator:
         times = [self._later[0][0]] if self._later else []
         times.extend(at_s for at_s in (self._line_at_s, self._disk_at_s) if now_s < at_s)
         return min(times, default=None)
+
+
+def _told(item: _Item, receipt: Received) -> str:
+    """The outcome, and up to which decision at the ward the region was told when it gave the receipt."""
+    accepted_us = item.row.accepted_us
+    return receipt.outcome.value + (f", {TOLD}{accepted_us}" if accepted_us else "")
 
 
 def _key(row: PendingInstance) -> Key:

@@ -324,19 +324,23 @@ class OfferItem(_message.Message):
     SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_US_FIELD_NUMBER: _builtins.int
     sop_instance_uid: _builtins.str
     digest: _builtins.bytes
     size: _builtins.int
+    accepted_us: _builtins.int
+    """when a person at the ward made it the live content of its UID; 0: nobody did"""
     def __init__(
         self,
         *,
         sop_instance_uid: _builtins.str = ...,
         digest: _builtins.bytes = ...,
         size: _builtins.int = ...,
+        accepted_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "size", b"size", "sop_instance_uid", b"sop_instance_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_us", b"accepted_us", "digest", b"digest", "size", b"size", "sop_instance_uid", b"sop_instance_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,10 +501,13 @@ class PushBegin(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     CONFLICT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_US_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     """of the data set"""
     conflict: _builtins.bool
     """this content lost to an earlier one at the ward: keep it, do not serve it"""
+    accepted_us: _builtins.int
+    """as in OfferItem"""
     @_builtins.property
     def head(self) -> _common_pb2.InstanceHead: ...
     def __init__(
@@ -509,10 +516,11 @@ class PushBegin(_message.Message):
         head: _common_pb2.InstanceHead | None = ...,
         size: _builtins.int = ...,
         conflict: _builtins.bool = ...,
+        accepted_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflict", b"conflict", "head", b"head", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_us", b"accepted_us", "conflict", b"conflict", "head", b"head", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

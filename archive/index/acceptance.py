@@ -148,6 +148,19 @@ def _requeue(connection: Connection, found: Any, before: Any, accepted_us: int) 
         if before.receipt_us:
             connection.execute(delete(outbox).where(old))  # the region has it, and knew it as the live one
         connection.execute(update(outbox).where(old).values(conflict=True, accepted_us=0))
+    _queue(connection, found, accepted_us)
+
+
+def tell_again(connection: Connection, uid: str, digest: bytes) -> None:
+    """The region was told that this content is live when it no longer was: it is told of the one that is."""
+    mine = and_(conflict.c.sop_instance_uid == uid, conflict.c.digest == digest)
+    decided_us = connection.execute(select(conflict.c.decided_us).where(mine)).scalar()
+    live = connection.execute(select(instance).where(instance.c.sop_instance_uid == uid)).fetchone()
+    if decided_us and live is not None:
+        _queue(connection, live, decided_us)
+
+
+def _queue(connection: Connection, found: Any, accepted_us: int) -> None:
     new = and_(outbox.c.sop_instance_uid == found.sop_instance_uid, outbox.c.digest == found.digest)
     values = {"conflict": False, "accepted_us": accepted_us, "tries": 0}
     if connection.execute(update(outbox).where(new).values(values)).rowcount or not accepted_us:

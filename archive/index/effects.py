@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
-from archive.index.acceptance import AttributeReader, Content, accept
+from archive.index.acceptance import AttributeReader, Content, accept, tell_again
 from archive.index.rows import Row
 from archive.index.schema import (
     conflict,
@@ -30,7 +30,7 @@ from archive.index.schema import (
 )
 from archive.index.statements import by_uid, update_some
 from archive.index.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
-from archive.model import UNDECIDED, ConflictState, Fact, FactKind
+from archive.model import TOLD, UNDECIDED, ConflictState, Fact, FactKind
 
 SeriesKey = tuple[str, str]
 
@@ -99,6 +99,9 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
         else:
             early.append(fact)
     changes.write(connection)
+    for content, receipt in changes.receipts.items():
+        if content in others and told_us(receipt):
+            tell_again(connection, *content)
     _hold(connection, copies)
     _keep_early(connection, early)
 
@@ -249,8 +252,6 @@ def told_us(receipt: Fact) -> int:
 
 
 _DIGEST_DIGITS = 64  # an EQUIVALENT names the live content that it was compared with
-
-TOLD = "accepted "  # before the time of the decision, in the detail of a receipt
 
 _VERDICTS = {
     FactKind.PROPOSED: (ConflictState.PROPOSED, (ConflictState.OPEN,)),

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from archive.archive import Archive
-from archive.model import Level, Location, Match, Query
+from archive.conflicts.decisions import ACCEPT
+from archive.handlers import handlers_of
+from archive.model import ConflictState, Level, Location, Match, Query
 from federation.hub import Hub
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
@@ -213,6 +215,66 @@ def test_other_bytes_under_one_uid_are_a_conflict_and_the_first_stays(
             assert stored_bytes(archive, first) == first.dataset
             (conflict,) = archive.index.conflicts()
             assert (conflict.ward, conflict.other_digest) == ("galliera/radiology", second.digest)
+    finally:
+        other.stop()
+
+
+def corrected(first: Instance, **changes: Any) -> Instance:
+    return make_instance(sop_uid=first.sop_instance_uid, study_uid=first.study_uid,
+                         series_uid=first.series_uid, **changes)  # fmt: skip
+
+
+def accept(node: Node, instance: Instance) -> None:
+    detail = {"uid": instance.sop_instance_uid, "digest": instance.digest.hex()}
+    handlers_of(node.store)[ACCEPT](detail, "anna")
+
+
+def served(hub: Hub, instance: Instance) -> bytes:
+    with open_archive(hub.settings.state, outbox=False, read_only=True) as archive:
+        return stored_bytes(archive, instance)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_what_a_ward_accepts_is_served_by_the_region(hub: Hub, node: Node, arrived: bool) -> None:
+    first = make_instance(patient_name="Rossi^Mario")
+    second = corrected(first, patient_name="Rossi^Maria")
+    node.take([first])
+    if arrived:
+        node.start()
+        node.take([second])
+        eventually(lambda: node.pending == 0, "both have receipts")
+        assert served(hub, first) == first.dataset
+    else:
+        node.take([second])
+    accept(node, second)
+    assert node.pending == (1 if arrived else 2), "the region is to be told"
+    if not arrived:
+        node.start()
+    eventually(lambda: node.pending == 0, "the region was told")
+    assert served(hub, first) == second.dataset
+    accept(node, first)
+    eventually(lambda: node.pending == 0, "the region was told again")
+    assert served(hub, first) == first.dataset
+    with open_archive(hub.settings.state, outbox=False, read_only=True) as archive:
+        assert archive.index.totals().conflicts == 0
+        (row,) = archive.index.conflicts(states=[ConflictState.REPLACED])
+        assert row.decided_by == "san-martino/radiology"
+
+
+def test_a_ward_does_not_decide_over_what_another_ward_sent(region: Region, hub: Hub, node: Node) -> None:
+    other = node_of(region, hub, "Galliera", "Radiology", "GA")
+    try:
+        theirs = make_instance(patient_name="Bianchi")
+        other.take([theirs])
+        other.start()
+        eventually(lambda: other.pending == 0, "theirs has a receipt")
+        first, second = corrected(theirs, patient_name="A"), corrected(theirs, patient_name="B")
+        node.take([first, second])
+        accept(node, second)
+        node.start()
+        eventually(lambda: node.pending == 0, "the region was told")
+        assert served(hub, theirs) == theirs.dataset
+        assert stored_bytes(node.store, theirs) == second.dataset
     finally:
         other.stop()
 
