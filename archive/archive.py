@@ -333,6 +333,11 @@ class Archive:
         return self._storage.free_bytes()
 
 
+def read_acknowledged(state: Path) -> Position:
+    """How far the writer of the archive in `state` has acknowledged; START when nobody says."""
+    return read_watermark(state / _WATERMARK_FILE)
+
+
 def lock_state(state: Path) -> int:
     """The lock of an archive's one writer; it goes with the process."""
     fd = os.open(state / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)

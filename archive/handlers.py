@@ -6,9 +6,12 @@ from __future__ import annotations
 from archive.archive import Archive
 from archive.conflicts.decisions import ACCEPT, REJECT, Decisions
 from archive.orders import Handler
+from archive.spaceorders import COMPACT, EVICT, SpaceOrders
 
 
 def handlers_of(archive: Archive) -> dict[str, Handler]:
     """By the kind of an order."""
-    decisions = Decisions(archive)
-    return {ACCEPT: decisions.accept, REJECT: decisions.reject}
+    decisions, space = Decisions(archive), SpaceOrders(archive)
+    return {
+        ACCEPT: decisions.accept, REJECT: decisions.reject, EVICT: space.evict, COMPACT: space.compact,
+    }  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
@@ -26,6 +27,26 @@ class StoreSettings:
     free_bytes_min: int = setting(
         GIB, "With less free disk than this nothing is taken until there is room.", "bytes", minimum=0
     )
+    pack_age_s_max: float = setting(
+        86_400.0, "A pack is sealed at this age, also when nothing arrives.", "s", minimum=60.0
+    )
+    drop_delay_s: float = setting(
+        3600.0, "A pack whose instances were moved stays so long for those who read it just now.", "s",
+        minimum=0.0, maximum=30 * 86_400.0,
+    )
+    upkeep_bytes_per_s: float = setting(
+        100e6, "At most so much is read and written for evictions and compactions.", "bytes/s", minimum=1e5
+    )
+    set_aside_bytes_max: int = setting(
+        10 * GIB, "What crashes left, and nobody was promised, is kept up to this; the oldest goes first.",
+        "bytes", minimum=0,
+    )
+    set_aside_age_s_max: float = setting(30 * 86_400.0, "And for so long.", "s", minimum=0.0)
+
+
+    def bounds(self) -> dict[str, Any]:
+        """The same as an archive's own settings name them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -68,14 +89,7 @@ class HubSettings:
 
     def archive_settings(self) -> ArchiveSettings:
         """The regional archive's settings."""
-        return ArchiveSettings(
-            state=self.state,
-            index_url=self.index_url,
-            pack_bytes_max=self.archive.pack_bytes_max,
-            memory_budget_bytes=self.archive.memory_budget_bytes,
-            object_bytes_max=self.archive.object_bytes_max,
-            free_bytes_min=self.archive.free_bytes_min,
-        )
+        return ArchiveSettings(state=self.state, index_url=self.index_url, **self.archive.bounds())
 
 
 @dataclass(frozen=True)

@@ -89,3 +89,4 @@ def _work_off(settings: ArchiveSettings, outbox: bool, ledger: Ledger) -> None:
         raise
     with archive:
         OrderDesk(ledger, handlers_of(archive)).work_off()
+        archive.upkeep.drain()  # what was answered as going on goes on to its end

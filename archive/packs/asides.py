@@ -1,5 +1,5 @@
 """What recovery kept aside, within bounds of bytes and of age: the oldest goes first. What may belong to a
-record that was promised (a name that ends in `.kept`) never goes by itself: a person looks at it.
+record that was promised never goes by itself: a person looks at it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from archive.packs.logfiles import SET_ASIDE
+from archive.packs.logfiles import KEPT, SET_ASIDE
 from archive.packs.records import FILE_HEADER_BYTES, FileHeader
 from archive.packs.storage import Storage
 
 log = logging.getLogger(__name__)
 
-KEPT = ".kept"
 _AT = re.compile(r"-(\d{18,20})\.[a-z.]+$", re.ASCII)  # nanoseconds since 1970, in recovery's names
 
 

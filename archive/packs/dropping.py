@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from archive.errors import Corrupt
 from archive.model import START, Fact, FactKind, IndexEntry, Position, Record
-from archive.packs.facts import FactLog
+from archive.packs.facts import FactReader
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.recovery import Damage
 
@@ -51,13 +51,13 @@ class Absences:
     """What facts say of the packs from some place on. Holds which batches speak of which pack; the entries
     are read again one pack at a time."""
 
-    _facts: FactLog
+    _facts: FactReader
     _batches: dict[int, list[Position]] = field(default_factory=dict)
     dropped: dict[int, Drop] = field(default_factory=dict)
     _contents: dict[bytes, Position] | None = None
 
     @classmethod
-    def read(cls, facts: FactLog, start: Position = START) -> Absences:
+    def read(cls, facts: FactReader, start: Position = START) -> Absences:
         """From the facts behind `start`. Who has read the packs up to a place needs only those behind the
         facts that it had read by then: what came later alone speaks of later records."""
         self = cls(facts)

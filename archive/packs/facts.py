@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from archive.errors import Corrupt, TooLarge
 from archive.model import (
@@ -34,7 +34,7 @@ from archive.model import (
 from archive.packs.log import Log
 from archive.packs.logfiles import Layout, LogLimits
 from archive.packs.records import Purpose
-from archive.packs.recovery import Damage
+from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,49 @@ class FactBatch:
     start: Position = START
 
 
-class FactLog:
+class Records(Protocol):
+    """What is needed of a log to read it: a log that is open to write, or one that is looked at."""
+
+    @property
+    def durable(self) -> Position: ...
+
+    def read(self, start: Position, stop: Position) -> Iterator[FoundRecord | Damage]: ...
+
+
+class FactReader:
+    """The facts of one archive, to read."""
+
+    def __init__(self, storage: Storage, records: Records) -> None:
+        self._storage = storage
+        self._records = records
+
+    def read(
+        self, start: Position = START, *, kinds: Collection[FactKind] | None = None
+    ) -> Iterator[FactBatch]:
+        """The batches from `start` on; with `kinds` only those that may hold such facts. A batch that can't
+        be read any more is stepped over and logged."""
+        words = None if kinds is None else [f'"{kind.value}"'.encode() for kind in kinds]
+        for item in self._records.read(start, self._records.durable):
+            if isinstance(item, Damage):
+                log.error("facts file %d is damaged from %d to %d", item.number, item.offset, item.end)
+            elif item.header.kind == _KIND:
+                header = item.header
+                payload = self._storage.reader(LAYOUT.name_of(item.number)).read(
+                    header.payload_offset, header.payload_bytes
+                )
+                text = _inflated(payload)
+                if words is not None and not any(word in text for word in words):
+                    continue
+                facts, after = _decode(text)
+                start = Position(item.number, header.offset)
+                yield FactBatch(facts, after, Position(item.number, header.end), start)
+
+
+class FactLog(FactReader):
     """The facts of one archive. One process writes them."""
 
     def __init__(self, storage: Storage, records: Log) -> None:
-        self._storage = storage
+        super().__init__(storage, records)
         self._log = records
 
     @classmethod
@@ -98,27 +136,6 @@ class FactLog:
         appended = self._log.append(_KIND, head, [payload], len(payload), prefix=b"", digest=digest)
         self._log.wait_durable(appended)
         return appended.end
-
-    def read(
-        self, start: Position = START, *, kinds: Collection[FactKind] | None = None
-    ) -> Iterator[FactBatch]:
-        """The batches from `start` on; with `kinds` only those that may hold such facts. A batch that can't
-        be read any more is stepped over and logged."""
-        words = None if kinds is None else [f'"{kind.value}"'.encode() for kind in kinds]
-        for item in self._log.read(start, self._log.durable):
-            if isinstance(item, Damage):
-                log.error("facts file %d is damaged from %d to %d", item.number, item.offset, item.end)
-            elif item.header.kind == _KIND:
-                header = item.header
-                payload = self._storage.reader(LAYOUT.name_of(item.number)).read(
-                    header.payload_offset, header.payload_bytes
-                )
-                text = _inflated(payload)
-                if words is not None and not any(word in text for word in words):
-                    continue
-                facts, after = _decode(text)
-                start = Position(item.number, header.offset)
-                yield FactBatch(facts, after, Position(item.number, header.end), start)
 
     def mark(self) -> bool:
         """In an idle moment: promise the last batch by a MARK."""

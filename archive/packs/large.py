@@ -23,9 +23,9 @@ from archive.errors import MissError
 from archive.model import InstanceHead, Position, RecordKind
 from archive.packs.images import PagePool
 from archive.packs.log import Log
-from archive.packs.logfiles import SET_ASIDE, write_error
+from archive.packs.logfiles import KEPT, SET_ASIDE, write_error
 from archive.packs.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose, Reference, part10_prefix
-from archive.packs.recovery import FoundRecord
+from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.storage import AppendFile, Buffer, Storage
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ def part_name(pack: str) -> str:
 
 def settle_after_crash(storage: Storage, records: Log) -> None:
     """Own packs that were being written: those that the log refers to are settled, the others are kept
-    aside."""
+    aside, for good where damage in the log may hide a reference."""
     begun: dict[str, Position] = {}
     lost: list[str] = []
     for name in storage.list(FOLDER):
@@ -299,12 +299,14 @@ def settle_after_crash(storage: Storage, records: Log) -> None:
             else:
                 begun[name] = header.previous
     named: set[str] = set()
+    damaged = False
     if begun:
         # A reference stands behind the place where the log ended when its pack was begun.
         for item in records.read(min(begun.values()), records.durable, check_digests=False):
             if isinstance(item, FoundRecord) and item.header.is_reference:
                 with contextlib.suppress(MissError):
                     named.add(Reference.decode(item.prefix).pack)
+            damaged = damaged or isinstance(item, Damage)
     for name in begun:
         pack = f"{name.removesuffix('.part')}.pack"
         if pack in named:
@@ -312,7 +314,8 @@ def settle_after_crash(storage: Storage, records: Log) -> None:
         else:
             lost.append(name)
     for name in lost:
-        target = f"{SET_ASIDE}/{name.replace('/', '-')}"
+        stem = name.removesuffix(".part").replace("/", "-")
+        target = f"{SET_ASIDE}/{stem}-{time.time_ns()}.part{KEPT if damaged else ''}"
         log.warning("%s was never referred to and is kept as %s", name, target)
         storage.rename(name, target)
     if lost:

@@ -20,6 +20,7 @@ from archive.packs.storage import AppendFile, Storage
 log = logging.getLogger(__name__)
 
 SET_ASIDE = "set-aside"
+KEPT = ".kept"  # ends the name of what may belong to a record that was promised
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
