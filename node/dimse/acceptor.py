@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
+from archive.dataset.encoding import DEFLATED_SYNTAXES
 from archive.errors import MissError
 from node.dimse import status as codes
 from node.dimse.association import Association, Context, Limits
@@ -243,6 +244,7 @@ class Acceptor:
         self._settled = settled
         self._entry = Log(int(time.time() * 1e6), address)
         self.exchange: Exchange | None = None  # from the first pause on
+        self._inflates = False
 
     def steps(self) -> Generator[Turn]:
         """Serve the connection until it is closed; never raises. It pauses where another thread may go on
@@ -354,6 +356,8 @@ class Acceptor:
             association = Association(self._wire, contexts, request.max_pdu_bytes, self._limits,
                                       requestor=False, window=window[0] if window else 1)
             self.exchange = Exchange(association, caller, entry.address, entry)
+            # A few kilobytes may inflate to half a second's work: that is its own thread's, never the pump's.
+            self._inflates = any(each.transfer_syntax in DEFLATED_SYNTAXES for each in contexts.values())
             association.refuse_what_came()  # Sta3
             self._wire.send(encode_accept(replace(accept, identity_answer=caller.identity_answer)))
             self._settled(True)
@@ -396,7 +400,7 @@ class Acceptor:
     def is_prompt(self, command: Command) -> bool:
         """Whether a whole message of this kind is served without waiting."""
         _, service = self._services.table.get(command.field, (None, None))
-        return service is not None and service.is_prompt()
+        return service is not None and service.is_prompt() and not self._inflates
 
     def _perform(self, exchange: Exchange, context: Context, command: Command) -> None:
         name, service = self._services.table.get(command.field, (None, None))

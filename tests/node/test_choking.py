@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,8 @@ from archive.archive import Archive, ArchiveSettings
 from node.dimse import messages, pdu
 from node.dimse.association import Limits
 from node.dimse.pdu import ProposedContext
-from node.dimse.requestor import Requestor, echo
-from tests.datasets import CT, EXPLICIT, Instance, make_instance
+from node.dimse.requestor import ECHO_CONTEXT, Requestor, echo
+from tests.datasets import CT, DEFLATED, EXPLICIT, Instance, make_instance
 from tests.forked import PATIENT, Forked, forked
 from tests.node.serving import Raw, data, echo_request, wait_for
 from tests.node.storing import store
@@ -216,6 +217,42 @@ def test_a_connection_cut_anywhere_leaves_nothing(tmp_path: Path, padding: int, 
             assert store(requestor, instance) == 0
         node.check_no_surprise()
     check_held(tmp_path, [instance])
+
+
+def test_headers_that_are_hard_to_read_hold_up_nobody_else(tmp_path: Path) -> None:
+    """Some kilobytes that inflate to half a million elements, again and again over eight associations, cost
+    their own senders' time: another association goes on being served."""
+    instance, bomb = make_instance(), make_instance(number=2, transfer_syntax=DEFLATED)
+    deflate = zlib.compressobj(wbits=-15)
+    crumbs = deflate.compress(struct.pack("<HH2sH", 0x0010, 0x4000, b"LT", 0) * 500_000) + deflate.flush()
+    over = threading.Event()
+    hard = ProposedContext(1, CT, (DEFLATED,))
+
+    def hostile(number: int) -> None:
+        with Requestor.connect(node.peer, "CT1", [hard], limits=PATIENT) as requestor:
+            context = requestor.context(CT, DEFLATED)
+            assert context is not None
+            while not over.is_set():
+                assert requestor.store(context, bomb.sop_instance_uid, [crumbs]) == 0xA700
+
+    with forked(tmp_path) as node:
+        contexts = [ECHO_CONTEXT, ProposedContext(3, CT, (EXPLICIT,))]
+        with Requestor.connect(node.peer, "CT1", contexts, limits=PATIENT) as honest:
+            assert store(honest, instance) == 0
+            attack = threading.Thread(target=together, args=(hostile, 8))
+            attack.start()
+            try:
+                slowest = 0.0
+                for _ in range(6):
+                    time.sleep(0.1)  # it pauses, as a modality does
+                    asked = time.monotonic()
+                    assert honest.echo() == 0
+                    slowest = max(slowest, time.monotonic() - asked)
+            finally:
+                over.set()
+                attack.join()
+        assert slowest < 2.0, f"{slowest:.2f} s"
+        node.check_no_surprise()
 
 
 # ---------------------------------------------------------------- memory
