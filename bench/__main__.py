@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -103,6 +104,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
     parser.add_argument("--tiny", action="store_true", help="only show that every row runs")
     given = parser.parse_args()
+    # However it is stopped: servers are ended and folders removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     scale = TINY if given.tiny else Scale()
     if given.rounds:
         scale = replace(scale, rounds=given.rounds, mammogram_rounds=given.rounds)

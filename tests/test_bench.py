@@ -3,6 +3,7 @@ figure means anything, and gives results that are complete and checked. No figur
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from bench.runs import TINY, Bench, Run
 from bench.servers import ForkingStorescp, Miss, Orthanc, Pynetdicom, Server, Storescp
 from bench.table import Bar, Report, Result
 from miss.load.sender import Plan, Tally, send
+from miss.processes import wait_until
 
 SCALE = replace(TINY, seconds=0.2, lag_seconds=0.8)
 
@@ -155,6 +157,21 @@ def test_it_is_a_command(tmp_path: Path) -> None:
                            timeout=60, check=True)
     assert again.stdout == done.stdout
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_it_leaves_nothing_when_it_is_stopped(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench", "ct-1", "--seconds", "60", "--data", str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until("the node's packs", lambda: next(tmp_path.glob("*/run-*/node/packs"), None), timeout_s=60)
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert below and psutil.wait_procs(below, timeout=30)[1] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_does_not_start_voids_its_row_alone(
