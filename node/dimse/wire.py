@@ -23,6 +23,25 @@ VECTOR_MAX = 64                 # buffers of one sendmsg; IOV_MAX is 1,024
 _TIMEVAL = struct.Struct("@ll")
 
 
+class _Pace:
+    """How much came of waiting for a peer."""
+
+    __slots__ = ("octets", "waited_s")
+
+    def __init__(self) -> None:
+        self.waited_s = 0.0
+        self.octets = 0
+
+    def add(self, waited_s: float, octets: int) -> None:
+        self.waited_s += waited_s
+        self.octets += octets
+
+    def require(self, per_s_min: int, words: str) -> None:
+        if self.octets < per_s_min * self.waited_s:
+            amount = f"{self.octets} octets in {self.waited_s:.0f} s, fewer than {per_s_min} a second"
+            raise TimedOut(words.format(amount))
+
+
 class Wire:
     """A blocking socket. Time limits are the kernel's (SO_RCVTIMEO): Python's own would poll before every
     receive.
@@ -33,7 +52,8 @@ class Wire:
     (40 ms each time).
 
     Inside a message a peer owes `bytes_per_s_min` (0: nothing) on the average of each `pace_window_s` that we
-    wait for it; what we take ourselves, for the disk or the budget, is not held against it.
+    wait for it, and so does one that reads what we send; what we take ourselves, for the disk or the budget,
+    is not held against it.
     """
 
     transport = PLAIN
@@ -54,8 +74,8 @@ class Wire:
         self.bytes_out = 0
         self.bytes_per_s_min = 0
         self.pace_window_s = patience_s
-        self._pace_waited_s = 0.0
-        self._pace_bytes = 0
+        self._received = _Pace()
+        self._sent = _Pace()
         self._deadline: float | None = None
         self._deadline_of = ""
         self._receive_timeout_s = 0.0
@@ -156,6 +176,7 @@ class Wire:
         return sent
 
     def send(self, octets: Buffer) -> None:
+        began_s = time.monotonic()
         try:
             self._send_whole(octets)
         except BlockingIOError:
@@ -163,14 +184,17 @@ class Wire:
         except OSError as error:
             raise ConnectionLost(f"the connection is lost ({_name(error)})") from None
         self.bytes_out += len(octets)
+        self._hold_reader_to_pace(time.monotonic() - began_s, len(octets))
 
     def send_vector(self, buffers: Sequence[Buffer]) -> None:
         """Send several buffers as one, without joining them."""
         rest = list(buffers)
         try:
             while rest:
+                began_s = time.monotonic()
                 sent = self._send_some(rest[:VECTOR_MAX])
                 self.bytes_out += sent
+                self._hold_reader_to_pace(time.monotonic() - began_s, sent)
                 done = 0
                 while done < len(rest) and sent >= len(rest[done]):
                     sent -= len(rest[done])
@@ -252,18 +276,21 @@ class Wire:
 
     def begin_message(self) -> None:
         """What comes next is another message: the pace counts anew."""
-        self._pace_waited_s = 0.0
-        self._pace_bytes = 0
+        self._received = _Pace()
 
     def _hold_to_pace(self, waited_s: float, count: int) -> None:
-        self._pace_waited_s += waited_s
-        self._pace_bytes += count
-        if self._pace_waited_s < self.pace_window_s:
-            return
-        if self._pace_bytes < self.bytes_per_s_min * self._pace_waited_s:
-            raise TimedOut(f"the peer is too slow: {self._pace_bytes} octets of a message in "
-                           f"{self._pace_waited_s:.0f} s, fewer than {self.bytes_per_s_min} a second")
-        self.begin_message()
+        pace = self._received
+        pace.add(waited_s, count)
+        if pace.waited_s >= self.pace_window_s:
+            pace.require(self.bytes_per_s_min, "the peer is too slow: {} of a message")
+            self._received = _Pace()
+
+    def _hold_reader_to_pace(self, waited_s: float, count: int) -> None:
+        pace = self._sent
+        pace.add(waited_s, count)
+        if pace.waited_s >= self.pace_window_s:
+            pace.require(self.bytes_per_s_min, "the peer reads too slowly: {}")
+            self._sent = _Pace()
 
     def _lost(self, what: str) -> ConnectionLost | Stopping:
         return Stopping("this side is being stopped") if self.stopping else ConnectionLost(what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from archive.intake import Intake
 from node.dimse import messages, pdu
 from node.dimse.association import Limits
 from node.dimse.contexts import EXPLICIT_LITTLE
+from node.dimse.errors import TimedOut
 from node.dimse.pdu import PduType, ProposedContext
+from node.dimse.wire import Wire
 from tests.datasets import CT, make_instance
 from tests.node.serving import AE_TITLE, Raw, data, wait_for
 from tests.node.storing import Storing, storing
@@ -138,6 +141,35 @@ def test_our_own_waiting_is_not_held_against_the_sender(tmp_path: Path,
     monkeypatch.setattr(Intake, "take", slow_take)
     with storing(tmp_path, limits=STRICT) as served:
         assert served.send(instance, instance) == [0, 0]
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_peer_that_reads_in_drops_is_left(vector: bool) -> None:
+    """It reads 100 octets each 10 ms, so no single send waits for long, and never enough."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    over = threading.Event()
+
+    def sip() -> None:
+        while not over.wait(0.01):
+            theirs.recv(100)
+
+    thread = threading.Thread(target=sip)
+    thread.start()
+    wire = Wire(ours, send_timeout_s=10.0)
+    wire.bytes_per_s_min, wire.pace_window_s = 64 << 10, 0.5
+    try:
+        with pytest.raises(TimedOut, match="reads too slowly"):
+            for _ in range(100_000):
+                wire.send_vector([bytes(500), bytes(524)]) if vector else wire.send(bytes(1024))
+    finally:
+        over.set()
+        thread.join(10)
+        for sock in (ours, theirs, listener):
+            sock.close()
 
 
 def test_a_rate_of_nothing_asks_for_nothing(tmp_path: Path) -> None:
