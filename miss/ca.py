@@ -142,8 +142,8 @@ def device(
     err.print(f"{folder} holds the key and certificate of {row.identity}, until {when(row.not_after_us)}",
               style="green", markup=False, soft_wrap=True)
     if listener:
-        err.print(f"in node.toml:\n\n[dimse.tls]\ncertificate = \"{CERTIFICATE}\"\nkey = \"{KEY}\"\n",
-                  markup=False)
+        err.print(f"beside node.toml, and in it:\n\n[dimse.tls]\ncertificate = "
+                  f"\"{folder.name}/{CERTIFICATE}\"\nkey = \"{folder.name}/{KEY}\"\n", markup=False)
     else:
         err.print(f"where the node is: miss device add {name.ae_title} ADDRESS --transport tls", markup=False)
 

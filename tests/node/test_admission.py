@@ -6,6 +6,7 @@ import json
 import shlex
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from archive.ledger import Connection, Device
 from node.admission import UNKNOWN, listed_at, remedy
 from node.dimse import pdu
-from node.dimse.contexts import IMPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
+from node.dimse.association import Limits
+from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
 from node.dimse.errors import Rejected
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor, echo
 from tests.node.serving import AE_TITLE, Raw, Serving, echo_request, serving, wait_for
@@ -123,6 +125,80 @@ def test_contexts_are_logged(tmp_path: Path) -> None:
             assert requestor.context_of(STUDY_ROOT_FIND) is None
         assert json.loads(served.log(1)[0].contexts) == [f"{VERIFICATION} {IMPLICIT_LITTLE}",
                                                          f"{STUDY_ROOT_FIND} refused 1"]
+
+
+def test_sop_classes_and_transfer_syntaxes_of_a_device(tmp_path: Path) -> None:
+    """32: counts for the next association."""
+    ct, mr = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
+    proposed = (pdu.ProposedContext(1, ct, (IMPLICIT_LITTLE,)),
+                pdu.ProposedContext(3, mr, (IMPLICIT_LITTLE,)),
+                pdu.ProposedContext(5, ct, (EXPLICIT_LITTLE,)))
+    with serving(tmp_path) as served:
+        served.ledger.add_device(Device("CT1", "*", sop_classes=frozenset((ct,)),
+                                        transfer_syntaxes=frozenset((EXPLICIT_LITTLE,))))
+        with Raw(served.port) as raw:
+            accept = raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1", proposed, 16384))
+        assert [context.result for context in accept.contexts] == [4, 3, 0]
+        served.ledger.add_device(Device("CT1", "*"))
+        with Raw(served.port) as raw:
+            accept = raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1", proposed, 16384))
+        assert [context.result for context in accept.contexts] == [0, 0, 0]
+
+
+def connect_from(address: str, port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 10, source_address=(address, 0))
+
+
+def test_one_address_takes_nobody_elses_room(tmp_path: Path) -> None:
+    """Past its own bound its oldest gives way; others keep theirs."""
+    limits = Limits(artim_s=20.0)
+    with serving(tmp_path, limits=limits, pending_per_address_max=5) as served, ExitStack() as held:
+        others = [held.enter_context(connect_from(f"127.0.0.{n}", served.port)) for n in range(3, 8)]
+        silent = [held.enter_context(connect_from("127.0.0.2", served.port)) for _ in range(20)]
+        wait_for(lambda: served.server.connections == 10, "five of each kind")
+        assert silent[0].recv(1) == b""
+        assert echo(served.peer, "CT1") == 0
+        for sock in others:
+            sock.sendall(pdu.encode_request(echo_request("NOBODY")))
+            assert sock.recv(1) == bytes((pdu.PduType.ASSOCIATE_RJ,))
+
+
+def test_whoever_has_most_gives_way_when_all_room_is_taken(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.dimse.server.PENDING_MAX", 20)
+    with serving(tmp_path, limits=Limits(artim_s=20.0)) as served, ExitStack() as held:
+        first = held.enter_context(connect_from("127.0.0.3", served.port))
+        for _ in range(60):
+            held.enter_context(connect_from("127.0.0.2", served.port))
+        wait_for(lambda: served.server.connections == 20, "as many as there is room for")
+        first.sendall(pdu.encode_request(echo_request("NOBODY")))
+        assert first.recv(1) == bytes((pdu.PduType.ASSOCIATE_RJ,)), "it was the oldest, and had but one"
+
+
+def test_what_never_became_an_association_is_counted(served: Serving) -> None:
+    """46, and a million scans: one row for one address and cause."""
+    for octets in (b"GET / HTTP/1.1\r\n\r\n", b"", bytes.fromhex("0700000000040000")):
+        for _ in range(4):
+            with Raw(served.port) as raw:
+                raw.send(octets)
+    wait_for(lambda: sum(row.times for row in served.ledger.connections()) == 12, "all are counted")
+    rows = {row.ended: row for row in served.ledger.connections()}
+    assert {cause: row.times for cause, row in rows.items()} == {
+        "it does not speak DICOM": 4, "the peer closed the connection": 4,
+        "it aborted before an association": 4}
+    assert {row.outcome for row in rows.values()} == {"failed"}
+    assert remedy(rows["it does not speak DICOM"]) == ""
+
+
+def test_many_devices_at_once(tmp_path: Path) -> None:
+    """Two hundred that open together are all let in; each is looked up in the ledger as it is now."""
+    room = {"associations_max": 300, "associations_per_device_max": 300}
+    with serving(tmp_path, limits=Limits(), **room) as served, ExitStack() as held:  # type: ignore[arg-type]
+        raws = [held.enter_context(Raw(served.port)) for _ in range(200)]
+        for raw in raws:
+            raw.send(pdu.encode_request(echo_request()))
+        assert {raw.receive()[0] for raw in raws} == {pdu.PduType.ASSOCIATE_AC}
+        assert served.admission.associations == {"CT1": 200}
 
 
 @pytest.mark.parametrize(("address", "listed", "came_from"), [
