@@ -58,8 +58,8 @@ class DimseSettings:
         minimum=1, maximum=30_000,
     )
     connections_per_address_max: int = setting(
-        500, "Connections without an association of one address; past it its oldest gives way to its newest.",
-        minimum=1, maximum=1000,
+        2000, "Connections without an association of one address; past it its oldest gives way.",
+        minimum=1, maximum=2500,
     )
     max_pdu_bytes: int = setting(
         256 * KIB, "The longest P-DATA-TF PDU that is taken, 4096 or more; 0 is no limit.", "bytes",
@@ -115,13 +115,7 @@ class NodeSettings:
         return sqlite_url(self.state / "ledger.db")
 
     def archive_settings(self) -> ArchiveSettings:
-        return ArchiveSettings(
-            state=self.state,
-            pack_bytes_max=self.archive.pack_bytes_max,
-            memory_budget_bytes=self.archive.memory_budget_bytes,
-            object_bytes_max=self.archive.object_bytes_max,
-            free_bytes_min=self.archive.free_bytes_min,
-        )
+        return ArchiveSettings(state=self.state, **self.archive.bounds())
 
     def limits(self) -> Limits:
         """What one association may cost."""
