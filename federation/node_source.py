@@ -10,11 +10,13 @@ from typing import BinaryIO
 
 from archive.archive import Archive
 from archive.errors import NotFound
-from archive.model import Level, PatientKey, Query, Scope, StoredInstance, Ward
+from archive.model import ConflictRow, Level, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
 from federation.coverage import CoverageState, WardCoverage
-from federation.policy import Act, Principal, narrowed, require
+from federation.policy import Act, Principal, decide, narrowed, require
 from federation.source import Answer
+
+CONFLICTS_LOOKED_AT = 1_000
 
 
 class NodeSource:
@@ -72,6 +74,9 @@ class NodeSource:
             )
         ]
 
+    def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
+        return conflicts_for(self._archive, principal, limit)
+
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)
         matches = self.search(principal, query).matches
@@ -86,6 +91,16 @@ def remaining(archive: Archive, query: Query, shown: int) -> int | None:
     if query.limit is None or shown < query.limit:
         return 0
     return max(archive.count(replace(query, limit=None, offset=0)) - query.offset - shown, 0)
+
+
+def conflicts_for(archive: Archive, principal: Principal, limit: int) -> list[ConflictRow]:
+    """The undecided conflicts of an archive that a principal is shown; every ward's to those who keep the
+    region running."""
+    if decide(principal, Act.HEALTH).allowed:
+        return archive.index.conflicts(limit)
+    found = decide(principal, Act.SEARCH)
+    rows = archive.index.conflicts(CONFLICTS_LOOKED_AT)
+    return [row for row in rows if found.scope.allows(row.ward)][:limit]
 
 
 def person_in(issuer: str, patient_id: str) -> PatientKey | None:

@@ -25,7 +25,7 @@ import grpc
 from archive.archive import Archive
 from archive.errors import MissError, NotFound, Unavailable
 from archive.ledger import Ledger, WardState
-from archive.model import Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
+from archive.model import ConflictRow, Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
 from federation import serde, status
 from federation.assertion import sign
@@ -39,7 +39,7 @@ from federation.coverage import (
 )
 from federation.fanout import Held, WardMatches, merge, series_of, studies_of, uids_of
 from federation.hub_channel import HubChannel
-from federation.node_source import person_in
+from federation.node_source import conflicts_for, person_in
 from federation.policy import Act, Principal, narrowed, require
 from federation.source import Answer
 from protos import region_pb2
@@ -151,6 +151,9 @@ class RegionSource:
         """Each ward as the ledger knows it, for those who keep the region running."""
         now_us, states = self._clock(), self._ledger.ward_states()
         return [status_of(ward, states.get(ward.id), now_us) for ward in self._ledger.wards()]
+
+    def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
+        return conflicts_for(self._archive, principal, limit)
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from archive.model import Match, PatientKey, Query, StoredInstance
+from archive.model import ConflictRow, Match, PatientKey, Query, StoredInstance
 from federation.coverage import WardCoverage
 from federation.policy import Principal
 
@@ -64,6 +64,10 @@ class Source(Protocol):
 
     def coverage(self) -> list[WardCoverage]:
         """What an answer would cover now, ward by ward, without asking anybody."""
+
+    def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
+        """What waits for a person to decide, newest first, of the wards that the principal may search or
+        keeps running: UIDs and devices, no patient data."""
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         """The patient of a study that the principal may see."""

@@ -7,11 +7,13 @@ import typer
 from miss import (
     bench,
     ca,
+    conflicts,
     console,
     demo,
     device,
     hub,
     node,
+    packs,
     portal,
     processes,
     rebuild,
@@ -36,6 +38,8 @@ app.add_typer(node.app, name="node")
 app.add_typer(device.app, name="device")
 app.add_typer(portal.app, name="portal")
 app.add_typer(user.app, name="user")
+app.add_typer(conflicts.app, name="conflicts")
+app.add_typer(packs.app, name="packs")
 app.command("send")(send.send)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)

@@ -32,6 +32,8 @@ class Backlog:
     instances: int
     bytes: int
     conflicts: int
+    proposed: int
+    equivalents: int
     pending: int
     pending_bytes: int
     oldest_pending_us: int | None
@@ -68,7 +70,8 @@ def node_backlog(state: Path) -> Backlog:
     return Backlog(
         ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port, listening=running,
         patients=totals.patients, studies=totals.studies, instances=totals.instances, bytes=totals.bytes,
-        conflicts=totals.conflicts, pending=pending.count, pending_bytes=pending.bytes,
+        conflicts=totals.conflicts, proposed=totals.proposed, equivalents=totals.equivalents,
+        pending=pending.count, pending_bytes=pending.bytes,
         oldest_pending_us=pending.oldest_us, set_aside=pending.set_aside,
         certificate_until_us=identity.not_after_us)
 

@@ -100,7 +100,8 @@ def status(
     grid.add_row("holds", f"{found.instances} instances of {found.studies} studies, {size(found.bytes)}")
     grid.add_row("pending", found.words)
     grid.add_row("set aside", str(found.set_aside))
-    grid.add_row("conflicts", str(found.conflicts))
+    grid.add_row("conflicts", f"{found.conflicts} open, {found.proposed} proposed corrections"
+                 f"; {found.equivalents} the same in another encoding")
     grid.add_row("certificate", f"until {when(found.certificate_until_us)}")
     out.print(grid)
 

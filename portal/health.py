@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, tzinfo
 
 from archive.ledger import CertificateRow, Ledger, WardState
-from archive.model import Ward
+from archive.model import ConflictRow, ConflictState, Ward
 from federation.coverage import CoverageState, Report, WardCoverage, clock_words, is_present, report_in
 from federation.source import Source
 from portal.studies import ward_line
@@ -29,6 +29,17 @@ class WardRow:
     tone: str
     pending: str
     seen: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictLine:
+    """A line of the conflicts on the wards page."""
+
+    ward: str
+    uid: str
+    what: str
+    device: str
+    received: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,14 @@ def ward_row(ward: WardCoverage, now_us: int, zone: tzinfo) -> WardRow:
         f"{ward.pending:,}",
         clock_words(ward.seen_at_us, now_us, zone),
     )
+
+
+def conflict_line(row: ConflictRow, now_us: int, zone: tzinfo) -> ConflictLine:
+    what = "proposed correction" if row.state is ConflictState.PROPOSED else "other content"
+    if row.kept_digest and row.study_uid != row.kept_study_uid:
+        what += ", in another study"
+    received = clock_words(row.received_at_us, now_us, zone)
+    return ConflictLine(row.ward, row.sop_instance_uid, what, row.device, received)
 
 
 def gather(source: Source, ledger: Ledger, now_us: int, zone: tzinfo) -> Health:

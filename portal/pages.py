@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 FORM_BYTES_MAX = 16 << 10
 FORM_S_MAX = 10.0
 NEXT_CHARS_MAX = 2_000
+CONFLICTS_SHOWN = 50
 POLICY_NOTE = (
     "Care relations come later: until then a regional physician sees every ward, "
     "and every search and view is logged."
@@ -155,7 +156,9 @@ class Pages:
         health_allowed = decide(principal, Act.HEALTH).allowed
         shown = [ward for ward in coverage if health_allowed or scope.allows(ward.ward)]
         rows = [health.ward_row(ward, self._context.clock(), self._context.zone) for ward in shown]
-        return self._page(request, "wards.html", wards=rows)
+        waiting = await self._context.search.run(self._context.source.conflicts, principal, CONFLICTS_SHOWN)
+        lines = [health.conflict_line(row, self._context.clock(), self._context.zone) for row in waiting]
+        return self._page(request, "wards.html", wards=rows, conflicts=lines, most=CONFLICTS_SHOWN)
 
     async def health(self, request: Request) -> Response:
         visitor = visitor_of(request)

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from archive.archive import Archive
 from archive.errors import NotFound
 from archive.ledger import Session, User
-from archive.model import PatientKey, Provenance, Query, Scope, StoredInstance, Ward
+from archive.model import ConflictRow, PatientKey, Provenance, Query, Scope, StoredInstance, Ward
 from federation.coverage import CoverageState, WardCoverage
 from federation.node_source import NodeSource
 from federation.passwords import hash_password
@@ -89,6 +89,9 @@ class EmptySource:
 
     def coverage(self) -> list[WardCoverage]:
         return list(self.wards)
+
+    def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
+        return []
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         return None
