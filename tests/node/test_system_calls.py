@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from archive.archive import Archive, ArchiveSettings
-from node.dimse.pdu import ProposedContext
+from node.dimse import messages
+from node.dimse.pdu import AssociateRequest, ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from tests.datasets import CT, EXPLICIT, Instance, make_instance
 from tests.forked import Forked, forked
+from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import store
 from tests.syscalls import Call, failing, only, parse, traced
 
@@ -97,6 +99,37 @@ def test_a_large_object_is_synced_then_referred_to_then_answered(tmp_path: Path)
     assert named.names == [part, part.replace(".part", ".pack")] and named.ended < answer.began
     synced = [call for call in calls if call.name == "fdatasync" and call.path == record.path]
     assert named.began > synced[0].ended, "named before anything durable refers to it"
+
+
+def test_every_answer_of_a_window_comes_after_its_records_sync(tmp_path: Path) -> None:
+    """Requests that are sent together may share a sync; none is answered by a sync that began before its
+    record was written."""
+    instances = [make_instance(number=n, padding=3000) for n in range(6)]
+    request = AssociateRequest(AE_TITLE, "CT1", (ProposedContext(1, CT, (EXPLICIT,)),), 16384,
+                               asynchronous_window=(8, 1))
+    together = b"".join(
+        data(1, 3, messages.store_request(n + 1, CT, one.sop_instance_uid)) + data(1, 2, one.dataset)
+        for n, one in enumerate(instances))
+    with forked(tmp_path) as node, traced(node.pid, tmp_path / "trace"), Raw(node.port) as raw:
+        raw.associate(request)
+        raw.send(together)
+        answers = [raw.receive() for _ in instances]
+        assert [messages.parse(body[6:]).status for _, body in answers] == [0] * len(instances)
+    answer_bytes = len(answers[0][1]) + 6
+    assert all(len(body) + 6 == answer_bytes for _, body in answers)
+    calls = parse((tmp_path / "trace").read_text())
+    records = [call for call in calls if call.writes and RECORD in call.arguments and "/packs/" in call.path]
+    syncs = [call for call in calls if call.name == "fdatasync" and "/packs/" in call.path and not call.error]
+    assert len(records) == len(instances)
+    answered = 0
+    for sent in calls:
+        if not (sent.to_a_peer and sent.names and sent.names[0].startswith(DATA_PDU)):
+            continue
+        assert sent.result % answer_bytes == 0
+        for record in records[answered : answered + sent.result // answer_bytes]:
+            assert any(record.ended < sync.began and sync.ended < sent.began for sync in syncs)
+        answered += sent.result // answer_bytes
+    assert answered == len(instances)
 
 
 # ---------------------------------------------------------------- disks that fail
