@@ -74,12 +74,13 @@ def test_mutated_conversations(tmp_path: Path) -> None:
     with forked(tmp_path, limits=limits, private=True, pack_bytes_max=16 << 20) as node:
         warm = min(WARM_UP, COUNT)
         converse_all(node, range(FIRST, FIRST + warm))
-        before = node.rss
+        watched = psutil.Process(node.pid)
+        before, descriptors = node.rss, watched.num_fds()
         converse_all(node, range(FIRST + warm, FIRST + COUNT))
         assert echo(node.peer, "CT1") == 0
         assert node.rss - before < GROWTH_BYTES_MAX, f"grown by {node.rss - before >> 20} MB"
-        threads = psutil.Process(node.pid)
-        wait_for(lambda: threads.num_threads() < 12, "no thread left behind")
+        wait_for(lambda: watched.num_threads() < 12, "no thread left behind")
+        wait_for(lambda: watched.num_fds() < descriptors + 12, "no descriptor left behind")
         node.check_no_surprise()
 
 
