@@ -234,8 +234,7 @@ def revoke(
         err.print(f"revoked {row.identity}, serial {row.serial}", style="green", markup=False,
                   soft_wrap=True)
     if rows and rows[0].profile == "device":
-        err.print("a node that runs without the region's list still admits it: take it off there as well, "
-                  "`miss device rm`")
+        err.print("nodes have no list of revoked certificates: take the device off theirs, `miss device rm`")
     elif rows:
         err.print("it comes back with a new invite, enrolled with --replace")
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+from archive.errors import Unavailable
 from archive.ledger import Connection, Device, Ledger
 from certs.profiles import device_uri, is_device_uri
 from node.dimse.acceptor import Caller, Log, Refusal
@@ -38,6 +39,7 @@ NO_AE = "the certificate it showed names no AE title, and the device has none pi
 DEVICE_FULL = "the device has as many associations as one may have (dimse.associations_per_device_max)"
 NODE_FULL = "the node has as many associations as it takes (dimse.associations_max)"
 
+LEDGER_S_MAX = 10.0  # what the list of devices may take; then the caller is told to come again (2/3/1)
 CONTEXTS_LOGGED_MAX = 128
 OPERATIONS_LOGGED_MAX = 64
 
@@ -128,7 +130,14 @@ class Admission:
         return NO_AE if self._certificates_required and not device.certificate else ""
 
     def _device(self, ae_title: str) -> Device | None:
-        return self._reader.submit(self._ledger.device, ae_title).result() if ae_title else None
+        if not ae_title:
+            return None
+        asked = self._reader.submit(self._ledger.device, ae_title)
+        try:
+            return asked.result(LEDGER_S_MAX)
+        except TimeoutError:
+            asked.cancel()
+            raise Unavailable("the list of devices does not answer") from None
 
     def _enter(self, ae_title: str) -> str:
         with self._lock:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -114,6 +115,23 @@ def test_a_protocol_that_is_not_ours(served: Serving) -> None:
 def test_a_ledger_that_fails_refuses_for_now(served: Serving) -> None:
     served.ledger.close()
     assert rejection(served.port, "CT1") == "2/3/1"
+
+
+def test_a_ledger_that_hangs_refuses_for_now(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.admission.LEDGER_S_MAX", 0.2)
+    free = Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(served.ledger, "device", lambda _: free.wait(20))
+        assert [rejection(served.port, "CT1") for _ in range(3)] == ["2/3/1"] * 3
+    free.set()
+    wait_for(lambda: echo_answers(served), "it is back")
+
+
+def echo_answers(served: Serving) -> bool:
+    try:
+        return echo(served.peer, "CT1") == 0
+    except Rejected:
+        return False
 
 
 def test_contexts_are_logged(tmp_path: Path) -> None:

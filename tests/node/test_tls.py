@@ -565,6 +565,37 @@ def test_a_peer_that_does_not_read(ct1: Papers, listening: Papers) -> None:
     wire.close()
 
 
+def test_we_dial_dcmtk(tmp_path: Path, listening: Papers, ct1: Papers) -> None:
+    """As requestor, with our certificate, which DCMTK's storescp demands."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    received = tmp_path / "received"
+    received.mkdir()
+    peer = Peer("127.0.0.1", port, "STORESCP", ct1.dialling())
+    instance = make_instance(rows=1500, columns=512)
+    process = subprocess.Popen([dcmtk("storescp"), "+tls", listening.key, listening.certificate, "+cf",
+                                listening.trust, "-od", received, "+B", str(port)])
+    try:
+        wait_for(lambda: answers(peer), "storescp answers")
+        proposed = [pdu.ProposedContext(1, instance.sop_class_uid, (instance.transfer_syntax_uid,))]
+        with Requestor.connect(peer, "CT1", proposed) as requestor:
+            assert store(requestor, instance) == 0
+        file, = received.iterdir()
+        assert file.read_bytes().endswith(instance.dataset)
+        with pytest.raises(AssociationEnded):
+            echo(replace(peer, tls=Dialling.by(trust=ct1.trust)), "CT1", timeout_s=5)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def answers(peer: Peer) -> bool:
+    try:
+        return echo(peer, "CT1", timeout_s=5) == 0
+    except AssociationEnded:
+        return False
+
+
 def test_a_dialled_peer_that_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dialling = Dialling(ssl.create_default_context())
