@@ -116,11 +116,15 @@ class RequestorRow:
                         alone, all_of_them = (timed(command(server.target, folder), programs.environment())
                                               for folder in (one, many))
                     further = (count - 1) * bench.ct.instance(0).size / 1e6
-                    rates[name].append(further / max(all_of_them - alone, 1e-3))
-                    bench.say(f"  {name} sends {rates[name][-1]:,.0f} MB/s")
+                    bench.say(f"  {name}: one file {alone:.2f} s, {count} files {all_of_them:.2f} s")
+                    if all_of_them > alone:
+                        rates[name].append(further / (all_of_them - alone))
         except Unavailable as error:
             return [Result(self.key, self.work, unit, bar=bar, void=f"void: {error}")]
         (_, ours), (peer, theirs) = rates.items()
+        if not ours or not theirs:
+            return [Result(self.key, self.work, unit, bar=bar,
+                           void="not measured: the files took no longer than a program's start")]
         return [Result(self.key, self.work, unit, tuple(ours), peer, tuple(theirs), bar)]
 
 

@@ -40,7 +40,7 @@ class Scale:
     native_frames: int = 4200
     fragments: int = 11_500
     files: int = 1_000             # for programs that send files: of 8 KB
-    large_files: int = 300         # and of CT
+    large_files: int = 600         # and of CT
     files_for_slow_peers: int = 60
     lag_seconds: float = 60.0
     idle: int = 2_000
