@@ -20,7 +20,7 @@ from archive.budget import ByteBudget
 from archive.compaction import Compaction
 from archive.conflicts.sorting import Sorter
 from archive.database import sqlite_url
-from archive.errors import Evicted, MissError, NotFound, Unavailable
+from archive.errors import EVICTED, Evicted, MissError, NotFound, Unavailable
 from archive.eviction import Eviction
 from archive.index.index import Index
 from archive.indexer import Indexer
@@ -299,14 +299,14 @@ class Archive:
         """The same of an instance that was found here; when its pack went since, its place is asked once
         more. Raises Evicted when its bytes were given up."""
         if instance.evicted:
-            raise Evicted("its bytes were given up here; the region has it")
+            raise Evicted(EVICTED)
         try:
             return self.packs.open_payload(instance.location)
         except (NotFound, Evicted):
             uid = instance.head.sop_instance_uid
             for now in self.index.instances(instance.study_uid, instance.series_uid, uid):
                 if now.evicted:
-                    raise Evicted("its bytes were given up here; the region has it") from None
+                    raise Evicted(EVICTED) from None
                 if now.digest == instance.digest and now.location != instance.location:
                     return self.packs.open_payload(now.location)
             raise

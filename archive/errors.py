@@ -89,6 +89,9 @@ class Evicted(Unavailable):
     """The instance is listed here, and its bytes were given up: the region has them."""
 
 
+EVICTED = "its bytes were given up here; the region has them"
+
+
 class TooLarge(MissError):
     """Past a stated bound."""
 

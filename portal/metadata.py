@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from archive.dataset import attributes, dicomjson
-from archive.errors import CannotUnderstand, TooLarge
+from archive.errors import CannotUnderstand, Evicted, TooLarge
 from archive.model import Level, Match, StoredInstance
 from portal import dicomxml, multipart
 from portal.context import Context
@@ -85,7 +85,7 @@ class Metadata:
                     yield dicomjson.metadata(
                         payload, bulk_uri=partial(bulk_uri, root), issuer=stored.head.provenance.issuer
                     )
-            except (CannotUnderstand, TooLarge) as error:
+            except (CannotUnderstand, TooLarge, Evicted) as error:
                 # One broken data set must not hide the others of its series: what the index knows stands
                 # for it.
                 log.info("instance %s has no whole metadata: %s", stored.head.sop_instance_uid, error)

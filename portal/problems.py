@@ -92,7 +92,8 @@ def from_error(error: Exception) -> Response:
         log.error("%s", type(error).__name__, exc_info=error)
     if status is HTTPStatus.NOT_FOUND:
         return problem(status, NOT_FOUND_DETAIL)
-    retry = {"Retry-After": str(RETRY_AFTER_S)} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+    later = status is HTTPStatus.SERVICE_UNAVAILABLE and not isinstance(error, Evicted)
+    retry = {"Retry-After": str(RETRY_AFTER_S)} if later else None
     return problem(status, str(error) or status.phrase, retry)
 
 

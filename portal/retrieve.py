@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from archive.errors import CannotUnderstand, TooLarge
+from archive.errors import EVICTED, CannotUnderstand, Evicted, TooLarge
 from archive.model import StoredInstance
 from portal import multipart, transcode
 from portal.context import Context
@@ -52,7 +52,10 @@ class Retrieve:
         _, found = await locate(self._context, request, "retrieve")
         single = "instance" in request.path_params
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max
-        chosen = [(stored, form_of(stored, ranges, bytes_max, single=single)) for stored in found]
+        here = [stored for stored in found if not stored.evicted]
+        if not here:
+            raise Evicted(EVICTED)
+        chosen = [(stored, form_of(stored, ranges, bytes_max, single=single)) for stored in here]
         sent = [(stored, form) for stored, form in chosen if form is not None]
         if not sent:
             raise NotAcceptable(refusal(found))

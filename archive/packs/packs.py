@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from archive.errors import Corrupt, Evicted, NotFound
+from archive.errors import EVICTED, Corrupt, Evicted, NotFound
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
 from archive.packs import holes, large
 from archive.packs.images import PagePool, RecordImage
@@ -287,7 +287,7 @@ def _require_bytes(reader: AppendFile, location: Location) -> None:
         running.update(piece)
         offset += len(piece)
     if running.digest() not in reader.read(stop, TRAILER_BYTES):
-        raise Evicted("its bytes were given up here; the region has it")
+        raise Evicted(EVICTED)
 
 
 def _location(reference: Reference) -> Location:

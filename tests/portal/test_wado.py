@@ -21,7 +21,9 @@ from pydicom.data import get_testdata_file
 from starlette.testclient import TestClient
 
 from archive.archive import Archive
+from archive.eviction import EvictionRequest
 from archive.ledger import Ledger
+from archive.model import Fact, FactKind
 from portal.settings import DicomWebSettings, PortalSettings
 from tests.datasets import (
     BIG_ENDIAN,
@@ -433,3 +435,29 @@ def test_a_deflated_bomb_is_not_inflated(make_app: AppMaker, archive: Archive) -
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_what_was_evicted_is_listed_and_said_to_be_in_the_region(
+    client: TestClient, archive: Archive
+) -> None:
+    """Alone it is a clear problem, in a study it is left out, and its metadata are what the index knows."""
+    gone, here = (
+        make_instance(study_uid="1.2.7", series_uid="1.2.7.1", padding=50_000, number=n) for n in (1, 2)
+    )
+    take_in(archive, [gone, here])
+    archive.record_facts([Fact(FactKind.RECEIPT, gone.sop_instance_uid, gone.digest, "", 5)])
+    report = archive.upkeep.evict(EvictionRequest(6, study_uid="1.2.7")).result(30)
+    assert report.instances == 1
+    listed = client.get(f"{ROOT}/studies/1.2.7/instances", headers=JSON).json()
+    assert len(listed) == 2
+    for path in (path_of(gone), f"{path_of(gone)}/frames/1", f"{path_of(gone)}/rendered"):
+        accept = OHIF if "frames" in path else {"Accept": "image/png"} if "rendered" in path else DICOM
+        problem = client.get(ROOT + path, headers=accept)
+        assert problem.status_code == 503, path
+        assert "the region has them" in problem.json()["detail"] and "Retry-After" not in problem.headers
+    whole = client.get(f"{ROOT}/studies/1.2.7", headers=DICOM)
+    assert whole.status_code == 206 and len(exact_parts(whole)) == 1
+    metadata = client.get(f"{ROOT}/studies/1.2.7/metadata", headers=JSON).json()
+    assert {each["00080018"]["Value"][0] for each in metadata} == {
+        gone.sop_instance_uid, here.sop_instance_uid
+    }  # fmt: skip
