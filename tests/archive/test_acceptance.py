@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, text
 
 from archive.database import sqlite_url
 from archive.index.index import Index
@@ -349,3 +349,28 @@ def _contradictions(connection: Connection) -> list[str]:
 
 
 _KEYS = ("study_instance_uid", "series_instance_uid")
+
+
+def test_an_index_from_before_decisions_comes_forward(database_url: str) -> None:
+    """What the step adds is taken out again, as an older release would have left it."""
+    index = Index.open(database_url)
+    put(index, entry("1.1"), entry("1.1", content="x", kind=RecordKind.CONFLICT))
+
+    def undo(connection: Connection) -> None:
+        for statement in (
+            "DROP INDEX conflict_state", "DROP TABLE refusal", "ALTER TABLE outbox DROP COLUMN accepted_us",
+            *(f"ALTER TABLE conflict DROP COLUMN {name}"
+              for name in ("state", "decided_by", "decided_us", "compared")),
+            "UPDATE schema_version SET version = 2",
+        ):  # fmt: skip
+            connection.execute(text(statement))
+
+    index._database.write(undo)
+    index.close()
+    index = Index.open(database_url)
+    try:
+        (row,) = index.conflicts()
+        assert row.state is ConflictState.OPEN and row.decided_us == 0 and index.refusals() == []
+        assert {one.accepted_us for one in index.pending(10)} == {0} and index.has_uncompared()
+    finally:
+        index.close()
