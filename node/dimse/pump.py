@@ -150,8 +150,8 @@ class Pump:
         for connection in list(self._parked.values()):
             limit_s = self._limits.message_timeout_s if connection.partial else self._limits.idle_timeout_s
             if now_s - connection.since_s > limit_s:
-                what = "a message was not whole after" if connection.partial else "the peer was silent for"
-                self._give_away(connection, TimedOut(f"{what} {limit_s:.0f} s"))
+                what = "silent, or too slow with a message," if connection.partial else "silent"
+                self._give_away(connection, TimedOut(f"the peer was {what} for {limit_s:.0f} s"))
 
     def _give_away(self, connection: Connection, ended: AssociationEnded | None = None) -> None:
         fd = connection.wire.fileno()

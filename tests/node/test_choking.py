@@ -211,7 +211,7 @@ def test_a_connection_cut_anywhere_leaves_nothing(tmp_path: Path, padding: int, 
                 if not politely:
                     raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         wait_for(lambda: threads_of(node) <= before + 1, "every connection is over", 20)
-        assert not list((tmp_path / "state").glob("large/*"))
+        wait_for(lambda: not list((tmp_path / "state").glob("large/*")), "nothing of it stays")
         assert not list((tmp_path / "state").glob("set-aside/*"))
         with associated(node) as requestor:
             assert store(requestor, instance) == 0
