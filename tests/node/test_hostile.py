@@ -92,12 +92,12 @@ STORED, MISMATCH, NOT_UNDERSTOOD, RESOURCES = {0x0000}, {0xA900}, {0xC000}, {0xA
 
 # What, in which transfer syntax, and the status it gets.
 HOSTILE: dict[str, tuple[Callable[[], bytes], str, set[int]]] = {
-    "a bomb of 1 GB in the pixel data": (
-        lambda: deflated(good().dataset, element(0x7FE0, 0x0010, b"OW", b"", 1 << 30), *zeros(1 << 30)),
+    "a bomb of 256 MB in the pixel data": (
+        lambda: deflated(good().dataset, element(0x7FE0, 0x0010, b"OW", b"", 256 * MB), *zeros(256 * MB)),
         DEFLATED, STORED),
-    "a bomb of 300 MB before the study": (
+    "a bomb of 64 MB before the study": (
         lambda: deflated(before(STUDY_UID, b"")[: good().dataset.index(STUDY_UID)],
-                         element(0x0011, 0x0010, b"OB", b"", 300 * MB), *zeros(300 * MB),
+                         element(0x0011, 0x0010, b"OB", b"", 64 * MB), *zeros(64 * MB),
                          good().dataset[good().dataset.index(STUDY_UID) :]),
         DEFLATED, RESOURCES),
     "a bomb of nested sequences": (
