@@ -49,9 +49,9 @@ def test_a_device_has_sop_classes_and_transfer_syntaxes_of_its_own() -> None:
     """32: of storage alone; verification and queries are allowed by service."""
     mr = "1.2.840.10008.5.1.4.1.1.4"
     permitted = Permitted(frozenset(ServiceName), frozenset((CT,)), frozenset((EXPLICIT_LITTLE,)))
-    assert answer((mr, (EXPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE, EXPLICIT_LITTLE)),
-                  (contexts.VERIFICATION, (IMPLICIT_LITTLE,)), (contexts.STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)),
-                  permitted=permitted) == [
+    assert answer((mr, (EXPLICIT_LITTLE,)), (CT, (IMPLICIT_LITTLE,)),
+                  (CT, (IMPLICIT_LITTLE, EXPLICIT_LITTLE)), (contexts.VERIFICATION, (IMPLICIT_LITTLE,)),
+                  (contexts.STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)), permitted=permitted) == [
         (3, ""), (4, ""), (0, EXPLICIT_LITTLE), (0, IMPLICIT_LITTLE), (0, IMPLICIT_LITTLE)]
 
 
