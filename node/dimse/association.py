@@ -258,9 +258,10 @@ class Association:
         return bytes(octets)
 
     def cancelled(self, message_id: int) -> bool:
-        """Whether the peer has sent C-CANCEL for `message_id`; never waits for a peer that says nothing, and
-        looks no further than a request whose data set lies in the way."""
-        while not self._dataset_waits and self.wire.readable():
+        """Whether the peer has sent C-CANCEL for `message_id`; never waits for a peer that says nothing. It
+        looks no further than a request whose data set lies in the way, and without a window no further than
+        any request: that peer should have waited, and is served in turn."""
+        while not self._dataset_waits and (self.window > 1 or not self._waiting) and self.wire.readable():
             context, command = self._receive_command(self.limits.message_timeout_s)
             if command.field == Field.C_CANCEL:
                 if command.short(messages.MESSAGE_ID_RESPONDED_TO, -1) == message_id:
@@ -275,8 +276,8 @@ class Association:
         return bool(self._waiting) and self._waiting[-1][1].has_dataset
 
     def _keep(self, context: Context, command: Command) -> None:
-        """Keep a request that came while another is answered: one fewer than the window."""
-        if len(self._waiting) >= self.window - 1:
+        """Keep a request that came while another is answered: one fewer than the window, but one."""
+        if len(self._waiting) >= max(self.window - 1, 1):
             raise Violation("more operations at once than its window allows", 0, AbortSource.SERVICE_USER)
         self._waiting.append((context, command))
 

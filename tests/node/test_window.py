@@ -201,6 +201,27 @@ def test_a_find_is_not_confused_by_what_comes_behind_it(served: Storing) -> None
     assert served.dataset(served.stored(another)[0]) == another.dataset
 
 
+def test_a_find_without_a_window_is_followed_by_what_did_not_wait(served: Storing) -> None:
+    """As with every other request: in turn."""
+    assert served.send(*(make_instance(number=n) for n in range(6))) == [0] * 6
+    query = Dataset()
+    query.QueryRetrieveLevel = "STUDY"
+    query.StudyInstanceUID = ""
+    with Raw(served.port) as raw:
+        raw.associate(asking(None))
+        raw.send(data(5, 3, messages.find_request(1, STUDY_ROOT_FIND))
+                 + data(5, 2, write_identifier(query, IMPLICIT_LITTLE))
+                 + data(3, 3, messages.echo_request(2)) + store_octets(3, make_instance(number=9))
+                 + data(3, 3, messages.echo_request(4)))
+        finals: list[int] = []
+        while len(finals) < 4:
+            kind, body = raw.receive()
+            assert kind == PduType.P_DATA_TF, body
+            if body[5] & 1 and messages.parse(body[6:]).status != 0xFF00:
+                finals.append(messages.parse(body[6:]).short(messages.MESSAGE_ID_RESPONDED_TO, -1))
+        assert finals == [1, 2, 3, 4]
+
+
 def test_a_find_that_is_overrun_is_aborted(served: Storing) -> None:
     """Three at once in a window of two."""
     assert served.send(*(make_instance(number=n) for n in range(6))) == [0] * 6
