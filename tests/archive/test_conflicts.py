@@ -16,11 +16,12 @@ import pytest
 
 from archive.archive import Archive
 from archive.conflicts.decisions import ACCEPT, REJECT, choose
-from archive.errors import Corrupt, InvalidInput, NotFound
+from archive.errors import Corrupt, Evicted, InvalidInput, NotFound
+from archive.eviction import EvictionRequest
 from archive.handlers import handlers_of
 from archive.index.index import Index
 from archive.indexer import Indexer
-from archive.model import ConflictState, FactKind, Level, Outcome, Query, StoredInstance
+from archive.model import ConflictState, Fact, FactKind, Level, Outcome, Query, StoredInstance
 from archive.rebuild import rebuild
 from tests.archive.archives import settings_for, store, stored_bytes
 from tests.archive.test_acceptance import consistent
@@ -153,6 +154,50 @@ def test_random_histories_are_rebuilt_equal(tmp_path: Path, seed: int) -> None:
             settle(archive)
             assert consistent(archive.index) == []
     rebuilt_equal(archive, outbox=outbox)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decisions_among_evictions_and_compactions_are_rebuilt_equal(tmp_path: Path, seed: int) -> None:
+    """The attributes that a study is made anew from may be in facts alone by then."""
+    chance = random.Random(seed)
+    archive = Archive.open(settings_for(tmp_path, pack_bytes_max=24_000, drop_delay_s=0.0), outbox=True)
+    uids = [f"1.2.{n}" for n in range(1, 8)]
+    known: list[Instance] = []
+    for _ in range(60):
+        roll = chance.random()
+        if roll < 0.55 or not known:
+            study = chance.randrange(1, 4)
+            one = chance.choice(known) if known and chance.random() < 0.2 else make_instance(
+                sop_uid=chance.choice(uids), study_uid=f"1.3.{study}", series_uid=f"1.3.{study}.1",
+                patient_id=str(study), patient_name=chance.choice("ABC"), padding=2_000,
+                number=chance.randrange(9), seed=chance.randrange(1 << 20),
+            )  # fmt: skip
+            store(archive, one)
+            known.append(one)
+        elif roll < 0.75:
+            with contextlib.suppress(InvalidInput, NotFound, Evicted):
+                decide(archive, chance.choice([ACCEPT, ACCEPT, REJECT]), chance.choice(known))
+        elif roll < 0.85:
+            archive.wait_indexed()
+            archive.record_facts([
+                Fact(FactKind.RECEIPT, row.head.sop_instance_uid, row.digest, "a/one", 10,
+                     f"stored, accepted {row.accepted_us}")
+                for row in archive.index.pending(100)
+            ])  # fmt: skip
+        elif roll < 0.93:
+            archive.wait_indexed()
+            request = EvictionRequest(protected_to_us=100, study_uid=f"1.3.{chance.randrange(1, 4)}")
+            archive.upkeep.evict(request).result(30)
+        else:
+            archive.wait_indexed()
+            archive.upkeep.compact().result(30)
+    archive.wait_indexed()
+    assert consistent(archive.index) == []
+    for study in ("1.3.1", "1.3.2", "1.3.3"):
+        for row in archive.instances(study):
+            if not row.evicted:
+                archive.verify(row)
+    rebuilt_equal(archive)
 
 
 def test_the_same_in_another_encoding_is_sorted_out_by_itself(tmp_path: Path) -> None:
