@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from node.dimse.pdu import PduType, UserIdentity
 from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from node.settings import DimseSettings
 from node.users import UserPolicy
+from tests.datasets import make_instance
 from tests.node.serving import AE_TITLE, QUICK, Raw, Serving, echo_request, serving, wait_for
+from tests.peers import dcmtk
 
 PASSWORD = "a long and quiet song"
 REFUSED = "1/2/1"  # rejected-permanent, service-provider (ACSE), no reason given
@@ -173,3 +176,16 @@ def test_a_peer_of_another_make_is_answered(checking: Serving) -> None:
     item.secondary_field = b"wrong"
     refused = ae.associate("127.0.0.1", checking.port, ae_title=AE_TITLE, ext_neg=[item])
     assert refused.is_rejected
+
+
+def test_dcmtk_names_a_user(checking: Serving, tmp_path: Path) -> None:
+    path = tmp_path / "one.dcm"
+    path.write_bytes(make_instance().part10)
+    for passcode in (PASSWORD, "wrong"):
+        subprocess.run([dcmtk("storescu"), "-aet", "CT1", "-aec", AE_TITLE, "-usr", "rossi", "-pwd", passcode,
+                        "-rsp", "127.0.0.1", str(checking.port), str(path)],
+                       capture_output=True, timeout=20, check=False)
+    wait_for(lambda: len(checking.ledger.connections()) == 2, "the connection log")
+    refused, accepted = checking.ledger.connections()
+    assert (accepted.outcome, accepted.user_name) == ("accepted", "rossi")
+    assert refused.ended == f"rejected {REFUSED}"
