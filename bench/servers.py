@@ -26,6 +26,7 @@ from node.settings import NodeSettings
 START_S_MAX = 60.0
 STOP_S_MAX = 30.0
 ANSWER_S_MAX = 30.0
+PDU_BYTES = str(128 << 10)  # the most that DCMTK takes
 
 
 class Server(ABC):
@@ -246,13 +247,14 @@ class ForkingStorescp(Storescp):
 
 
 class IgnoringStorescp(Storescp):
-    """Takes everything and keeps nothing: for measuring who sends."""
+    """Takes everything and keeps nothing: for measuring who sends. With the longest PDUs that it takes: with
+    its default of 16 KB pynetdicom waits for delayed acknowledgements, and sends a fifth of what it can."""
 
     name = "DCMTK storescp --ignore"
 
     def command(self) -> list[str]:
-        return [programs.find("storescp") or "storescp", "--ignore", "--fork", "-aet", self.called_ae,
-                str(self._port)]
+        return [programs.find("storescp") or "storescp", "--ignore", "--fork", "-pdu", PDU_BYTES,
+                "-aet", self.called_ae, str(self._port)]
 
     def problem(self, corpus: Corpus, tally: Tally) -> str:
         return ""
