@@ -36,6 +36,7 @@ class Connection:
         self.acceptor = acceptor
         self.steps: Generator[Turn] = acceptor.steps()
         self.unsent = b""           # of answers, when the peer does not take them at once
+        self.is_new = True          # nothing was asked yet
         self.since_s = 0.0          # when it paused, or its message began
         self.partial = False        # a message has begun
 

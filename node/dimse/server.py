@@ -27,7 +27,7 @@ PENDING_MAX = 2500        # connections without an association; past it the addr
 PENDING_PER_ADDRESS_MAX = 2000  # as many of these may be of one address; then its own oldest gives way
 ENDING_MAX = 4000         # associations that are over and whose peer has not closed yet
 PAUSE_S = 0.1             # after accept() failed (no descriptor left)
-LARGE_WAIT_S = 0.25       # after a message that the pump could not serve its thread waits for the next one
+NEXT_WAIT_S = 0.25        # after a message that the pump could not serve its thread waits for the next one
 
 _stack_size = threading.Lock()
 
@@ -180,8 +180,11 @@ class DimseServer:
             if exchange.owed and not exchange.reads_on():
                 ended = _problem(exchange.settle)
             if ended is None and not (exchange.owed or wire.held):
-                large = wire.bytes_in - received > PARTIAL_BYTES_MAX
-                if wire.can_be_watched and not (large and wire.readable(LARGE_WAIT_S)):
+                # The first message is this thread's too: an echo waits for no disk that the pump waits for.
+                stays = connection.is_new or wire.bytes_in - received > PARTIAL_BYTES_MAX
+                connection.is_new = False
+                watchable = wire.can_be_watched and not wire.stopping
+                if watchable and not (stays and wire.readable(NEXT_WAIT_S)):
                     return True
             received = wire.bytes_in
         return False
