@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from mmap import mmap
 from struct import Struct
 
@@ -156,6 +157,9 @@ _IDENTITY = {
 }
 _UNAMBIGUOUS = {*_IDENTITY, 0x00100020, 0x00100021}
 
+# What is wanted and no sequence, by its tag's four bytes read as one number.
+_USUAL = {(tag & 0xFFFF) << 16 | tag >> 16: tag for tag, children in _PLAN.items() if children is None}
+_USUAL_HEAD = Struct("<I2sH")
 _EXPLICIT_HEAD = {False: Struct("<HH2sH"), True: Struct(">HH2sH")}
 _TAG_AND_LENGTH = {False: Struct("<HHI"), True: Struct(">HHI")}
 _LONG_LENGTH = {False: Struct("<I"), True: Struct(">I")}
@@ -174,6 +178,7 @@ class _Scanner:
         self._limits = limits
         self._elements = 0
         self._elements_max = limits.elements_max
+        self._left = limits.elements_max
         self._decoder = DEFAULT_DECODER
 
     def has_identity(self) -> bool:
@@ -187,11 +192,14 @@ class _Scanner:
         unpack, unpack_length = _EXPLICIT_HEAD[big].unpack_from, _LONG_LENGTH[big].unpack_from
         unpack_implicit = _TAG_AND_LENGTH[big].unpack_from
         at = 0
-        left = self._limits.elements_max
-        while at + 8 <= size:
-            left -= 1
-            if left < 0:
-                raise TooLarge(f"more than {self._limits.elements_max} elements")
+        self._left = self._limits.elements_max
+        usual = not implicit and not big
+        while True:
+            if usual:
+                at = self._run_usual(at, last >> 16)
+            if at + 8 > size:
+                return at
+            self._count(1)
             vr = b""
             value = at + 8
             if implicit:
@@ -230,7 +238,38 @@ class _Scanner:
                 at = value + length
                 if at > size:
                     raise _Truncated("the data set ends inside a value")
+
+    def _run_usual(self, at: int, last_group: int) -> int:
+        """Explicit VR little endian, 16-bit lengths, groups below the last: nearly all that there is, with as
+        little as can be done for each. Stops before the first element that is anything else."""
+        view, size, found, plan, decode = self._view, self._size, self.found, _USUAL, self._decoder
+        unpack, short_vrs = _USUAL_HEAD.unpack_from, SHORT_VRS
+        count, room = 0, size - 8
+        while at <= room:
+            word, vr, length = unpack(view, at)
+            if vr not in short_vrs or word & 0xFFFF >= last_group:
+                break
+            end = at + 8 + length
+            if end > size:
+                raise _Truncated("the data set ends inside a value")
+            if word in plan:
+                tag = plan[word]
+                if tag == _SPECIFIC_CHARACTER_SET:
+                    break
+                raw = (vr, False, bytes(view[at + 8 : end]), decode)
+                if tag in found:
+                    self._keep(found, tag, raw)
+                else:
+                    found[tag] = raw
+            at = end
+            count += 1
+        self._count(count)
         return at
+
+    def _count(self, elements: int) -> None:
+        self._left -= elements
+        if self._left < 0:
+            raise TooLarge(f"more than {self._limits.elements_max} elements")
 
     def check_tail(self, at: int) -> None:
         """Steps over what follows the wanted elements, so that a broken data set is refused while its
@@ -438,9 +477,16 @@ def _fields(part: _Part, values: tuple[RawValue | None, ...]) -> dict[str, str]:
     """The fields of a level from their raw values, empty ones left out."""
     fields = {}
     for (keyword, vr), raw in zip(part.words, values, strict=True):
-        if raw is not None and (text := text_of(raw, vr)):
+        if raw is None:
+            continue
+        text = _text_of(raw, vr) if len(raw[2]) <= _REMEMBERED_BYTES_MAX else text_of(raw, vr)
+        if text:
             fields[keyword] = text
     return fields
+
+
+_REMEMBERED_BYTES_MAX = 16
+_text_of = lru_cache(maxsize=4096)(text_of)  # rows, columns, bits, numbers: the same ones again and again
 
 
 # The instances of a series come one after the other, and share all but the lowest level.

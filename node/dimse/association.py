@@ -399,6 +399,8 @@ class Association:
 
     def encode(self, context: Context, command: bytes) -> bytes:
         """The PDUs of a command set."""
+        if len(command) <= self._fragment_bytes:
+            return data_header(context.id, COMMAND_FRAGMENT | LAST_FRAGMENT, len(command)) + command
         return b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
 
     def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:

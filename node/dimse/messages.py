@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from node.dimse.errors import Violation
 from node.dimse.pdu import AbortSource
@@ -37,6 +38,7 @@ class Field(IntEnum):
 
 
 RESPONSE = 0x8000
+_NAMES = {field.value: field.name.replace("_", "-") for field in Field}
 
 AFFECTED_SOP_CLASS_UID = 0x0002
 REQUESTED_SOP_CLASS_UID = 0x0003
@@ -81,10 +83,7 @@ class Command:
     @property
     def name(self) -> str:
         """The field as a word for logs: an unknown one is a number."""
-        try:
-            return Field(self.field).name.replace("_", "-")
-        except ValueError:
-            return f"{self.field:04X}"
+        return _NAMES.get(self.field) or f"{self.field:04X}"
 
     def text(self, element: int) -> str:
         return self.elements.get(element, b"").decode("ascii", "replace").strip(" \0")
@@ -160,19 +159,25 @@ def build(*elements: bytes) -> bytes:
 def response(request: Command, status: int, *, comment: str = "", has_dataset: bool = False) -> bytes:
     """The response to `request`: the SOP UIDs that it named are sent back as they came (PS3.7 9.1)."""
     named = request.elements
-    parts = []
     sop_class = named.get(AFFECTED_SOP_CLASS_UID) or named.get(REQUESTED_SOP_CLASS_UID)
-    if sop_class:
-        parts.append(element(AFFECTED_SOP_CLASS_UID, sop_class))
-    parts.append(short(COMMAND_FIELD, request.field & 0x7FFF | RESPONSE))
-    parts.append(short(MESSAGE_ID_RESPONDED_TO, request.message_id))
-    parts.append(short(DATASET_TYPE, 0x0001 if has_dataset else NO_DATASET))
-    parts.append(short(STATUS, status))
+    before = _response_head(sop_class or b"", request.field)
+    after = _response_tail(status, has_dataset)
     if comment:
-        parts.append(element(ERROR_COMMENT, _comment(comment)))
+        after += element(ERROR_COMMENT, _comment(comment))
     if sop_instance := named.get(AFFECTED_SOP_INSTANCE_UID):
-        parts.append(element(AFFECTED_SOP_INSTANCE_UID, sop_instance))
-    return build(*parts)
+        after += element(AFFECTED_SOP_INSTANCE_UID, sop_instance)
+    return build(before, short(MESSAGE_ID_RESPONDED_TO, request.message_id), after)
+
+
+@lru_cache(maxsize=256)  # of a few classes, thousands of times each
+def _response_head(sop_class: bytes, field: int) -> bytes:
+    named = element(AFFECTED_SOP_CLASS_UID, sop_class) if sop_class else b""
+    return named + short(COMMAND_FIELD, field & 0x7FFF | RESPONSE)
+
+
+@lru_cache(maxsize=256)
+def _response_tail(status: int, has_dataset: bool) -> bytes:
+    return short(DATASET_TYPE, 0x0001 if has_dataset else NO_DATASET) + short(STATUS, status)
 
 
 def _uid(text: str) -> bytes:
