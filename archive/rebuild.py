@@ -47,9 +47,12 @@ def rebuild(settings: ArchiveSettings, *, outbox: bool, storage: Storage | None 
     began = time.monotonic()
     settings.state.mkdir(mode=0o750, parents=True, exist_ok=True)
     lock = lock_state(settings.state)
+    used = FileStorage(settings.state) if storage is None else storage
     try:
-        replay = _rebuild(settings, storage or FileStorage(settings.state), outbox)
+        replay = _rebuild(settings, used, outbox)
     finally:
+        if used is not storage:
+            used.close()
         os.close(lock)
     damages = tuple(fact.detail for fact in replay.damages)
     return RebuildReport(replay.records, replay.fact_count, damages, time.monotonic() - began)
