@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from archive.budget import ByteBudget
-from archive.compaction import Compaction
 from archive.conflicts.sorting import Sorter
 from archive.database import sqlite_url
 from archive.errors import EVICTED, Evicted, MissError, NotFound, Unavailable
-from archive.eviction import Eviction
 from archive.index.index import Index
 from archive.indexer import Indexer
 from archive.intake import Intake, IntakeLimits
@@ -42,7 +40,9 @@ from archive.packs.packs import LAYOUT, Packs
 from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
 from archive.recent import Recent
-from archive.upkeep import Upkeep
+from archive.space.compaction import Compaction
+from archive.space.eviction import Eviction
+from archive.space.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +130,12 @@ class Writing:
         self.sorter.start()
 
     def _begin_upkeep(self, settings: ArchiveSettings, index: Index) -> Upkeep:
-        record = self.indexer.record_facts
+        eviction = Eviction(self.packs, index, self.indexer.record_facts)
         compaction = Compaction(
-            self.packs, index, self.indexer, self.intake, self.facts, record,
-            drop_delay_s=settings.drop_delay_s,
-        )  # fmt: skip
+            self.packs, index, self.indexer, self.intake, self.facts, drop_delay_s=settings.drop_delay_s
+        )
         upkeep = Upkeep(
-            self.packs, index, Eviction(self.packs, index, record), compaction,
+            self.packs, index, eviction, compaction,
             pressed=self.intake.is_pressed,
             bytes_per_s=settings.upkeep_bytes_per_s,
             set_aside_bytes_max=settings.set_aside_bytes_max,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from archive.archive import Archive
 from archive.conflicts.decisions import ACCEPT, REJECT, Decisions
 from archive.orders import Handler
-from archive.spaceorders import COMPACT, EVICT, SpaceOrders
+from archive.space.orders import COMPACT, EVICT, SpaceOrders
 
 
 def handlers_of(archive: Archive) -> dict[str, Handler]:

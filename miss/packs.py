@@ -82,8 +82,8 @@ def verify(
       miss packs verify --state /srv/miss
       miss packs verify 12 13 --rate 20 --state /srv/miss
     """
-    from archive.pace import Pace
     from archive.packs.survey import Finding
+    from archive.space.pace import Pace
 
     survey, _ = _survey(state)
     pace = Pace(rate * 1e6, share=1.0)
@@ -175,7 +175,7 @@ def evict(
       miss packs evict --study 1.2.840.1 --protected-to now --state /srv/miss
     """
     from archive.model import require_uid
-    from archive.spaceorders import EVICT
+    from archive.space.orders import EVICT
     from miss.ca import duration_s
     from miss.orders import carry_out
 
@@ -207,7 +207,7 @@ def compact(
       miss packs compact --state /srv/miss
       miss packs compact 12 --state /srv/miss
     """
-    from archive.spaceorders import COMPACT
+    from archive.space.orders import COMPACT
     from miss.orders import carry_out
 
     survey, _ = _survey(state)

@@ -93,7 +93,6 @@ class Absences:
                         found[fact.entry.record.end.offset] = fact
         return dict(sorted(found.items()))
 
-
     def entry_of(self, sop_instance_uid: str, digest: bytes) -> IndexEntry | None:
         """The last that facts tell of a content; its first call looks through all of them."""
         if self._contents is None:

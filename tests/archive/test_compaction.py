@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archive.archive import Archive, ArchiveSettings
-from archive.compaction import Compacted
 from archive.errors import Evicted, MissError, NotFound
-from archive.eviction import EvictionRequest
 from archive.model import Fact, FactKind, Outcome
-from archive.pace import Pace
 from archive.packs.survey import Finding, Survey
 from archive.rebuild import rebuild
+from archive.space.compaction import Compacted
+from archive.space.eviction import EvictionRequest
+from archive.space.pace import Pace
 from tests.archive.archives import settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage
 from tests.datasets import Instance, make_instance
@@ -231,14 +231,14 @@ class History:
     def evict(self, study: int) -> None:
         request = EvictionRequest(LATE_US, study_uid=f"1.2.{study}")
         self.archive.wait_indexed()
-        self.archive.upkeep._eviction.evict(request, Pace(1e12, share=1.0))
+        self.archive.upkeep.eviction.evict(request, Pace(1e12, share=1.0))
 
     def compact(self, which: int) -> None:
         sealed = sorted(self.archive.packs.log.sealed())
         if sealed:
             self.archive.wait_indexed()
-            self.archive.upkeep._compaction.compact(sealed[which % len(sealed)], Pace(1e12, share=1.0))
-            self.archive.upkeep._eviction.give_back()
+            self.archive.upkeep.compaction.compact(sealed[which % len(sealed)], Pace(1e12, share=1.0))
+            self.archive.upkeep.eviction.give_back()
 
     def stopped_during(self, work: str, value: int, syncs: int) -> None:
         """Kill the process at one of the next syncs of a work."""
@@ -271,7 +271,7 @@ class History:
 
     def check(self) -> None:
         self.archive.wait_indexed()
-        self.archive.upkeep._eviction.give_back()
+        self.archive.upkeep.eviction.give_back()
         assert self.archive.index.totals().instances == len(self.acknowledged)
         for uid in self.acknowledged:
             instance = self.made[uid]

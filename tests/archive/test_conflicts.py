@@ -17,12 +17,12 @@ import pytest
 from archive.archive import Archive
 from archive.conflicts.decisions import ACCEPT, REJECT, choose
 from archive.errors import Corrupt, Evicted, InvalidInput, NotFound
-from archive.eviction import EvictionRequest
 from archive.handlers import handlers_of
 from archive.index.index import Index
 from archive.indexer import Indexer
 from archive.model import ConflictState, Fact, FactKind, Level, Outcome, Query, StoredInstance
 from archive.rebuild import rebuild
+from archive.space.eviction import EvictionRequest
 from tests.archive.archives import settings_for, store, stored_bytes
 from tests.archive.test_acceptance import consistent
 from tests.datasets import EXPLICIT, IMPLICIT, Instance, instance_of, make_dataset, make_instance, make_study

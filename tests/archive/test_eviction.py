@@ -16,13 +16,13 @@ import pytest
 
 from archive.archive import Archive, ArchiveSettings
 from archive.errors import Evicted, InvalidInput, NotFound, Unavailable
-from archive.eviction import EvictionReport, EvictionRequest
 from archive.model import START, Fact, FactKind, Level, Outcome, Query
-from archive.pace import Pace
 from archive.packs import holes
 from archive.packs.recovery import Damage
 from archive.packs.storage import FileStorage
 from archive.rebuild import rebuild
+from archive.space.eviction import EvictionReport, EvictionRequest
+from archive.space.pace import Pace
 from tests.archive.archives import settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage
 from tests.datasets import PROVENANCE, Instance, make_instance
@@ -312,7 +312,7 @@ def test_a_crash_anywhere_goes_on_where_it_was(tmp_path: Path, at: str, punch: b
     instances, others = filled(archive)
     receive(archive, instances)
     archive.wait_indexed()
-    eviction = archive.upkeep._eviction
+    eviction = archive.upkeep.eviction
     archive.upkeep.close()  # its thread would go on with what is left, on the disk of before
     with pytest.MonkeyPatch.context() as patch:
         def stop(*_: object, **__: object) -> None:
@@ -346,7 +346,7 @@ def test_a_crash_anywhere_goes_on_where_it_was(tmp_path: Path, at: str, punch: b
 
     with Archive.open(settings, outbox=True, storage=crashed) as again:
         assert all(each.evicted is (at != "before the fact") for each in again.instances("1.2.1"))
-        again.upkeep._eviction.give_back()
+        again.upkeep.eviction.give_back()
         assert not again.index.due(NOW_US, 10)
         for instance in others:
             assert stored_bytes(again, instance) == instance.dataset

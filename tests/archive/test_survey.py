@@ -16,7 +16,6 @@ from pydicom import dcmread
 
 from archive.archive import Archive, ArchiveSettings, read_acknowledged
 from archive.errors import Corrupt, NotFound
-from archive.eviction import EvictionRequest
 from archive.extract import Wanted, extract, extract_aside
 from archive.model import Fact, FactKind, RecordKind
 from archive.packs.asides import asides, trim
@@ -24,6 +23,7 @@ from archive.packs.logfiles import LogLimits
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.storage import FileStorage
 from archive.packs.survey import Finding, Listed, Salvaged, State, Survey, salvage
+from archive.space.eviction import EvictionRequest
 from tests.archive.archives import settings_for, store
 from tests.archive.faulty_storage import FaultyStorage
 from tests.archive.test_packs_faults import LIMITS, Site, head_of, payload_of

@@ -21,9 +21,9 @@ from pydicom.data import get_testdata_file
 from starlette.testclient import TestClient
 
 from archive.archive import Archive
-from archive.eviction import EvictionRequest
 from archive.ledger import Ledger
 from archive.model import Fact, FactKind
+from archive.space.eviction import EvictionRequest
 from portal.settings import DicomWebSettings, PortalSettings
 from tests.datasets import (
     BIG_ENDIAN,

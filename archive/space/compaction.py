@@ -4,7 +4,7 @@ Order. (1) The pack is looked at: one that is damaged, or that holds what the in
 alone. (2) What is live or a conflict is appended again, as it came, its digest checked, and synced; the
 index follows. (3) The index is asked again: nothing may lie in the pack any more. (4) MOVED facts keep what
 stood there and no fact tells yet, and the last batch says DROPPED. (5) The file is removed by
-`archive/eviction.py`, not sooner than an hour later when something was moved: who has read a place from the
+`eviction.py`, not sooner than an hour later when something was moved: who has read a place from the
 index before still finds it there. A crash leaves a pack that is compacted again, or one that is still to be
 removed.
 """
@@ -14,22 +14,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from archive.errors import Corrupt
-from archive.holdings import Held, State, holdings
 from archive.index.index import Index
 from archive.indexer import Indexer, read_attributes, read_or_told
 from archive.intake import Intake
 from archive.model import Fact, FactKind, IndexEntry, Position
-from archive.pace import Pace
 from archive.packs import large
 from archive.packs.dropping import Absences, Drop, drop_fact
 from archive.packs.facts import FactLog
 from archive.packs.packs import LAYOUT, Packs, Written
 from archive.packs.records import FILE_HEADER_BYTES
 from archive.packs.recovery import Damage
+from archive.space.holdings import Held, State, holdings
+from archive.space.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,6 @@ class Compaction:
         indexer: Indexer,
         intake: Intake,
         facts: FactLog,
-        record_facts: Callable[[Sequence[Fact]], None],
         *,
         drop_delay_s: float,
     ) -> None:
@@ -90,7 +88,6 @@ class Compaction:
         self._indexer = indexer
         self._intake = intake
         self._facts = facts
-        self._record_facts = record_facts
         self._drop_delay_s = drop_delay_s
 
     def contents(self, number: int) -> PackContents | None:
@@ -209,12 +206,12 @@ class Compaction:
                     Fact(FactKind.MOVED, head.sop_instance_uid, item.record.digest, "", now_us, entry=entry)
                 )
                 if len(facts) >= _BATCH_FACTS_MAX:
-                    self._record_facts(facts)
+                    self._indexer.record_facts(facts)
                     facts = []
         waits = bool(moved or found.elsewhere)
         due_us = now_us + int(self._drop_delay_s * 1e6 if waits else 0)
         drop = Drop(Position(number, found.end), due_us)
-        self._record_facts([*facts, drop_fact(drop, now_us)])
+        self._indexer.record_facts([*facts, drop_fact(drop, now_us)])
 
     def _is_free(self, item: Held, moved: set[tuple[str, bytes]]) -> bool:
         if item.state in (State.EVICTED, State.ELSEWHERE):

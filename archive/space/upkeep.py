@@ -15,13 +15,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from archive.compaction import Compacted, Compaction
 from archive.errors import MissError, OutOfResources
-from archive.eviction import Eviction, EvictionReport, EvictionRequest
 from archive.index.index import Index
-from archive.pace import Pace
 from archive.packs.asides import trim
 from archive.packs.packs import Packs
+from archive.space.compaction import Compacted, Compaction
+from archive.space.eviction import Eviction, EvictionReport, EvictionRequest
+from archive.space.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ _CLOSE_S_MAX = 30.0
 
 
 class Upkeep:
-    """See the module's docstring. `close` ends it at the next pause of what it does."""
+    """See the module's docstring. `close` ends it at the next pause of what it does; `eviction` and
+    `compaction` are called directly by nobody else while its thread runs."""
 
     def __init__(
         self,
@@ -51,8 +52,8 @@ class Upkeep:
     ) -> None:
         self._packs = packs
         self._index = index
-        self._eviction = eviction
-        self._compaction = compaction
+        self.eviction = eviction
+        self.compaction = compaction
         self._pressed = pressed
         self._bytes_per_s = bytes_per_s
         self._set_aside_bytes_max = set_aside_bytes_max
@@ -88,7 +89,7 @@ class Upkeep:
         return self._submit(lambda: self._compact(number))
 
     def _evict(self, request: EvictionRequest) -> EvictionReport:
-        report = self._eviction.evict(request, self._pace())
+        report = self.eviction.evict(request, self._pace())
         if not request.dry_run:
             self._let_go(report)
         return report
@@ -98,15 +99,15 @@ class Upkeep:
         punches = self._packs.storage.capabilities.punch_holes
         for number in sorted(report.packs):
             try:
-                self._compaction.compact(number, self._pace(), only_empty=punches)
+                self.compaction.compact(number, self._pace(), only_empty=punches)
             except OutOfResources as error:
                 log.warning("pack %d is not compacted: %s", number, error)
-        self._eviction.give_back()
+        self.eviction.give_back()
 
     def _compact(self, number: int | None) -> list[Compacted]:
-        numbers = self._compaction.candidates() if number is None else [number]
-        done = [self._compaction.compact(each, self._pace()) for each in numbers]
-        self._eviction.give_back()
+        numbers = self.compaction.candidates() if number is None else [number]
+        done = [self.compaction.compact(each, self._pace()) for each in numbers]
+        self.eviction.give_back()
         return done
 
     def _pace(self) -> Pace:
@@ -160,7 +161,7 @@ class Upkeep:
         try:
             with self._working:
                 if self._index.has_due(time.time_ns() // 1000):
-                    self._eviction.give_back()
+                    self.eviction.give_back()
             if now_s - self._trimmed_s > _TRIM_S:
                 self._trimmed_s = now_s
                 self.trim()

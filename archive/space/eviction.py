@@ -5,7 +5,7 @@ is sealed. (2) The EVICTED fact, with all that an index needs of it, is synced, 
 (3) Only then, and only what the index says, its space is given back: a large object's own pack is removed, a
 payload in a pack is punched, block by block; the record's header, the beginning of its payload and its
 trailer stay. A crash leaves what is left to give back in the index, or in the facts from which it is made.
-Where the file system can't punch, the space comes back by `archive/compaction.py`.
+Where the file system can't punch, the space comes back by `compaction.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from archive.errors import Corrupt, InvalidInput
-from archive.holdings import State, holdings, record_at
 from archive.index.index import Index
 from archive.index.space import Place, Reclaim
 from archive.indexer import read_attributes
 from archive.model import Fact, FactKind, IndexEntry, Record
-from archive.pace import Pace
 from archive.packs import holes, large
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.recovery import Damage
+from archive.space.holdings import State, holdings, record_at
+from archive.space.pace import Pace
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Mapping
 
 from archive.archive import Archive
-from archive.compaction import Compacted
 from archive.errors import InvalidInput
-from archive.eviction import EvictionReport, EvictionRequest
-from archive.upkeep import answer_of
+from archive.space.compaction import Compacted
+from archive.space.eviction import EvictionReport, EvictionRequest
+from archive.space.upkeep import answer_of
 
 log = logging.getLogger(__name__)
 
