@@ -191,16 +191,19 @@ class Exchange:
     def _is_full(self) -> bool:
         return len(self.owed) >= self.association.window > 1
 
-    def answers(self) -> bytes:
-        """What is owed, as octets to be sent: one wait for the disk serves all that were written by then."""
+    def answers(self, until_s: float | None = None) -> bytes:
+        """What is owed, as octets to be sent: one wait for the disk serves all that were written by then. It
+        ends at `until_s`, a moment of `time.monotonic`; by default after DURABLE_TIMEOUT_S."""
+        if until_s is None:
+            until_s = time.monotonic() + DURABLE_TIMEOUT_S
         owed, self.owed[:] = self.owed[:], ()
-        return b"".join(self.association.encode(each.context, self._outcome(each)) for each in owed)
+        return b"".join(self.association.encode(each.context, self._outcome(each, until_s)) for each in owed)
 
-    def _outcome(self, owed: _Owed) -> bytes:
+    def _outcome(self, owed: _Owed, until_s: float) -> bytes:
         status, comment = owed.status, owed.comment
         try:
             if owed.stored is not None:
-                owed.stored.wait_durable(DURABLE_TIMEOUT_S)
+                owed.stored.wait_durable(max(until_s - time.monotonic(), 0.0))
         except MissError as error:
             status, comment = codes.status_of(error), str(error)
             log.info("%s from %s: %04X %s", owed.command.name, self.caller.ae_title, status, comment)
@@ -218,9 +221,9 @@ class Service(Protocol):
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None: ...
 
-    def is_prompt(self) -> bool:
-        """Whether a message that has arrived whole is served at once, waiting for nothing but its owed
-        response's sync."""
+    def is_prompt(self, caller: Caller) -> bool:
+        """Whether a message of this caller that has arrived whole is served at once, waiting for nothing but
+        its owed response's sync."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +403,9 @@ class Acceptor:
     def is_prompt(self, command: Command) -> bool:
         """Whether a whole message of this kind is served without waiting."""
         _, service = self._services.table.get(command.field, (None, None))
-        return service is not None and service.is_prompt() and not self._inflates
+        exchange = self.exchange
+        return (service is not None and exchange is not None and service.is_prompt(exchange.caller)
+                and not self._inflates)
 
     def _perform(self, exchange: Exchange, context: Context, command: Command) -> None:
         name, service = self._services.table.get(command.field, (None, None))

@@ -13,18 +13,22 @@ import select
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import Concatenate, ParamSpec
 
-from node.dimse.acceptor import Acceptor, Turn, log_unexpected
+from node.dimse.acceptor import DURABLE_TIMEOUT_S, Acceptor, Turn, log_unexpected
 from node.dimse.association import Ahead, Limits
 from node.dimse.errors import AssociationEnded, Stopping, TimedOut
 from node.dimse.wire import Wire
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+
 PARTIAL_BYTES_MAX = 64 << 10  # of a message that is waited for here; a larger one gets a thread
 MESSAGES_MAX = 32             # of one association in one round, when it has negotiated a window
 EVENTS_MAX = 256              # associations in one round
 SWEEP_S = 1.0                 # how often the silent are looked for
+REST_S = 5.0                  # of silence, then a large receive buffer is given back
 
 
 class Connection:
@@ -39,6 +43,7 @@ class Connection:
         self.is_new = True          # nothing was asked yet
         self.since_s = 0.0          # when it paused, or its message began
         self.partial = False        # a message has begun
+        self.more = False           # its buffer holds what was not looked at, and no descriptor shows that
 
     def step(self, ended: AssociationEnded | None = None) -> Turn | None:
         """Go on to the next pause; None when the connection is closed."""
@@ -79,10 +84,14 @@ class Pump:
         """Take a connection that pauses between two messages and owes nothing; from any thread, which must
         not touch it any more."""
         connection.since_s = time.monotonic()
-        connection.partial = False
+        connection.partial = connection.more = False
         fd = connection.wire.fileno()
         self._parked[fd] = connection
-        self._epoll.register(fd, select.EPOLLIN)
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except BaseException:  # the kernel has a bound (epoll's max_user_watches), or this is closed
+            del self._parked[fd]
+            raise
 
     # The thread
 
@@ -92,17 +101,19 @@ class Pump:
             ready = [fd for fd, _ in self._epoll.poll(SWEEP_S, EVENTS_MAX) if fd != self._wake]
             advanced = [self._guarded(self._advance, self._parked[fd]) for fd in ready]
             owing = [connection for connection in advanced if connection is not None]
+            # One patience for all: a disk that does not answer is not waited for once for each of them.
+            until_s = time.monotonic() + DURABLE_TIMEOUT_S
             for connection in owing:
-                self._guarded(self._answer, connection)
+                self._guarded(self._answer, connection, until_s)
             if time.monotonic() - swept_s > SWEEP_S:
                 swept_s = time.monotonic()
                 self._sweep(swept_s)
 
-    def _guarded(self, act: Callable[[Connection], Connection | None], connection: Connection
-                 ) -> Connection | None:
+    def _guarded(self, act: Callable[Concatenate[Connection, P], Connection | None], connection: Connection,
+                 *others: P.args, **named: P.kwargs) -> Connection | None:
         """No one connection's error ends the others."""
         try:
-            return act(connection)
+            return act(connection, *others, **named)
         except Exception as error:
             log_unexpected("an association", error)
             if connection.wire.fileno() in self._parked:
@@ -132,23 +143,32 @@ class Pump:
             if connection.step() is not Turn.BETWEEN:
                 self._give_away(connection)
                 return None
-        return connection if exchange.owed else None
+        else:
+            connection.more = wire.held > 0
+        if exchange.owed:
+            return connection
+        if connection.more or (wire.stopping and not wire.busy):
+            self._give_away(connection)
+        return None
 
-    def _answer(self, connection: Connection) -> None:
+    def _answer(self, connection: Connection, until_s: float) -> None:
         """Wait for the disk, and send what is owed as far as it goes."""
         exchange = connection.acceptor.exchange
         assert exchange is not None
-        octets = exchange.answers()
+        octets = exchange.answers(until_s)
         sent = connection.wire.send_now(octets)
         connection.since_s = time.monotonic()
         if sent < len(octets):
             connection.unsent = octets[sent:]
-        if connection.unsent or connection.wire.stopping:
+        if connection.unsent or connection.more or connection.wire.stopping:
             self._give_away(connection)
 
     def _sweep(self, now_s: float) -> None:
-        """End associations that were silent for too long, between messages or inside one."""
+        """End associations that were silent for too long, between messages or inside one; who rests gives
+        back the buffer that its last messages had."""
         for connection in list(self._parked.values()):
+            if now_s - connection.since_s > REST_S:
+                connection.wire.rest()
             limit_s = self._limits.message_timeout_s if connection.partial else self._limits.idle_timeout_s
             if now_s - connection.since_s > limit_s:
                 what = "silent, or too slow with a message," if connection.partial else "silent"

@@ -166,6 +166,11 @@ class Wire:
             self._replace_buffer(self._buffer_bytes_max)
         return count > 0
 
+    def rest(self) -> None:
+        """Nothing has come for a while: a buffer that nothing lies in becomes a small one."""
+        if self.start == self._end and len(self.buffer) > QUIET_BUFFER_BYTES:
+            self._replace_buffer(QUIET_BUFFER_BYTES)
+
     def send_now(self, octets: bytes) -> int:
         """Send what goes without waiting; how many octets went."""
         try:

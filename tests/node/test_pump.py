@@ -3,20 +3,25 @@ comes, and whoever keeps it waiting waits alone."""
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
+import sqlite3
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from archive.ledger import Device
 from node.dimse import messages, pdu
 from node.dimse.contexts import EXPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
 from node.dimse.pdu import AbortSource, AssociateRequest, PduType, ProposedContext
-from node.dimse.pump import PARTIAL_BYTES_MAX
+from node.dimse.pump import MESSAGES_MAX, PARTIAL_BYTES_MAX
+from node.dimse.wire import QUIET_BUFFER_BYTES
 from tests.datasets import CT, Instance, make_instance
 from tests.node.serving import AE_TITLE, QUICK, Raw, data, wait_for
 from tests.node.storing import Storing, storing
@@ -111,6 +116,82 @@ def test_several_messages_at_once_are_answered_in_order(stores: Storing) -> None
     assert [each.short(messages.MESSAGE_ID_RESPONDED_TO, -1) for each in answered] == [1, 2, 3, 4, 5, 7]
     assert {each.status for each in answered} == {0}
     assert stores.totals().instances == 5
+
+
+def test_more_messages_than_a_round_serves_are_answered_all_the_same(stores: Storing) -> None:
+    """They lie in the buffer, and nothing more comes that would show at the descriptor."""
+    count = 3 * MESSAGES_MAX + 5
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        wait_for(lambda: dimse_threads() == 0, "the association's pause")
+        raw.send(ECHO * count)
+        assert [status(raw) for _ in range(count)] == [0] * count
+        wait_for(lambda: dimse_threads() == 0, "the thread of what was left over")
+
+
+def test_who_rests_gives_back_its_buffer(stores: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 idle associations that have sent a large message each would keep half a gigabyte."""
+    monkeypatch.setattr("node.dimse.pump.REST_S", 0.1)
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        raw.send(store_octets(make_instance(number=1, rows=512, columns=512)))
+        assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the thread of the large message")
+        [parked] = stores.server._pump._parked.values()
+        wait_for(lambda: len(parked.wire.buffer) == QUIET_BUFFER_BYTES, "the smaller buffer")
+        raw.send(store_octets(make_instance(number=2)))
+        assert status(raw) == 0
+
+
+def test_what_the_kernel_does_not_watch_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may watch only so many descriptors: who comes past that is closed, and nothing of it stays."""
+
+    class Full:
+        def __init__(self, epoll: select.epoll) -> None:
+            self.unregister, self.poll, self.close = epoll.unregister, epoll.poll, epoll.close
+
+        def register(self, fd: int, events: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with storing(tmp_path, limits=replace(QUICK, idle_timeout_s=1.0)) as stores:
+        pump = stores.server._pump
+        epoll = pump._epoll
+        with Raw(stores.port) as raw:
+            monkeypatch.setattr(pump, "_epoll", Full(epoll))
+            raw.associate(REQUEST)
+            assert raw.closed()
+        monkeypatch.setattr(pump, "_epoll", epoll)
+        wait_for(lambda: stores.server.connections == 0, "the end of the connection")
+        assert stores.admission.associations == {}
+        with Raw(stores.port) as raw:
+            raw.associate(REQUEST)
+            assert raw.receive()[0] == PduType.ABORT  # silent: the pump looks after the others still
+
+
+def test_facts_about_conflicts_keep_nobody_waiting(tmp_path: Path, stores: Storing) -> None:
+    """A correction is on record before it is answered, which waits for the index; an echo does not."""
+    stores.ledger.add_device(Device("CT2", "127.0.0.1", on_conflict="propose"))
+    first = make_instance(number=1)
+    other = make_instance(number=1, rows=9, sop_uid=first.sop_instance_uid)
+    with Raw(stores.port) as innocent, Raw(stores.port) as corrector:
+        innocent.associate(REQUEST)
+        corrector.associate(replace(REQUEST, calling_ae="CT2"))
+        innocent.send(store_octets(first))
+        assert status(innocent) == 0
+        corrector.send(ECHO)
+        assert status(corrector) == 0
+        stores.archive.wait_indexed()
+        wait_for(lambda: dimse_threads() == 0, "the associations' pause")
+        with closing(sqlite3.connect(tmp_path / "state" / "index.db", isolation_level=None)) as locker:
+            locker.execute("BEGIN EXCLUSIVE")
+            corrector.send(store_octets(other))
+            wait_for(lambda: stores.archive.intake.indexer._writing.locked(), "the correction's fact")
+            innocent.sock.settimeout(2.0)
+            for _ in range(3):
+                innocent.send(ECHO)
+                assert status(innocent) == 0
+            locker.execute("ROLLBACK")
+        assert status(corrector) == 0
 
 
 def test_a_query_behind_a_store_sees_it(stores: Storing) -> None:

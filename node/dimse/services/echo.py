@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from node.dimse.acceptor import Exchange
+from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
 from node.dimse.messages import Command
 from node.dimse.status import SUCCESS
@@ -15,5 +15,5 @@ class Echo:
         exchange.association.drain(context)
         exchange.answer(context, command, SUCCESS)
 
-    def is_prompt(self) -> bool:
+    def is_prompt(self, caller: Caller) -> bool:
         return True

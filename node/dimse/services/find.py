@@ -22,7 +22,7 @@ from archive.dataset import attributes
 from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
 from archive.model import Level, Match, Query
 from federation.policy import Act, Principal, Role, require
-from node.dimse.acceptor import Exchange
+from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
 from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE, PATIENT_ROOT_FIND
 from node.dimse.messages import Command
@@ -52,7 +52,7 @@ class Find:
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
     searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
-    def is_prompt(self) -> bool:
+    def is_prompt(self, caller: Caller) -> bool:
         return False
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:

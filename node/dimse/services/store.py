@@ -39,8 +39,9 @@ class Store:
         # whose conflicts are refused have met OtherContent: 0111.
         exchange.answer(context, command, SUCCESS, stored=ticket)
 
-    def is_prompt(self) -> bool:
-        return not self.intake.is_pressed()
+    def is_prompt(self, caller: Caller) -> bool:
+        """What is refused or proposed is a fact before the answer goes, and facts wait for disk and index."""
+        return caller.on_conflict == ConflictPolicy.KEEP.value and not self.intake.is_pressed()
 
     def _head(self, exchange: Exchange, context: Context, command: Command) -> InstanceHead:
         sop_class = command.affected_sop_class_uid
