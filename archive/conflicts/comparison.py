@@ -185,8 +185,10 @@ def _tokens(events: Iterator[tuple[Kind, Element | None]], window: Window, path:
 
 
 def _counts(element: Element, depth: int) -> bool:
-    """Group lengths, trailing padding and offset tables are of the encoding, not of the content."""
-    return element.tag & 0xFFFF != 0 and not (
+    """Group lengths, trailing padding and offset tables are of the encoding, not of the content. What does
+    not have the four octets of a length is none."""
+    is_group_length = element.tag & 0xFFFF == 0 and element.length == 4
+    return not is_group_length and not (
         depth == 0 and (element.tag == _TRAILING_PADDING or element.tag in _OF_ENCODING)
     )
 
@@ -212,12 +214,15 @@ class _Run:
     undecided: str = ""
     _deadline_s: float = 0.0
     _decoded: bool = False  # pixel data of two encodings: what describes them may differ too
+    _one_syntax: bool = True
+    _pixels_seen: bool = False
 
     def compare(self, a: _Side, b: _Side) -> None:
         self._deadline_s = time.monotonic() + self.limits.seconds_max
         syntaxes = (a.transfer_syntax_uid, b.transfer_syntax_uid)
+        self._one_syntax = syntaxes[0] == syntaxes[1]
         compressed = any(uid not in NATIVE_SYNTAXES for uid in syntaxes)
-        self._decoded = compressed and syntaxes[0] != syntaxes[1] and all(map(is_lossless, syntaxes))
+        self._decoded = compressed and not self._one_syntax and all(map(is_lossless, syntaxes))
         left, right = a.tokens(), b.tokens()
         x, y = next(left, None), next(right, None)
         count = 0
@@ -246,6 +251,9 @@ class _Run:
                     x, y = _behind(x, left), _behind(y, right)
             else:
                 if len(x.path) == 1 and x.element.tag in _PIXELS:
+                    if self._pixels_seen:
+                        raise CannotUnderstand("not compared: pixel data stand there more than once")
+                    self._pixels_seen = True
                     self.pixels = compare_pixels(
                         (a.file, a.payload, x.element, a.image), (b.file, b.payload, y.element, b.image),
                         self.limits.pixels, self.check_time,
@@ -275,8 +283,8 @@ class _Run:
     def _same(self, x: _Token, y: _Token) -> bool:
         one, other = x.element, y.element
         assert one is not None and other is not None
-        if UNDEFINED in (one.length, other.length):
-            return _same_fragments(x, y, self.limits)
+        if UNDEFINED in (one.length, other.length):  # encoded as the transfer syntax says
+            return self._one_syntax and _same_fragments(x, y, self.limits)
         stated = not (one.encoding.implicit or other.encoding.implicit)
         vrs = {one.vr, other.vr}
         if stated and len(vrs) > 1 and "UN" not in vrs and not vrs <= _BYTES:
@@ -289,12 +297,17 @@ class _Run:
         if max(one.length, other.length) <= _CHUNK_BYTES:
             first, second = (value_of(t.window, e, e.length) for t, e in ((x, one), (y, other)))
             return _same_value(first, second, text)
+        padding = False  # text differs in its padding already: nothing else may follow
         for start in range(0, max(one.length, other.length), _CHUNK_BYTES):
             self.check_time()
             first = value_of(x.window, one, _CHUNK_BYTES, start) if start < one.length else b""
             second = value_of(y.window, other, _CHUNK_BYTES, start) if start < other.length else b""
-            if first != second and not _same_value(first, second, text):
+            if padding and (first + second).strip(b" \0"):
                 return False
+            if first != second:
+                if not _same_value(first, second, text):
+                    return False
+                padding = text
         return True
 
 

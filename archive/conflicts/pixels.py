@@ -5,8 +5,8 @@ knows pixel data alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy
@@ -30,7 +30,7 @@ from archive.errors import CannotUnderstand, MissError, TooLarge
 
 SAMPLES, PHOTOMETRIC, PLANAR = 0x00280002, 0x00280004, 0x00280006
 ROWS, COLUMNS, ALLOCATED, STORED = 0x00280010, 0x00280011, 0x00280100, 0x00280101
-REPRESENTATION = 0x00280103
+HIGH_BIT, REPRESENTATION = 0x00280102, 0x00280103
 
 _CHUNK_BYTES = 1 << 20
 _WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
@@ -86,6 +86,10 @@ def compare_pixels(
     native = [image[2].length != UNDEFINED for image in (a, b)]
     if a[2].tag != b[2].tag:
         return PixelDifference(reason="pixel data of another kind")
+    if syntaxes[0] != syntaxes[1] and any(
+        is_native and uid not in NATIVE_SYNTAXES for is_native, uid in zip(native, syntaxes, strict=True)
+    ):
+        return PixelDifference(reason="native in a transfer syntax that compresses: not compared")
     if all(native) and GE_IMPLICIT_LITTLE not in syntaxes:
         return _compare_bytes(a, b, limits, check_time)
     if syntaxes[0] != syntaxes[1] and not all(is_lossless(uid) for uid in syntaxes):
@@ -119,6 +123,10 @@ def _compare_bytes(
             wrong += len(places)
             if frame_bytes:
                 wrong_frames.update(((places + start) // frame_bytes).tolist())
+    if long != short:  # a writer that forgot to make it even; another octet than zero is a pixel
+        longer = a if lengths[0] == long else b
+        if longer[1].source.read(longer[2].offset + short, 1) != b"\0":
+            return PixelDifference(reason=f"{lengths[0]:,} bytes beside {lengths[1]:,}")
     if not wrong:
         return None
     return PixelDifference(len(wrong_frames) or 1, max(frame_count, 1), wrong, short)
@@ -151,12 +159,15 @@ def _compare_frames(
         raise TooLarge(f"pixel data of more than {limits.bytes_max:,} bytes are not compared")
     if _frame_bytes(a[3]) > limits.frame_bytes_max:
         raise TooLarge(f"frames of more than {limits.frame_bytes_max:,} bytes are not compared")
+    for image in (a, b):
+        if image[2].length != UNDEFINED and image[2].length > count * _frame_bytes(image[3]) + 1:
+            raise CannotUnderstand("not compared: pixel data reach beyond their last frame")
     batch = max(1, min(limits.batch_frames, limits.frame_bytes_max // max(1, _frame_bytes(a[3]))))
     wrong = 0
     for start in range(1, count + 1, batch):
         numbers = range(start, min(start + batch, count + 1))
         found = [
-            frames.read(image[0], numbers, known=known, bytes_max=4 * limits.frame_bytes_max)
+            _read(image[0], numbers, known, 4 * limits.frame_bytes_max)
             for image, known in ((a, one), (b, other))
         ]
         for first, second in zip(found[0].frames, found[1].frames, strict=True):
@@ -165,14 +176,31 @@ def _compare_frames(
     return PixelDifference(wrong, count) if wrong else None
 
 
+def _read(file: BinaryIO, numbers: Sequence[int], known: frames.Layout, bytes_max: int) -> frames.FrameSet:
+    """Frames by their fragments, so that none is left out; an Extended Offset Table must lead to the same."""
+    found = frames.read(file, numbers, known=_without_table(known), bytes_max=bytes_max)
+    if known.frame_offsets:
+        by_table = frames.read(file, numbers, known=known, bytes_max=bytes_max).frames
+        for whole, pointed in zip(found.frames, by_table, strict=True):
+            if whole[: len(pointed)] != pointed or whole[len(pointed) :] not in (b"", b"\0"):
+                raise CannotUnderstand("not compared: an offset table does not lead to the frames")
+    return found
+
+
+def _without_table(known: frames.Layout) -> frames.Layout:
+    return replace(known, frame_offsets=(), frame_lengths=())
+
+
 def _same_frame(
     a: Image, one: frames.FrameSet, first: bytes, b: Image, other: frames.FrameSet, second: bytes
 ) -> bool:
     if one.transfer_syntax_uid == other.transfer_syntax_uid:
-        if first == second or first.rstrip(b"\0") == second.rstrip(b"\0"):
+        if first == second:
             return True
-        if one.transfer_syntax_uid == EXPLICIT_LITTLE or not is_lossless(one.transfer_syntax_uid):
+        if one.transfer_syntax_uid == EXPLICIT_LITTLE:
             return False
+        if not is_lossless(one.transfer_syntax_uid):  # such streams say where they end
+            return first.rstrip(b"\0") == second.rstrip(b"\0")
     return numpy.array_equal(
         _samples(a[3], one.transfer_syntax_uid, first), _samples(b[3], other.transfer_syntax_uid, second)
     )
@@ -190,11 +218,18 @@ def _samples(image: dict[int, bytes], transfer_syntax_uid: str, frame: bytes) ->
             raise CannotUnderstand("a frame does not have the samples that it should")
         if samples == 3 and _number(image, PLANAR) == 1:
             found = found.reshape(3, rows, columns).transpose(1, 2, 0)
-        return _canonical(found.reshape(rows, columns, samples), _number(image, STORED, bits), bits)
+        return _canonical(found.reshape(rows, columns, samples), _low_bits(image, bits), bits)
     return _canonical(
         _decoded(image, transfer_syntax_uid, frame, samples).reshape(rows, columns, samples),
-        _number(image, STORED, bits), bits,
+        _low_bits(image, bits), bits,
     )  # fmt: skip
+
+
+def _low_bits(image: dict[int, bytes], allocated: int) -> int:
+    """How many low bits of a sample may be all there is: all where the stored ones do not begin at the lowest
+    (PS3.5 8.1.1)."""
+    stored = _number(image, STORED, allocated)
+    return stored if _number(image, HIGH_BIT, stored - 1) == stored - 1 else allocated
 
 
 def _decoded(image: dict[int, bytes], transfer_syntax_uid: str, frame: bytes, samples: int) -> NDArray[Any]:
@@ -205,6 +240,7 @@ def _decoded(image: dict[int, bytes], transfer_syntax_uid: str, frame: bytes, sa
         "bits_allocated": bits, "bits_stored": _number(image, STORED, bits),
         "pixel_representation": _number(image, REPRESENTATION),
         "planar_configuration": _number(image, PLANAR), "pixel_keyword": "PixelData",
+        "correct_unused_bits": False,  # an overlay may lie in them
     }  # fmt: skip
     try:
         decode = get_decoder(UID(transfer_syntax_uid))
