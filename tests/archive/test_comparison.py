@@ -424,6 +424,6 @@ def test_bytes_changed_anywhere_never_make_an_equal(noise: bytes, place: int) ->
     if found.equal:
         try:
             mine = _bytes_of(other.read())
-        except NotImplementedError:  # of pydicom: the letters of a VR that nobody knows, before the same value
+        except NotImplementedError:  # pydicom: a VR that nobody knows, before the same value
             return
         assert mine == _bytes_of(first.read())
