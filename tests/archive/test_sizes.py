@@ -1,5 +1,5 @@
-"""Sizes at which the way of an instance to its pack changes: what came is what is given back, byte for byte, at
-once and after a rebuild, and no memory stays lent."""
+"""Sizes at which the way of an instance to its pack changes: what came is what is given back, byte for byte,
+at once and after a rebuild, and no memory stays lent."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def around(*sizes: int) -> list[int]:
     return [size + more for size in sizes for more in (-1, 0, 1)]
 
 
-# Where a record of a pack, or of a pack of its own, ends or changes buffers, counted in octets of its data set.
+# Where a record of a pack, or of a pack of its own, ends or changes buffers, in octets of its data set.
 SIZES = [
     *around(60 * KIB, 64 * KIB, 128 * KIB),
     *around(*(128 * KIB - FRONT - less for less in (0, TRAILER_BYTES, 2 * TRAILER_BYTES))),
     *range(200 * KIB, 204 * KIB, 251),
     *around(1024 * KIB - FRONT, 1024 * KIB),
-    *around(*(n * LANE_BYTES - FRONT - FILE_HEADER_BYTES - less for n in (2, 3) for less in (0, TRAILER_BYTES))),
+    *around(*(n * LANE_BYTES - FRONT - FILE_HEADER_BYTES for n in (2, 3))),
+    *around(*(n * LANE_BYTES - FRONT - FILE_HEADER_BYTES - TRAILER_BYTES for n in (2, 3))),
     *around(2 * LANE_BYTES),
 ]
 
