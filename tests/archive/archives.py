@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,15 @@ def stored_bytes(archive: Archive, instance: Instance) -> bytes:
     assert whole[found.location.dataset_offset :] == b"".join(archive.dataset_chunks(found.location))
     archive.verify(found)
     return whole[found.location.dataset_offset :]
+
+
+def abandon(archive: Archive) -> None:
+    """Leave an archive as a crash does, as far as one can inside a process: its threads end, and nothing is
+    synced, marked or sealed any more."""
+    writing = archive._writing
+    assert writing is not None
+    writing.sorter.stop()
+    writing.upkeep.close()
+    writing.indexer.close()
+    os.close(writing._lock)
+    archive.index.close()

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from archive.rebuild import rebuild
 from archive.space.compaction import Compacted
 from archive.space.eviction import EvictionRequest
 from archive.space.pace import Pace
-from tests.archive.archives import settings_for, store, stored_bytes
+from tests.archive.archives import abandon, settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage
 from tests.datasets import Instance, make_instance
+from tests.waiting import wait_for
 
 LATE_US = 2_000_000_000_000_000
 WAIT_S = 30.0
@@ -115,10 +115,7 @@ def test_readers_with_an_old_place_find_it_until_the_pack_goes(tmp_path: Path) -
         for each in moved:
             before = old[each.head.sop_instance_uid]
             assert b"".join(archive.dataset_chunks(before.location)) == dataset_of(made, before)
-        deadline = time.monotonic() + WAIT_S
-        while archive.index.due(LATE_US, 10):  # the upkeep removes them in its own time
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: not archive.index.due(LATE_US, 10), "the upkeep removes them in its own time")
         for each in moved:
             before = old[each.head.sop_instance_uid]
             with pytest.raises(NotFound):
@@ -258,11 +255,7 @@ class History:
 
     def crash(self, seed: int, *, lose_index: bool = False) -> None:
         after = self.storage.power_loss(random.Random(seed))
-        writing = self.archive._writing
-        assert writing is not None
-        writing.indexer.close()
-        os.close(writing._lock)
-        self.archive.index.close()
+        abandon(self.archive)
         self.storage = after
         if lose_index:
             for name in self.settings.state.glob("index.db*"):

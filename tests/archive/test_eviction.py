@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace as changed
 from pathlib import Path
@@ -23,9 +22,10 @@ from archive.packs.storage import FileStorage
 from archive.rebuild import rebuild
 from archive.space.eviction import EvictionReport, EvictionRequest
 from archive.space.pace import Pace
-from tests.archive.archives import settings_for, store, stored_bytes
+from tests.archive.archives import abandon, settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage
 from tests.datasets import PROVENANCE, Instance, make_instance
+from tests.waiting import wait_for
 
 NOW_US = 2_000_000_000_000_000  # later than any receipt here
 WAIT_S = 30.0
@@ -338,11 +338,7 @@ def test_a_crash_anywhere_goes_on_where_it_was(tmp_path: Path, at: str, punch: b
         with pytest.raises(Stopped):
             eviction.evict(request, Pace(1e12))
     crashed = storage.power_loss(random.Random(5))
-    writing = archive._writing
-    assert writing is not None
-    writing.indexer.close()
-    os.close(writing._lock)
-    archive.index.close()
+    abandon(archive)
 
     with Archive.open(settings, outbox=True, storage=crashed) as again:
         assert all(each.evicted is (at != "before the fact") for each in again.instances("1.2.1"))
@@ -374,10 +370,8 @@ def test_facts_that_the_index_could_not_take_are_given_back_later(
         patch.setattr(archive.index, "apply_facts", down)
         with pytest.raises(Unavailable):
             evict(archive, study_uid="1.2.1")
-    deadline = time.monotonic() + WAIT_S
-    while not all(each.evicted for each in archive.instances("1.2.1")) or archive.index.due(NOW_US, 1):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: all(each.evicted for each in archive.instances("1.2.1")), "the index has the facts")
+    wait_for(lambda: not archive.index.due(NOW_US, 1), "the space is given back")
     assert archive.packs.storage.list("large") == []
 
 
