@@ -10,6 +10,7 @@ waits in the outbox.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import time
@@ -22,7 +23,7 @@ import grpc
 import grpc.aio
 
 from archive.archive import Archive
-from archive.errors import Corrupt, MissError, NotFound, Unavailable
+from archive.errors import Corrupt, Evicted, MissError, NotFound, Unavailable
 from archive.model import PendingInstance
 from federation import serde, status
 from federation.replicator import Idle, Offer, Record, Refill, Replicator, Step, Verdict
@@ -48,6 +49,9 @@ LINE_CODES = frozenset({
     grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.ABORTED, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DATA_LOSS,
 })  # fmt: skip
+
+
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Delivery:
@@ -266,7 +270,8 @@ class Delivery:
         if len(batch) == 1 and batch[0].dataset_bytes > GROUP_BYTES_MAX:
             try:
                 await self._write_large(line, batch[0])
-            except (Corrupt, NotFound, OSError) as error:  # the object is cut short: so is the stream
+            except (Corrupt, Evicted, NotFound, OSError) as error:  # it is cut short: so is the stream
+                _raise_if_passing(error)
                 self._replicator.damaged(stream, batch[0], self._clock())
                 raise Unavailable("an instance can't be read here any more") from error
             return
@@ -284,6 +289,7 @@ class Delivery:
             try:
                 dataset = b"".join(self._chunks(row))
             except (MissError, OSError) as error:
+                _raise_if_passing(error)
                 _say("an instance can't be read", error)
                 unreadable.append(row)
                 continue
@@ -304,7 +310,20 @@ class Delivery:
         await line.write(uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=row.digest)))
 
     def _chunks(self, row: PendingInstance) -> Iterator[bytes]:
-        return iter(self._archive.dataset_chunks(row.location, chunk_bytes=CHUNK_BYTES))
+        """Its data set, from where it lies now: since the outbox was read its pack may have gone."""
+        chunks = iter(self._archive.dataset_chunks(row.location, chunk_bytes=CHUNK_BYTES))
+        try:
+            first = next(chunks, b"")
+        except (NotFound, Evicted):
+            content = (row.head.sop_instance_uid, row.digest)
+            place = self._archive.index.places([content[0]]).get(content)
+            if place is None or place.evicted or place.location == row.location:
+                raise
+            chunks = iter(self._archive.dataset_chunks(place.location, chunk_bytes=CHUNK_BYTES))
+            first = next(chunks, b"")
+        if first:
+            yield first
+        yield from chunks
 
     async def _hear(self, stream: int, call: Any) -> None:
         async for reply in call:
@@ -335,7 +354,8 @@ class Delivery:
         try:
             for chunk in self._chunks(row):
                 digest.update(chunk)
-        except (MissError, OSError):
+        except (MissError, OSError) as error:
+            _raise_if_passing(error)
             return False
         return digest.digest() == row.digest
 
@@ -364,6 +384,14 @@ class _Line:
             writing.result()
         finally:
             writing.cancel()
+
+
+def _raise_if_passing(error: Exception) -> None:
+    """What says nothing of the bytes: the index does not answer, or there are no descriptors. Tried again."""
+    if isinstance(error, Unavailable) and not isinstance(error, Evicted):
+        raise error
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise Unavailable(f"no pack can be opened now (errno {error.errno})") from error
 
 
 async def _until(event: asyncio.Event, timeout_s: float | None) -> None:
