@@ -13,6 +13,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Generator
+from itertools import chain
 from typing import Concatenate, ParamSpec
 
 from node.dimse.acceptor import DURABLE_TIMEOUT_S, Acceptor, Turn, log_unexpected
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 PARTIAL_BYTES_MAX = 64 << 10  # of a message that is waited for here; a larger one gets a thread
-MESSAGES_MAX = 32             # of one association in one round, when it has negotiated a window
+MESSAGES_MAX = 32             # of one association in one round, as many as its window has; one without
 EVENTS_MAX = 256              # associations in one round
 SWEEP_S = 1.0                 # how often the silent are looked for
 REST_S = 5.0                  # of silence, then a large receive buffer is given back
@@ -43,7 +44,7 @@ class Connection:
         self.is_new = True          # nothing was asked yet
         self.since_s = 0.0          # when it paused, or its message began
         self.partial = False        # a message has begun
-        self.more = False           # its buffer holds what was not looked at, and no descriptor shows that
+        self.more = False           # its buffer holds what no round has looked at, and no descriptor shows
 
     def step(self, ended: AssociationEnded | None = None) -> Turn | None:
         """Go on to the next pause; None when the connection is closed."""
@@ -63,6 +64,7 @@ class Pump:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._parked: dict[int, Connection] = {}
+        self._more: list[Connection] = []  # parked, with what the next round is to look at
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dimse-pump", daemon=True)
 
@@ -98,8 +100,10 @@ class Pump:
     def _run(self) -> None:
         swept_s = time.monotonic()
         while not self._closing:
-            ready = [fd for fd, _ in self._epoll.poll(SWEEP_S, EVENTS_MAX) if fd != self._wake]
-            advanced = [self._guarded(self._advance, self._parked[fd]) for fd in ready]
+            wait_s = 0.0 if self._more else SWEEP_S
+            ready = [self._parked[fd] for fd, _ in self._epoll.poll(wait_s, EVENTS_MAX) if fd != self._wake]
+            due = list(dict.fromkeys(chain(self._more, ready)))
+            advanced = [self._guarded(self._advance, connection) for connection in due]
             owing = [connection for connection in advanced if connection is not None]
             # One patience for all: a disk that does not answer is not waited for once for each of them.
             until_s = time.monotonic() + DURABLE_TIMEOUT_S
@@ -108,6 +112,9 @@ class Pump:
             if time.monotonic() - swept_s > SWEEP_S:
                 swept_s = time.monotonic()
                 self._sweep(swept_s)
+            # At the end: whoever was given away is another thread's.
+            self._more = [each for each in due
+                          if each.more and self._parked.get(each.wire.fileno()) is each]
 
     def _guarded(self, act: Callable[Concatenate[Connection, P], Connection | None], connection: Connection,
                  *others: P.args, **named: P.kwargs) -> Connection | None:
@@ -124,10 +131,14 @@ class Pump:
         """Serve what has arrived whole; the connection when it owes answers then."""
         wire, acceptor, exchange = connection.wire, connection.acceptor, connection.acceptor.exchange
         assert exchange is not None
-        if not wire.fill():
+        if not connection.more and not wire.fill():
             self._give_away(connection)
             return None
-        for _ in range(MESSAGES_MAX):
+        connection.more = False
+        # One more than the window, so that who does not keep to it is found out. Who has none and does not
+        # wait is served in turn, one in each round: it must not keep the others waiting.
+        window = exchange.association.window
+        for _ in range(min(window + 1, MESSAGES_MAX) if window > 1 else 1):
             ahead = exchange.association.ahead()
             if ahead is Ahead.PARTIAL and wire.held < PARTIAL_BYTES_MAX:
                 if wire.held and not connection.partial:
@@ -139,7 +150,7 @@ class Pump:
             if isinstance(ahead, Ahead) or not acceptor.is_prompt(ahead):
                 self._give_away(connection)
                 return None
-            connection.partial = False
+            connection.partial, connection.since_s = False, time.monotonic()
             if connection.step() is not Turn.BETWEEN:
                 self._give_away(connection)
                 return None
@@ -147,7 +158,7 @@ class Pump:
             connection.more = wire.held > 0
         if exchange.owed:
             return connection
-        if connection.more or (wire.stopping and not wire.busy):
+        if wire.stopping and not wire.busy:
             self._give_away(connection)
         return None
 
@@ -160,7 +171,7 @@ class Pump:
         connection.since_s = time.monotonic()
         if sent < len(octets):
             connection.unsent = octets[sent:]
-        if connection.unsent or connection.more or connection.wire.stopping:
+        if connection.unsent or connection.wire.stopping:
             self._give_away(connection)
 
     def _sweep(self, now_s: float) -> None:

@@ -16,14 +16,20 @@ from pathlib import Path
 
 import pytest
 
+from archive.errors import SyncFailed
 from archive.ledger import Device
 from node.dimse import messages, pdu
-from node.dimse.contexts import EXPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
+from node.dimse import status as codes
+from node.dimse.acceptor import Exchange, Service
+from node.dimse.association import Context
+from node.dimse.contexts import EXPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION, ServiceName
+from node.dimse.messages import Command, Field
 from node.dimse.pdu import AbortSource, AssociateRequest, PduType, ProposedContext
 from node.dimse.pump import MESSAGES_MAX, PARTIAL_BYTES_MAX
+from node.dimse.services.echo import Echo
 from node.dimse.wire import QUIET_BUFFER_BYTES
 from tests.datasets import CT, Instance, make_instance
-from tests.node.serving import AE_TITLE, QUICK, Raw, data, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Raw, data, serving, wait_for
 from tests.node.storing import Storing, storing
 
 COMMAND, LAST = pdu.COMMAND_FRAGMENT, pdu.LAST_FRAGMENT
@@ -126,7 +132,74 @@ def test_more_messages_than_a_round_serves_are_answered_all_the_same(stores: Sto
         wait_for(lambda: dimse_threads() == 0, "the association's pause")
         raw.send(ECHO * count)
         assert [status(raw) for _ in range(count)] == [0] * count
-        wait_for(lambda: dimse_threads() == 0, "the thread of what was left over")
+
+
+def test_who_does_not_wait_for_answers_is_served_in_turn(tmp_path: Path) -> None:
+    """Without a window one in each round: of 50 that flooded the node with echoes another one waited for
+    2.5 s."""
+    served: list[Exchange] = []
+    open_ = threading.Event()
+
+    class Noting(Echo):
+        def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
+            served.append(exchange)
+            open_.wait(10)
+            super().serve(exchange, context, command)
+
+    table: dict[int, tuple[ServiceName, Service]] = {Field.C_ECHO: (ServiceName.ECHO, Noting())}
+    with serving(tmp_path, table=table) as running, Raw(running.port) as flooding, Raw(running.port) as other:
+        open_.set()
+        for raw in (flooding, other):
+            raw.associate(REQUEST)
+            raw.send(ECHO)
+            assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the associations' pause")
+        open_.clear()
+        served.clear()
+        flooding.send(ECHO * 40)
+        wait_for(lambda: served, "the first of them")
+        other.send(ECHO)
+        open_.set()
+        assert status(other) == 0
+        assert [status(flooding) for _ in range(40)] == [0] * 40
+    turns = [exchange is not served[0] for exchange in served]
+    assert len(turns) == 41 and turns.index(True) <= 2
+
+
+def test_a_disk_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all whose answers are due in a round, not by one after the other."""
+    monkeypatch.setattr("node.dimse.pump.DURABLE_TIMEOUT_S", 0.5)
+    go = threading.Event()
+    waits: list[float] = []
+
+    class Hanging:
+        def wait_durable(self, timeout_s: float) -> None:
+            waits.append(timeout_s)
+            threading.Event().wait(timeout_s)
+            raise SyncFailed("the disk did not confirm a write in time")
+
+    class Slow(Echo):
+        def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
+            go.wait(10)
+            exchange.answer(context, command, 0, stored=Hanging() if waiting else None)
+
+    waiting = False
+    table: dict[int, tuple[ServiceName, Service]] = {Field.C_ECHO: (ServiceName.ECHO, Slow())}
+    with serving(tmp_path, table=table) as running, ExitStack() as open_ones:
+        go.set()
+        raws = [open_ones.enter_context(Raw(running.port)) for _ in range(6)]
+        for raw in raws:
+            raw.associate(REQUEST)
+            raw.send(ECHO)
+            assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the associations' pause")
+        waiting = True
+        go.clear()
+        for raw in raws:
+            raw.send(ECHO)
+        go.set()
+        assert {status(raw) for raw in raws} == {codes.OUT_OF_RESOURCES}
+    assert len(waits) == 6 and sum(waits) < 1.5  # one round of those that came first, one of the others
 
 
 def test_who_rests_gives_back_its_buffer(stores: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
