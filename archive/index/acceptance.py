@@ -45,7 +45,6 @@ from archive.model import (
     RecordKind,
 )
 
-Content = tuple[str, bytes]
 AttributeReader = Callable[[Record], Attributes | None]
 
 # What stands in both tables of what is said of a content: where it came from, where it lies, what facts say.

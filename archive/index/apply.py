@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, select
 
-from archive.index.acceptance import AttributeReader, Content, accept
+from archive.index.acceptance import AttributeReader, accept
 from archive.index.levels import Levels, patient_key
-from archive.index.rows import Row, number_of, row_of
+from archive.index.rows import Content, Row, number_of, row_of
 from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash
 from archive.index.space import write_again
 from archive.index.statements import by_uid, insert_all

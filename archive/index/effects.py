@@ -15,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
-from archive.index.acceptance import AttributeReader, Content, accept, tell_again
-from archive.index.rows import Row
+from archive.index.acceptance import AttributeReader, accept, tell_again
+from archive.index.rows import Content, Row
 from archive.index.schema import (
     conflict,
     early_fact,
@@ -29,10 +29,16 @@ from archive.index.schema import (
     study,
 )
 from archive.index.statements import by_uid, update_some
-from archive.index.wardcounts import SERIES_KEY, WardCount, WardKey, count_in_ward, holding_row, write_wards
+from archive.index.wardcounts import (
+    SERIES_KEY,
+    SeriesKey,
+    WardCount,
+    WardKey,
+    count_in_ward,
+    holding_row,
+    write_wards,
+)
 from archive.model import TOLD, UNDECIDED, ConflictState, Fact, FactKind
-
-SeriesKey = tuple[str, str]
 
 
 def apply_facts(

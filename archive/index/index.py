@@ -43,6 +43,7 @@ from archive.model import (
     StoredInstance,
     Totals,
 )
+from archive.packs.dropping import ABSENCE_KINDS
 
 _LOOKUP = (
     "SELECT digest, study_instance_uid, series_instance_uid, evicted FROM instance"
@@ -104,7 +105,7 @@ class Index:
         """Apply facts up to `position` in one transaction."""
 
         def work(connection: Any) -> None:
-            others = [fact for fact in facts if fact.kind not in space.KINDS]
+            others = [fact for fact in facts if fact.kind not in ABSENCE_KINDS]
             apply_facts(connection, others, into_outbox=outbox, read=self._read)
             space.apply_space_facts(connection, facts)
             move_position(connection, "facts", position)

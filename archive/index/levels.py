@@ -27,10 +27,8 @@ from archive.index.schema import (
     text_id,
 )
 from archive.index.statements import by_uid, update_all, update_some
-from archive.index.wardcounts import SERIES_KEY, WardCount, count_in_ward, write_wards
+from archive.index.wardcounts import SERIES_KEY, SeriesKey, WardCount, WardKey, count_in_ward, write_wards
 from archive.model import IndexEntry, Level, PatientKey
-
-SeriesKey = tuple[str, str]
 
 
 @dataclass(slots=True)
@@ -66,7 +64,7 @@ class Levels:
         self._connection = connection
         self._studies: dict[str, _Study] = {}
         self._series: dict[SeriesKey, _Series] = {}
-        self._wards: dict[tuple[str, str, str], WardCount] = {}
+        self._wards: dict[WardKey, WardCount] = {}
         self._patients: dict[bytes, _Patient] = {}
         self._left_alone: list[bytes] = []  # patients of studies that turned out to have a Patient ID
 

@@ -35,6 +35,7 @@ _KEYS = frozenset(
 )
 
 Row = dict[str, Any]
+Content = tuple[str, bytes]  # a SOP Instance UID and a digest
 
 
 _CLEANERS: dict[str, Callable[[str], str]] = {"DA": clean_date, "TM": clean_time, "IS": clean_integer}

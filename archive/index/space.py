@@ -14,16 +14,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, delete, insert, select, update
 
-from archive.index.rows import Row
+from archive.index.rows import Content, Row
 from archive.index.schema import conflict, instance, reclaim
 from archive.index.statements import by_uid
 from archive.index.stored import location_of
 from archive.model import Fact, FactKind, IndexEntry, Location, Record
 from archive.packs.dropping import drop_of
 
-Content = tuple[str, bytes]
-
-KINDS = frozenset({FactKind.EVICTED, FactKind.MOVED, FactKind.DROPPED})
 RECLAIM_MAX = 1_000
 _PLACE = ("pack", "payload_offset", "payload_length", "dataset_offset")
 _CHANGES = (*_PLACE, "transfer_syntax_uid", "device", "calling_ae", "received_at_us")
@@ -35,7 +32,6 @@ class Place:
 
     location: Location
     evicted: bool
-    damaged: bool
     receipt_us: int
     received_at_us: int
     live: bool
@@ -122,15 +118,12 @@ def places(connection: Connection, uids: Iterable[str]) -> dict[Content, Place]:
     """Where the contents of these UIDs lie, live ones and conflicts."""
     wanted, found = sorted(set(uids)), {}
     for table in (conflict, instance):
-        columns = (
-            "sop_instance_uid", "digest", *_PLACE, "evicted", "damaged", "receipt_us", "received_at_us"
-        )  # fmt: skip
+        columns = ("sop_instance_uid", "digest", *_PLACE, "evicted", "receipt_us", "received_at_us")
         query = select(*(table.c[name] for name in columns))
         for row in by_uid(connection, query, table.c.sop_instance_uid, wanted):
             found[(row.sop_instance_uid, bytes(row.digest))] = Place(
-                location_of(row), bool(row.evicted), bool(row.damaged), row.receipt_us, row.received_at_us,
-                table is instance,
-            )  # fmt: skip
+                location_of(row), bool(row.evicted), row.receipt_us, row.received_at_us, table is instance
+            )
     return found
 
 

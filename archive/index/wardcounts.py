@@ -18,6 +18,7 @@ from archive.index.schema import series_ward
 from archive.index.statements import update_some
 
 SERIES_KEY = ("study_instance_uid", "series_instance_uid")
+SeriesKey = tuple[str, str]
 WardKey = tuple[str, str, str]
 
 

@@ -106,9 +106,6 @@ class Devices(Subject):
 class ConnectionLog(Subject):
     """The last 100,000 associations of a node."""
 
-    def log_connection(self, entry: Connection) -> None:
-        self.log_connections([entry])
-
     def log_connections(self, entries: Sequence[Connection], keys: Sequence[str] = ()) -> list[str]:
         """Write entries in one transaction; their keys. With `keys`, one that is not empty says which row an
         entry takes the place of."""

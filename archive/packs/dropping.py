@@ -18,7 +18,7 @@ from archive.packs.facts import FactReader
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.recovery import Damage
 
-KINDS = frozenset({FactKind.EVICTED, FactKind.MOVED, FactKind.DROPPED})
+ABSENCE_KINDS = frozenset({FactKind.EVICTED, FactKind.MOVED, FactKind.DROPPED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class Absences:
         """From the facts behind `start`. Who has read the packs up to a place needs only those behind the
         facts that it had read by then: what came later alone speaks of later records."""
         self = cls(facts)
-        for batch in facts.read(start, kinds=KINDS):
+        for batch in facts.read(start, kinds=ABSENCE_KINDS):
             files = set()
             for fact in batch.facts:
                 if fact.kind is FactKind.DROPPED:
                     drop = drop_of(fact)
                     self.dropped[drop.end.file] = drop
-                elif fact.kind in KINDS and fact.entry is not None:
+                elif fact.kind in ABSENCE_KINDS and fact.entry is not None:
                     files.add(fact.entry.record.end.file)
             for number in files:
                 self._batches.setdefault(number, []).append(batch.start)
@@ -87,10 +87,12 @@ class Absences:
         found: dict[int, Fact] = {}
         for start in self._batches.get(number, ()):
             for fact in self._batch(start):
-                if fact.kind in KINDS and fact.entry is not None and fact.entry.record.end.file == number:
-                    known = found.get(fact.entry.record.end.offset)
-                    if known is None or known.kind is not FactKind.EVICTED:
-                        found[fact.entry.record.end.offset] = fact
+                if fact.kind not in ABSENCE_KINDS or fact.entry is None:
+                    continue
+                end = fact.entry.record.end
+                known = found.get(end.offset)
+                if end.file == number and (known is None or known.kind is not FactKind.EVICTED):
+                    found[end.offset] = fact
         return dict(sorted(found.items()))
 
     def entry_of(self, sop_instance_uid: str, digest: bytes) -> IndexEntry | None:
@@ -107,7 +109,7 @@ class Absences:
         return told[-1] if told else None
 
     def _batch(self, start: Position) -> tuple[Fact, ...]:
-        batch = next(self._facts.read(start, kinds=KINDS), None)
+        batch = next(self._facts.read(start, kinds=ABSENCE_KINDS), None)
         return batch.facts if batch is not None and batch.start == start else ()
 
 

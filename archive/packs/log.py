@@ -230,7 +230,7 @@ class Log:
         self, current: LogFile, views: list[Buffer], offset: int, end: int, *, direct: bool = False
     ) -> None:
         if end > current.allocated:
-            self._await_zeros(current, end)
+            current.await_zeros(end)
         try:
             current.file.pwritev(views, offset, direct=direct)
         except OSError as error:
@@ -245,17 +245,9 @@ class Log:
             # byte written twice.
             self._ahead.keep(current)
 
-    def _await_zeros(self, current: LogFile, end: int) -> None:
-        """The record crosses into what is being zeroed: nothing may be written there at the same time."""
-        with current.zeroed:
-            while current.claimed and end > current.allocated:
-                current.zeroed.wait()
-
     def _take_back(self, current: LogFile, offset: int) -> None:
         """After a failed write: nothing half stored stays behind the last record."""
-        with current.zeroed:
-            while current.claimed:
-                current.zeroed.wait()
+        current.await_zeros()
         try:
             current.file.truncate(offset)
             current.allocated = offset
@@ -281,9 +273,7 @@ class Log:
 
     def _seal(self, current: LogFile) -> None:
         """The end of a file for good: synced, or abandoned where it was last synced."""
-        with current.zeroed:
-            while current.claimed:
-                current.zeroed.wait()
+        current.await_zeros()
         with current.sync_turn:
             if not current.failed:
                 try:

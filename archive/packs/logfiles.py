@@ -104,6 +104,13 @@ class LogFile:
         self.claimed = False  # zeros are being written from `allocated` on: no record may go there
         self.zeroed = threading.Condition(threading.Lock())
 
+    def await_zeros(self, end: int | None = None) -> None:
+        """Return when nobody writes zeros any more, or when they have got to `end`: nothing else may be
+        written there, or cut, at the same time."""
+        with self.zeroed:
+            while self.claimed and (end is None or end > self.allocated):
+                self.zeroed.wait()
+
 
 @dataclass(frozen=True, slots=True)
 class Appended:

@@ -97,7 +97,7 @@ def test_the_connection_log_keeps_the_newest(ledger: Ledger, monkeypatch: pytest
     monkeypatch.setattr("archive.ledger.devices._TRIM_ONE_IN", 1)
     for number in range(50):
         outcome = "refused" if number % 2 else "accepted"
-        ledger.log_connection(Connection(number, "10.1.1.1", f"AE\x00{number}", "MISS", outcome=outcome))
+        ledger.log_connections([Connection(number, "10.1.1.1", f"AE\x00{number}", "MISS", outcome=outcome)])
     logged = ledger.connections(100)
     assert [one.at_us for one in logged] == list(range(49, 29, -1))
     assert logged[0].calling_ae == "AE49", "what no database could hold is dropped, not the row"
