@@ -11,23 +11,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from archive.dataset.header import scan
-from archive.errors import Corrupt, Evicted, InvalidInput, MissError, NotFound, TooLarge, Unavailable
+from archive.errors import MissError, Unavailable
 from archive.index.index import Index
-from archive.model import Attributes, Fact, FactKind, IndexEntry, Position, Record
-from archive.packs.dropping import Absences, read_with_absences
+from archive.model import Fact, IndexEntry, Position
 from archive.packs.facts import FactLog
 from archive.packs.packs import Packs
-from archive.packs.recovery import Damage
 from archive.poison import apply_around_poison
 from archive.recent import Recent
+from archive.replay import BATCH_RECORDS_MAX, Replay, damage_fact, damage_of
+from archive.rereading import read_attributes
 
 log = logging.getLogger(__name__)
 
-BATCH_RECORDS_MAX = 1000
 # 500 in a transaction cost 42 us each, 50 cost 87; where many come, more are waited for. A search that waits
 # cuts it short.
 _GATHER_S = (0.08, 0.17)
@@ -38,8 +35,7 @@ _CLOSE_S_MAX = 30.0
 
 
 class Indexer:
-    """The one thread that writes an archive's index. `retry_s` is how long a failed transaction waits at
-    first."""
+    """The one thread that writes an archive's index."""
 
     def __init__(
         self,
@@ -59,7 +55,6 @@ class Indexer:
         self._on_idle = on_idle
         self._writing = threading.Lock()  # of the index: records and facts keep one order
         self._position, self._facts_position = index.positions()
-        index.read_attributes_with(lambda record: read_or_told(packs, record, lambda: Absences.read(facts)))
         self._moved = threading.Condition()
         self._ready = threading.Event()
         self._urgent = threading.Event()
@@ -204,7 +199,7 @@ class Indexer:
             record = entry.written.record
             attributes = entry.attributes or read_attributes(self._packs, record)
             if attributes is None:
-                damages.append(_damage_fact(_whole(record)))
+                damages.append(damage_fact(damage_of(record)))
             else:
                 found.append(IndexEntry(record, attributes))
         with self._writing:
@@ -222,7 +217,7 @@ class Indexer:
         self._recent.retire(position)
         with self._moved:
             self._moved.notify_all()
-        return [_damage_fact(_whole(entry.record)) for entry in poison]
+        return [damage_fact(damage_of(entry.record)) for entry in poison]
 
     def _catch_up(self) -> None:
         replay = Replay(self._index, self._packs, self._facts, outbox=self._outbox)
@@ -230,111 +225,3 @@ class Indexer:
         self._position, self._facts_position = replay.position, replay.facts_position
         if replay.damages:
             self._record_facts(replay.damages)
-
-
-@dataclass(slots=True)
-class Replay:
-    """Reads packs and facts into an index, in the order in which they were applied when they were new."""
-
-    index: Index
-    packs: Packs
-    facts: FactLog
-    outbox: bool
-    position: Position = field(init=False)
-    facts_position: Position = field(init=False)
-    records: int = 0
-    fact_count: int = 0
-    damages: list[Fact] = field(default_factory=list)
-    _absences: Absences = field(init=False)
-
-    def run(self, position: Position, facts_position: Position) -> None:
-        self.position, self.facts_position = position, facts_position
-        self._absences = Absences.read(self.facts, facts_position)
-        self.index.read_attributes_with(
-            lambda record: read_or_told(self.packs, record, lambda: Absences.read(self.facts))
-        )
-        for batch in self.facts.read(facts_position):
-            if batch.after > self.position:
-                self._read_packs(batch.after)
-            self.index.apply_facts(batch.facts, batch.end, outbox=self.outbox)
-            self.facts_position = batch.end
-            self.fact_count += len(batch.facts)
-        self._read_packs(self.packs.log.durable)
-
-    def _read_packs(self, stop: Position) -> None:
-        if stop <= self.position:
-            return
-        for entries, position in _batches(self._entries(stop)):
-            poison = apply_around_poison(self.index, entries, position, outbox=self.outbox)
-            self.damages += [_damage_fact(_whole(entry.record)) for entry in poison]
-            self.records += len(entries)
-            if self.records // 10_000 > (self.records - len(entries)) // 10_000:
-                log.info("%d records read from the packs", self.records)
-        self.index.apply((), stop, outbox=self.outbox)
-        self.position = stop
-
-    def _entries(self, stop: Position) -> Iterator[IndexEntry]:
-        for item in read_with_absences(self.packs, self._absences, self.position, stop):
-            if isinstance(item, Damage):
-                self.damages.append(_damage_fact(item))
-                continue
-            if isinstance(item, IndexEntry):
-                yield item
-                continue
-            attributes = read_or_told(self.packs, item, lambda: self._absences)
-            if attributes is None:
-                self.damages.append(_damage_fact(_whole(item)))
-            else:
-                yield IndexEntry(item, attributes)
-
-
-def _damage_fact(damage: Damage) -> Fact:
-    """A fact about a stretch that can't be read. It names no digest: a good copy may come again, and this
-    must not be held against it."""
-    uid = damage.head.sop_instance_uid if damage.head is not None else ""
-    ward = damage.head.provenance.ward if damage.head is not None else ""
-    place = f"pack {damage.number} from {damage.offset} to {damage.end}"
-    log.error("damaged: %s", place)
-    return Fact(FactKind.DAMAGE, uid, b"", ward, time.time_ns() // 1000, place)
-
-
-def _whole(record: Record) -> Damage:
-    """A record whose bytes are as they were written and can't be read all the same, or whose own pack is
-    gone."""
-    return Damage(record.end.file, record.location.offset, record.end.offset, record.head, record.digest)
-
-
-def read_attributes(packs: Packs, record: Record) -> Attributes | None:
-    """What the index keeps of a record, read from its pack; None when its data set can't be read there."""
-    try:
-        with packs.dataset(record.location) as dataset:
-            return scan(dataset, record.head.transfer_syntax_uid)
-    except (InvalidInput, TooLarge, Corrupt, NotFound, Evicted) as error:
-        log.error("record %d can't be read from its pack: %s", record.sequence, error)
-        return None
-    except (MissError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        # Whatever it is, one record's header may not keep the index from all that follow it.
-        log.error("record %d can't be read from its pack: %s", record.sequence, type(error).__name__)
-        return None
-
-
-def read_or_told(packs: Packs, record: Record, absences: Callable[[], Absences]) -> Attributes | None:
-    """The same, also of a content whose bytes were given up: facts tell it."""
-    found = read_attributes(packs, record)
-    if found is None:
-        told = absences().entry_of(record.head.sop_instance_uid, record.digest)
-        found = None if told is None else told.attributes
-    return found
-
-
-def _batches(entries: Iterable[IndexEntry]) -> Iterator[tuple[list[IndexEntry], Position]]:
-    batch: list[IndexEntry] = []
-    for entry in entries:
-        batch.append(entry)
-        if len(batch) >= BATCH_RECORDS_MAX:
-            yield batch, batch[-1].record.end
-            batch = []
-    if batch:
-        yield batch, batch[-1].record.end

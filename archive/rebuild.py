@@ -23,9 +23,9 @@ from archive.database import Database, sqlite_url
 from archive.errors import MissError
 from archive.index.index import Index
 from archive.index.schema import STEPS, metadata
-from archive.indexer import Replay
 from archive.model import START, Position
 from archive.packs.storage import FileStorage, Storage
+from archive.replay import Replay
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from archive.errors import Corrupt
 from archive.index.index import Index
-from archive.indexer import Indexer, read_attributes, read_or_told
+from archive.indexer import Indexer
 from archive.intake import Intake
 from archive.model import Fact, FactKind, IndexEntry, Position
 from archive.packs import large
@@ -27,6 +27,7 @@ from archive.packs.facts import FactLog
 from archive.packs.packs import LAYOUT, Packs, Written
 from archive.packs.records import FILE_HEADER_BYTES
 from archive.packs.recovery import Damage
+from archive.rereading import read_attributes, read_or_told
 from archive.space.holdings import Held, State, holdings
 from archive.space.pace import Pace
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from archive.errors import Corrupt, InvalidInput
 from archive.index.index import Index
 from archive.index.space import Place, Reclaim
-from archive.indexer import read_attributes
 from archive.model import Fact, FactKind, IndexEntry, Record
 from archive.packs import holes, large
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.recovery import Damage
+from archive.rereading import read_attributes
 from archive.space.holdings import State, holdings, record_at
 from archive.space.pace import Pace
 
