@@ -24,7 +24,7 @@ from node.dimse.requestor import echo
 from tests.archive.archives import settings_for
 from tests.forked import Forked, forked
 from tests.mutating import Mutant, conversation, mutant
-from tests.node.serving import wait_for
+from tests.waiting import wait_for
 
 COUNT = int(os.environ.get("MISS_MUTATIONS", "1500")) // 2
 FIRST = int(os.environ.get("MISS_MUTATIONS_FROM", "0"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from archive.ledger import Ledger
 from archive.ledger import orders as module
 from archive.ledger.tables import order_
 from archive.orders import OrderDesk
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -23,13 +24,6 @@ def ledger(database_url: str) -> Iterator[Ledger]:
     opened = Ledger.open(database_url)
     yield opened
     opened.close()
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
 
 
 def test_orders_are_carried_out_in_order_answered_and_audited(ledger: Ledger) -> None:
@@ -50,7 +44,7 @@ def test_orders_are_carried_out_in_order_answered_and_audited(ledger: Ledger) ->
     try:
         ids = [ledger.place_order("note", {"n": str(n)}, "anna") for n in range(5)]
         refused, broken, unknown = (ledger.place_order(kind, {}, "anna") for kind in ("refuse", "break", "x"))
-        wait_for(lambda: ledger.order_answer(unknown))
+        wait_for(lambda: ledger.order_answer(unknown), "an answer")
         assert asked == [(str(n), "anna") for n in range(5)]
         assert [ledger.order_answer(one) for one in ids] == [(True, f"done {n}") for n in range(5)]
         assert ledger.order_answer(refused) == (False, "nothing of that kind")
@@ -134,7 +128,7 @@ def test_a_desk_that_stops_leaves_the_rest_to_the_next(ledger: Ledger) -> None:
     assert began.wait(10)
     stopping = threading.Thread(target=desk.stop)
     stopping.start()
-    wait_for(desk._stopping.is_set)
+    wait_for(desk._stopping.is_set, "it is being stopped")
     go_on.set()
     stopping.join(10)
     assert ledger.order_answer(first) == (True, "slowly") and ledger.order_answer(second) is None

@@ -4,7 +4,6 @@ takes nothing steps over nothing."""
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import pytest
 from archive.archive import Archive, ArchiveSettings
 from archive.index import index as index_module
 from archive.index.apply import apply_entries
-from archive.indexer import Indexer
 from archive.model import START, Fact, FactKind, IndexEntry, Outcome
 from archive.rebuild import rebuild
 from tests.archive.archives import send, settings_for, store, stored_bytes
 from tests.datasets import Instance, make_instance
+from tests.waiting import wait_for
 
 POISON = "1.2.3.66"
 
@@ -38,14 +37,15 @@ def batch(number: int = 40) -> list[Instance]:
 
 def damages(archive: Archive, count: int) -> list[Fact]:
     """The damage facts, once there are as many; they are recorded just after the index has moved."""
-    until = time.monotonic() + 10
-    while True:
+
+    def recorded() -> list[Fact]:
         facts = [fact for found in archive.facts.read(START) for fact in found.facts]
-        found = [fact for fact in facts if fact.kind is FactKind.DAMAGE]
-        if len(found) >= count or time.monotonic() > until:
-            assert len(found) == count
-            return found
-        time.sleep(0.01)
+        return [fact for fact in facts if fact.kind is FactKind.DAMAGE]
+
+    wait_for(lambda: len(recorded()) >= count, f"{count} damages")
+    found = recorded()
+    assert len(found) == count
+    return found
 
 
 def failing_for(is_struck: Callable[[str], bool]) -> Callable[..., None]:
@@ -126,13 +126,6 @@ def test_many_at_once_hold_up_nobody(settings: ArchiveSettings, monkeypatch: pyt
         assert len(damages(archive, 60)) == 60
 
 
-def wait_until_failing(indexer: Indexer) -> None:
-    until = time.monotonic() + 10
-    while not indexer.failing:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def test_an_index_that_takes_nothing_steps_over_nothing(
     settings: ArchiveSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +137,7 @@ def test_an_index_that_takes_nothing_steps_over_nothing(
                 store(archive, instance)
             writing = archive._writing
             assert writing is not None
-            wait_until_failing(writing.indexer)
+            wait_for(lambda: writing.indexer.failing, "the index is failing")
         archive.wait_indexed()
         assert archive.index.totals().instances == 5
         assert not damages(archive, 0)

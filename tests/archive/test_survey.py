@@ -28,6 +28,7 @@ from tests.archive.archives import settings_for, store
 from tests.archive.faulty_storage import FaultyStorage
 from tests.archive.test_packs_faults import LIMITS, Site, head_of, payload_of
 from tests.datasets import Instance, make_instance
+from tests.waiting import wait_for
 
 LATE_US = 2_000_000_000_000_000
 
@@ -306,10 +307,7 @@ def test_a_large_object_that_a_damaged_reference_may_have_named_stays() -> None:
 def test_a_pack_past_its_age_is_sealed_in_an_idle_archive(settings: ArchiveSettings) -> None:
     with Archive.open(replace(settings, pack_age_s_max=0.3), outbox=True) as archive:
         store(archive, make_instance())
-        deadline = time.monotonic() + 20
-        while not archive.packs.log.sealed():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(archive.packs.log.sealed, "the pack is sealed")
         count = len(archive.packs.storage.list("packs"))
         time.sleep(0.6)  # an empty pack is not sealed again and again
         assert len(archive.packs.storage.list("packs")) == count == 2

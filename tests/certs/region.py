@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -31,19 +31,8 @@ from certs.reissue import CertificatesServicer
 from certs.settings import EnrolmentSettings
 from protos import region_pb2, region_pb2_grpc, uplink_pb2, uplink_pb2_grpc
 
-T = TypeVar("T")
-
 WAIT_S_MAX = 20.0
 HOLD_S = 600.0  # how long a held call would last: far beyond every test
-
-
-def wait_for(condition: Callable[[], T], timeout_s: float = WAIT_S_MAX) -> T:
-    """The first true answer; AssertionError when there is none in time."""
-    ends_s = time.monotonic() + timeout_s
-    while not (answer := condition()):
-        assert time.monotonic() < ends_s, "it did not happen in time"
-        time.sleep(0.01)
-    return answer
 
 
 class Uplink(uplink_pb2_grpc.UplinkServicer):

@@ -33,7 +33,8 @@ from certs.invites import InviteText
 from certs.joining import enrol
 from certs.profiles import Profile
 from certs.requests import make_request
-from tests.certs.region import RunningHub, wait_for
+from tests.certs.region import RunningHub
+from tests.waiting import wait_for
 
 
 def request_pem(key: Any = None, **extensions: Any) -> str:
@@ -419,7 +420,7 @@ def test_an_impostor_never_hears_the_secret(
     with pytest.raises(NotAuthenticated):
         enrol(line, tmp_path / "node")
     knows_root = shows in ("the region's root", "both")
-    wait_for(lambda: fake.connections == (2 if knows_root else 1))
+    wait_for(lambda: fake.connections == (2 if knows_root else 1), "the connections")
     heard = bytes(fake.heard)
     assert heard.startswith(b"GET /bundle")  # the public question, and nothing after it
     assert text.secret.encode() not in heard and text.id.encode() not in heard and b"POST" not in heard

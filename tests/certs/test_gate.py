@@ -29,8 +29,9 @@ from certs.credentials import channel_sync
 from certs.identity import Assignment, Identity, Issued
 from certs.profiles import Member, Profile, hub_dns_name
 from protos import common_pb2, region_pb2, uplink_pb2, uplink_pb2_grpc
-from tests.certs.region import RunningHub, code_of, offer, wait_for, wards
+from tests.certs.region import RunningHub, code_of, offer, wards
 from tests.certs.test_authority import sign_outside
+from tests.waiting import wait_for
 
 REVOCATION_S_MAX = 5.0
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def test_all_four_kinds_of_call_pass_and_can_be_ended(
         open_upload = upload.future(until_released(released := threading.Event()))
         attached = uplink_pb2_grpc.UplinkStub(channel).Attach(iter([]))
         next(attached)
-        wait_for(lambda: hub.gate.live_calls == 3)
+        wait_for(lambda: hub.gate.live_calls == 3, "three calls are live")
         began_s = time.monotonic()
         registry.revoke(hub.ledger, "san-martino/radiology", reason="stolen", who="it")
         for call in (lambda: list(ticks), open_upload.result, lambda: next(attached)):
@@ -111,7 +112,7 @@ def test_all_four_kinds_of_call_pass_and_can_be_ended(
         assert time.monotonic() - began_s < REVOCATION_S_MAX
         released.set()
     assert hub.uplink.cancelled == ["Attach"]
-    wait_for(lambda: hub.gate.live_calls == 0)
+    wait_for(lambda: hub.gate.live_calls == 0, "no call is live")
 
 
 def until_released(released: threading.Event) -> Iterator[bytes]:
@@ -129,7 +130,7 @@ def test_a_revoked_member_is_refused_on_old_and_new_channels_and_others_are_not(
         began_s = time.monotonic()
         revoked = registry.revoke(hub.ledger, node.certificate.serial, reason="stolen", who="it")
         assert [row.identity for row in revoked] == [node.uri]
-        wait_for(lambda: refused(channel), REVOCATION_S_MAX)
+        wait_for(lambda: refused(channel), "it is refused", REVOCATION_S_MAX)
         assert time.monotonic() - began_s < REVOCATION_S_MAX
         with channel_sync(node, hub.address) as fresh:
             assert code_of(lambda: offer(fresh)) == grpc.StatusCode.PERMISSION_DENIED
@@ -315,7 +316,7 @@ def test_while_the_registry_is_away_known_members_go_on_for_a_while(
     with channel_sync(node, hub.address) as channel, channel_sync(other, hub.address) as other_channel:
         offer(channel)
         broken.away = True
-        wait_for(lambda: hub.gate._version == -1)
+        wait_for(lambda: hub.gate._version == -1, "the gate has no list")
         offer(channel)  # known, and not long ago
         assert code_of(lambda: offer(other_channel)) == grpc.StatusCode.UNAVAILABLE  # never asked about
         monkeypatch.setattr(gate, "REGISTRY_STALE_S_MAX", 0.0)
@@ -325,7 +326,7 @@ def test_while_the_registry_is_away_known_members_go_on_for_a_while(
         registry.revoke(hub.ledger, node.uri, reason="stolen", who="it")
         offer(channel)
         broken.away = False
-        wait_for(lambda: refused(channel), REVOCATION_S_MAX)
+        wait_for(lambda: refused(channel), "it is refused", REVOCATION_S_MAX)
         offer(other_channel)
 
 
@@ -335,9 +336,9 @@ def test_a_caller_that_leaves_leaves_nothing_behind(hub: RunningHub, node: Ident
         next(attached)
         assert hub.gate.live_calls == 1
         attached.cancel()
-        wait_for(lambda: hub.uplink.cancelled == ["Attach"])
-        wait_for(lambda: hub.gate.live_calls == 0)
+        wait_for(lambda: hub.uplink.cancelled == ["Attach"], "the call is cancelled")
+        wait_for(lambda: hub.gate.live_calls == 0, "no call is live")
     portal = hub.enrol("main", Profile.PORTAL)
     with channel_sync(portal, hub.address) as channel:
         assert wards(channel)
-    wait_for(lambda: hub.gate.live_calls == 0)
+    wait_for(lambda: hub.gate.live_calls == 0, "no call is live")

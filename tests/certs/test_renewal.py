@@ -30,8 +30,9 @@ from certs.reissue import ACTIVE_MAX
 from certs.renewal import Health, Renewal, RenewalThread, health, renew
 from certs.requests import make_request
 from protos import uplink_pb2, uplink_pb2_grpc
-from tests.certs.region import RunningHub, code_of, offer, running_hub, wait_for
+from tests.certs.region import RunningHub, code_of, offer, running_hub
 from tests.certs.test_enrolment import request_pem
+from tests.waiting import wait_for
 
 KILLS = 20
 ROOT = Path(__file__).parents[2]
@@ -232,7 +233,7 @@ def test_short_certificates_are_renewed_by_themselves_and_no_call_fails(tmp_path
         keeper.start()
         caller.start()
         try:
-            wait_for(lambda: len(serials) >= 4, 60)
+            wait_for(lambda: len(serials) >= 4, "four certificates", 60)
         finally:
             stop.set()
             caller.join(20)
@@ -272,11 +273,11 @@ def test_a_hub_that_is_away_makes_it_amber_then_red_and_its_return_green(
             def tried_in_vain(tries: int = tries) -> bool:
                 return keeper.failures > tries
 
-            wait_for(tried_in_vain)
+            wait_for(tried_in_vain, "a try in vain")
         back = RunningHub(tmp_path, life_s=3600)
         back.start(port)
         try:
-            wait_for(lambda: keeper.health is Health.GREEN)
+            wait_for(lambda: keeper.health is Health.GREEN, "all is well")
             assert keeper.identity == Identity.load(node.folder) != node
         finally:
             back.stop()
@@ -291,7 +292,7 @@ def test_a_hub_keeps_its_own_certificate_renewed(tmp_path: Path) -> None:
         tmp_path / "ca", tmp_path / "hub", life_s=4, renew=True))
     keeper.start()
     try:
-        wait_for(lambda: keeper.identity.fingerprint != first.fingerprint, 20)
+        wait_for(lambda: keeper.identity.fingerprint != first.fingerprint, "it is renewed")
     finally:
         keeper.stop()
     assert Identity.load(tmp_path / "hub") == keeper.identity
@@ -308,7 +309,7 @@ def test_a_renewal_that_changes_nothing_is_not_tried_without_end(month: Identity
 
     keeper = RenewalThread(month, renew=unchanged, clock=clock)
     keeper.start()
-    wait_for(lambda: keeper.failures == 1)
+    wait_for(lambda: keeper.failures == 1, "one failure")
     keeper.stop()
     assert len(tries) == 1
 

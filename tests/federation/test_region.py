@@ -35,11 +35,11 @@ from tests.federation.wards import (
     EVA,
     Node,
     Regional,
-    eventually,
     hub_settings,
     node_of,
     open_archive,
 )
+from tests.waiting import wait_for
 
 IT = Principal("ugo", Role.IT)
 STUDIES = Query(Level.STUDY)
@@ -96,7 +96,7 @@ def reported(region: Region, node: Node, pending: int) -> None:
         state = node.reported(region)
         return state.attached and state.seen_us > since_us and state.pending == pending
 
-    eventually(fresh, f"{node.ward.id} reports {pending} pending")
+    wait_for(fresh, f"{node.ward.id} reports {pending} pending")
 
 
 def shape(match: Match) -> tuple[str, int, int, tuple[str, ...], tuple[str, ...]]:
@@ -116,7 +116,7 @@ def test_what_is_replicated_and_what_is_pending_is_one_row_with_union_counts(
     first.take(study("1.2.7", 3))
     first.start()
     reported(region, first, 0)
-    eventually(lambda: first.pending == 0, "three are in the region")
+    wait_for(lambda: first.pending == 0, "three are in the region")
     second.take([*study("1.2.7", 2, start=2), *study("1.2.7", 1, series_uid="1.2.7.9", start=9)])
     second.start(hold=True)
     reported(region, second, 3)
@@ -147,7 +147,7 @@ def test_pages_of_a_merge_follow_each_other(region: Region, nodes: list[Node], s
         (first if place % 2 else second).take(study(uid, 1, StudyDate=day))
     first.start()
     second.start(hold=True)
-    eventually(lambda: first.pending == 0, "one ward is replicated")
+    wait_for(lambda: first.pending == 0, "one ward is replicated")
     reported(region, second, 5)
     reported(region, first, 0)
     seen, left = [], []
@@ -160,7 +160,7 @@ def test_pages_of_a_merge_follow_each_other(region: Region, nodes: list[Node], s
     patients = source.search(EVA, Query(Level.PATIENT))
     assert [(match.study_count, match.instance_count) for match in patients.matches] == [(10, 10)]
     first.take(study("1.2.30", 1, patient_id="100"))
-    eventually(lambda: first.pending == 0, "another patient is in the region")
+    wait_for(lambda: first.pending == 0, "another patient is in the region")
     patients = source.search(EVA, Query(Level.PATIENT, limit=1, offset=1))
     assert [(match.study_count, match.instance_count) for match in patients.matches] == [(10, 10)]
 
@@ -183,7 +183,7 @@ def test_equal_patient_ids_of_two_hospitals_are_two_patients(
     for node, uid in ((first, "1.2.1"), (second, "1.2.2"), (other, "1.2.3")):
         node.take(study(uid, 1, patient_id="123"))
     first.start()
-    eventually(lambda: first.pending == 0, "the first is in the region")
+    wait_for(lambda: first.pending == 0, "the first is in the region")
     reported(region, first, 0)
     for node in (second, other):
         node.start(hold=True)
@@ -215,10 +215,10 @@ def test_reading_promotes_what_only_a_ward_holds(
         (one,) = source.instances(EVA, "1.2.7", "1.2.7.1", instance.sop_instance_uid)
         with source.open_payload(one) as payload:
             assert payload.read()[one.location.dataset_offset :] == instance.dataset
-    eventually(lambda: first.pending == 20, "nothing else was pushed")
+    wait_for(lambda: first.pending == 20, "nothing else was pushed")
     alone = source.instances(EVA, "1.2.8", None, "1.2.8.1.3")
     assert [one.head.sop_instance_uid for one in alone] == ["1.2.8.1.3"]
-    eventually(lambda: first.pending == 19, "one instance was pushed")
+    wait_for(lambda: first.pending == 19, "one instance was pushed")
 
 
 def test_a_study_that_is_half_replicated_is_whole_to_the_reader(
@@ -227,7 +227,7 @@ def test_a_study_that_is_half_replicated_is_whole_to_the_reader(
     first, _, _ = nodes
     first.take(study("1.2.7", 5))
     first.start()
-    eventually(lambda: first.pending == 0, "five are in the region")
+    wait_for(lambda: first.pending == 0, "five are in the region")
     first.leave()
     first.take(study("1.2.7", 5, start=5))
     first.start(hold=True)
@@ -258,7 +258,7 @@ def test_what_does_not_exist_and_what_is_hidden_look_the_same(
     second.take(study("1.2.8", 2))
     second.start(hold=True)
     first.start()
-    eventually(lambda: first.pending == 0, "the first is in the region")
+    wait_for(lambda: first.pending == 0, "the first is in the region")
     reported(region, second, 2)
     words = []
     for uid in ("1.2.7", "1.9.9.9"):
@@ -276,7 +276,7 @@ def test_a_technician_sees_the_own_ward_and_its_coverage_alone(
     shared = study("1.2.7", 1)
     first.take([*shared, *study("1.2.7", 1, start=1)])
     first.start()
-    eventually(lambda: first.pending == 0, "the first is in the region")
+    wait_for(lambda: first.pending == 0, "the first is in the region")
     second.take(shared)
     second.start(hold=True)
     reported(region, second, 1)
@@ -298,7 +298,7 @@ def test_a_copy_of_another_ward_is_read_when_the_own_one_is_known(
     shared = study("1.2.7", 2)
     first.take(shared)
     first.start()
-    eventually(lambda: first.pending == 0, "the first is in the region")
+    wait_for(lambda: first.pending == 0, "the first is in the region")
     second.take(shared)
     second.start(hold=True)
     reported(region, second, 2)
@@ -365,10 +365,10 @@ def test_a_ward_that_is_away_is_not_waited_for_and_is_as_of(
     first, _, _ = nodes
     first.take(study("1.2.7", 2))
     first.start()
-    eventually(lambda: first.pending == 0, "it is in the region")
+    wait_for(lambda: first.pending == 0, "it is in the region")
     reported(region, first, 0)
     first.leave()
-    eventually(lambda: not first.reported(region).attached, "it left")
+    wait_for(lambda: not first.reported(region).attached, "it left")
     begun = time.monotonic()
     answer = source.search(EVA, STUDIES)
     assert time.monotonic() - begun < 1.0  # the deadline that nobody waits for
@@ -386,7 +386,7 @@ def test_a_ward_that_left_with_a_backlog_is_incomplete_by_its_last_word(
     first.start(hold=True)
     reported(region, first, 4)
     first.leave()
-    eventually(lambda: not first.reported(region).attached, "it left")
+    wait_for(lambda: not first.reported(region).attached, "it left")
     answer = source.search(EVA, STUDIES)
     assert answer.matches == []
     coverage = by_ward(answer.coverage)[first.ward.id]
@@ -441,7 +441,7 @@ def test_what_a_ward_lists_wrongly_delays_and_moves_nothing(
     first, _, other = nodes
     first.take(study("1.2.7", 2))
     first.start()
-    eventually(lambda: first.pending == 0, "it is in the region")
+    wait_for(lambda: first.pending == 0, "it is in the region")
     first.leave()
     first.take(study("1.2.8", 1))
     first.store.__class__ = Lying
@@ -470,9 +470,9 @@ def test_a_ward_that_can_not_tell_what_is_pending_says_nothing(
     first.start()
     reported(region, first, 0)
     first.store.__class__ = Lagging
-    eventually(lambda: "no report can be made" in caplog.text, "it knows that it can't tell")
+    wait_for(lambda: "no report can be made" in caplog.text, "it knows that it can't tell")
     since_us = first.reported(region).seen_us
-    eventually(lambda: caplog.text.count("no report can be made") >= 3, "it goes on trying")
+    wait_for(lambda: caplog.text.count("no report can be made") >= 3, "it goes on trying")
     assert first.reported(region).seen_us == since_us
     first.store.__class__ = Archive
     reported(region, first, 0)
@@ -539,7 +539,7 @@ def test_coverage_survives_the_hub_and_needs_none(
     first, second, _ = nodes
     first.take(study("1.2.7", 2))
     first.start()
-    eventually(lambda: first.pending == 0, "it is in the region")
+    wait_for(lambda: first.pending == 0, "it is in the region")
     reported(region, first, 0)
     second.take(study("1.2.8", 3))
     second.start(hold=True)
@@ -597,8 +597,8 @@ def test_a_new_disk_is_noted_and_stands(region: Region, nodes: list[Node], sourc
     first.folder = first.folder.with_name("a-new-disk")
     first.take(study("1.2.9", 1))
     first.start(hold=False)
-    eventually(lambda: first.pending == 0, "what the new disk has is in the region")
-    eventually(lambda: "4 instances lost" in first.reported(region).lost_note, "the loss is noted")
+    wait_for(lambda: first.pending == 0, "what the new disk has is in the region")
+    wait_for(lambda: "4 instances lost" in first.reported(region).lost_note, "the loss is noted")
     coverage = by_ward(source.search(EVA, STUDIES).coverage)[first.ward.id]
     assert coverage.state is CoverageState.INCOMPLETE
     assert "up to 4 instances lost with the old disk" in coverage.reason
@@ -612,7 +612,7 @@ def test_a_disk_that_was_empty_at_first_has_its_name_when_it_is_lost(
     reported(region, first, 0)
     first.take(study("1.2.7", 2))
     reported(region, first, 2)
-    eventually(lambda: first.reported(region).epoch == first.store.epoch != b"", "the disk is known")
+    wait_for(lambda: first.reported(region).epoch == first.store.epoch != b"", "the disk is known")
     assert first.reported(region).lost_note == ""
 
 
@@ -622,8 +622,8 @@ def test_nothing_pending_moves_complete_to_at_once(region: Region, nodes: list[N
     reported(region, first, 0)
     before = first.reported(region).complete_to_us
     first.take(study("1.2.7", 3))
-    eventually(lambda: first.pending == 0, "it is in the region")
-    eventually(lambda: first.reported(region).complete_to_us > before, "complete_to moved")
+    wait_for(lambda: first.pending == 0, "it is in the region")
+    wait_for(lambda: first.reported(region).complete_to_us > before, "complete_to moved")
     state = first.reported(region)
     assert (state.pending, state.last_receipt_us > 0) == (0, True)
 
@@ -637,14 +637,14 @@ def test_a_revoked_node_is_cut_within_five_seconds_and_serves_on(region: Region,
     begun = time.monotonic()
     uplink = first.uplink
     assert uplink is not None
-    eventually(lambda: not first.reported(region).attached, "its attach ended", 5)
-    eventually(lambda: "refused" in uplink.status().reason, "it knows why")
+    wait_for(lambda: not first.reported(region).attached, "its attach ended", 5)
+    wait_for(lambda: "refused" in uplink.status().reason, "it knows why")
     assert time.monotonic() - begun < 6
     first.take(study("1.2.7", 2))
     assert first.pending == 2
     assert second.reported(region).attached
     second.take(study("1.2.8", 2))
-    eventually(lambda: second.pending == 0, "the other ward is not disturbed")
+    wait_for(lambda: second.pending == 0, "the other ward is not disturbed")
     assert first.pending == 2
 
 
@@ -664,7 +664,7 @@ def test_an_error_that_nobody_foresaw_ends_no_uplink_for_good(
     monkeypatch.setattr(Index, "positions", failing)
     assert struck.wait(10)
     node.take(study("1.2.99", 3))
-    eventually(lambda: node.pending == 0, "what was stored is in the region")
+    wait_for(lambda: node.pending == 0, "what was stored is in the region")
     node.leave()  # and it ends as any other
 
 
@@ -677,8 +677,8 @@ def test_an_older_attach_makes_room_for_a_newer_one(region: Region, hub: Hub, no
     try:
         twin.take(study("1.2.7", 2))
         first.leave()
-        eventually(lambda: twin.pending == 0, "the newer one replicates")
-        eventually(lambda: twin.reported(region).attached, "the ward is attached")
+        wait_for(lambda: twin.pending == 0, "the newer one replicates")
+        wait_for(lambda: twin.reported(region).attached, "the ward is attached")
     finally:
         twin.stop()
 
@@ -729,9 +729,9 @@ def test_a_hub_that_stops_and_a_node_that_leaves_do_so_at_once_and_by_their_word
     for node in (first, second):
         node.start()
         node.take(study(f"1.2.{node.ward.issuer}".replace("SM", "1").replace("GA", "2"), 1))
-        eventually(lambda node=node: node.pending == 0, "replicated")  # type: ignore[misc]
+        wait_for(lambda node=node: node.pending == 0, "replicated")  # type: ignore[misc]
     first.leave()
-    eventually(lambda: "left: it said goodbye" in caplog.text, "the hub heard it")
+    wait_for(lambda: "left: it said goodbye" in caplog.text, "the hub heard it")
     begun = time.monotonic()
     hub.stop(grace_s=10)
     assert time.monotonic() - begun < 3  # push streams that lie open do not keep it
@@ -752,12 +752,12 @@ def test_a_renewed_certificate_carries_the_next_attach(region: Region, hub: Hub)
     node.start()
     try:
         reported(region, node, 0)
-        eventually(lambda: Identity.load(short.folder).fingerprint != short.fingerprint, "it was renewed")
+        wait_for(lambda: Identity.load(short.folder).fingerprint != short.fingerprint, "it was renewed")
         uplink = node.uplink
         assert uplink is not None
-        eventually(lambda: time.time_ns() // 1000 > short.not_after_us + 1_500_000, "the first one is over")
+        wait_for(lambda: time.time_ns() // 1000 > short.not_after_us + 1_500_000, "the first one is over")
         node.take(study("1.2.7", 2))
-        eventually(lambda: node.pending == 0, "replication goes on")
+        wait_for(lambda: node.pending == 0, "replication goes on")
         assert uplink.status().attached
     finally:
         node.stop()

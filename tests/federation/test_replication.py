@@ -17,7 +17,8 @@ from archive.model import ConflictState, Level, Location, Match, Query
 from federation.hub import Hub
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import Node, eventually, hub_settings, node_of, open_archive, stored_bytes
+from tests.federation.wards import Node, hub_settings, node_of, open_archive, stored_bytes
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_five_hundred_instances_arrive_once_with_their_bytes(hub: Hub, node: Nod
     instances = batch(500)
     node.start()
     node.take(instances)
-    eventually(lambda: node.pending == 0, "everything has a receipt")
+    wait_for(lambda: node.pending == 0, "everything has a receipt")
     check_region(hub, instances)
     assert {match.wards for match in region_rows(hub)} == {("san-martino/radiology",)}
 
@@ -74,7 +75,7 @@ def test_large_objects_travel_in_chunks(hub: Hub, node: Node) -> None:
     assert len(instances[0].dataset) > 4 << 20
     node.take(instances)
     node.start()
-    eventually(lambda: node.pending == 0, "everything has a receipt")
+    wait_for(lambda: node.pending == 0, "everything has a receipt")
     check_region(hub, instances)
 
 
@@ -83,7 +84,7 @@ def test_a_backlog_from_before_the_node_started_is_delivered(hub: Hub, node: Nod
     node.take(instances)
     node.stop()
     node.start()
-    eventually(lambda: node.pending == 0, "everything has a receipt")
+    wait_for(lambda: node.pending == 0, "everything has a receipt")
     check_region(hub, instances)
 
 
@@ -97,7 +98,7 @@ def test_the_hub_is_killed_and_started_again_in_the_middle(region: Region, node:
         current = Hub(hub.settings)
         current.start()
     try:
-        eventually(lambda: node.pending == 0, "everything has a receipt", 30)
+        wait_for(lambda: node.pending == 0, "everything has a receipt", 30)
         check_region(hub, instances)
     finally:
         current.stop()
@@ -110,7 +111,7 @@ def test_the_node_is_stopped_and_started_again_in_the_middle(hub: Hub, node: Nod
         node.take(instances[part * 50 : part * 50 + 50])
         node.stop()
     node.start()
-    eventually(lambda: node.pending == 0, "everything has a receipt", 30)
+    wait_for(lambda: node.pending == 0, "everything has a receipt", 30)
     check_region(hub, instances)
 
 
@@ -119,7 +120,7 @@ def test_lost_receipts_are_given_again_and_nothing_is_stored_twice(hub: Hub, nod
     instances = batch(40)
     node.take(instances)
     node.start()
-    eventually(lambda: node.pending == 0, "everything has a receipt")
+    wait_for(lambda: node.pending == 0, "everything has a receipt")
     node.stop()
     for left in node.folder.glob("facts/*"):
         left.unlink()
@@ -128,7 +129,7 @@ def test_lost_receipts_are_given_again_and_nothing_is_stored_twice(hub: Hub, nod
     assert node.pending == 40
     before = sum(path.stat().st_size for path in hub.settings.state.glob("packs/*"))
     node.start()
-    eventually(lambda: node.pending == 0, "receipts were given again")
+    wait_for(lambda: node.pending == 0, "receipts were given again")
     assert sum(path.stat().st_size for path in hub.settings.state.glob("packs/*")) == before
     check_region(hub, instances)
 
@@ -161,7 +162,7 @@ def test_a_byte_flipped_on_the_way_is_refused_and_sent_again(hub: Hub, node: Nod
     Tampering.of(node.store)
     node.take(instances)
     node.start()
-    eventually(lambda: node.pending == 0, "everything has a receipt")
+    wait_for(lambda: node.pending == 0, "everything has a receipt")
     check_region(hub, instances)
     assert node.store.index.pending_summary().set_aside == 0
 
@@ -171,13 +172,13 @@ def test_bytes_damaged_at_the_ward_are_set_aside_and_the_others_pass(hub: Hub, n
     node.take([bad])
     Tampering.of(node.store, always=True)
     node.start()
-    eventually(lambda: node.store.index.pending_summary().set_aside == 1, "it was set aside")
+    wait_for(lambda: node.store.index.pending_summary().set_aside == 1, "it was set aside")
     ((uid, _, reason),) = node.store.index.set_aside()
     assert uid == bad.sop_instance_uid
     assert "digest" in reason
     node.store.__class__ = Archive
     node.take(good)
-    eventually(lambda: node.pending == 1, "the others passed")
+    wait_for(lambda: node.pending == 1, "the others passed")
     check_region(hub, good)
 
 
@@ -190,7 +191,7 @@ def test_two_wards_with_one_instance_make_one_copy_with_two_holders(
         for one in (node, other):
             one.take([instance])
             one.start()
-            eventually(lambda one=one: one.pending == 0, "it has a receipt")  # type: ignore[misc]
+            wait_for(lambda one=one: one.pending == 0, "it has a receipt")  # type: ignore[misc]
         check_region(hub, [instance])
         (match,) = region_rows(hub)
         assert match.wards == ("galliera/radiology", "san-martino/radiology")
@@ -207,10 +208,10 @@ def test_other_bytes_under_one_uid_are_a_conflict_and_the_first_stays(
         second = make_instance(sop_uid="1.2.3.4", study_uid="1.2.3", rows=18)
         node.take([first])
         node.start()
-        eventually(lambda: node.pending == 0, "the first has a receipt")
+        wait_for(lambda: node.pending == 0, "the first has a receipt")
         other.take([second])
         other.start()
-        eventually(lambda: other.pending == 0, "the second has a receipt")
+        wait_for(lambda: other.pending == 0, "the second has a receipt")
         with open_archive(hub.settings.state, outbox=False, read_only=True) as archive:
             assert stored_bytes(archive, first) == first.dataset
             (conflict,) = archive.index.conflicts()
@@ -242,7 +243,7 @@ def test_what_a_ward_accepts_is_served_by_the_region(hub: Hub, node: Node, arriv
     if arrived:
         node.start()
         node.take([second])
-        eventually(lambda: node.pending == 0, "both have receipts")
+        wait_for(lambda: node.pending == 0, "both have receipts")
         assert served(hub, first) == first.dataset
     else:
         node.take([second])
@@ -250,10 +251,10 @@ def test_what_a_ward_accepts_is_served_by_the_region(hub: Hub, node: Node, arriv
     assert node.pending == (1 if arrived else 2), "the region is to be told"
     if not arrived:
         node.start()
-    eventually(lambda: node.pending == 0, "the region was told")
+    wait_for(lambda: node.pending == 0, "the region was told")
     assert served(hub, first) == second.dataset
     accept(node, first)
-    eventually(lambda: node.pending == 0, "the region was told again")
+    wait_for(lambda: node.pending == 0, "the region was told again")
     assert served(hub, first) == first.dataset
     with open_archive(hub.settings.state, outbox=False, read_only=True) as archive:
         assert archive.index.totals().conflicts == 0
@@ -267,12 +268,12 @@ def test_a_ward_does_not_decide_over_what_another_ward_sent(region: Region, hub:
         theirs = make_instance(patient_name="Bianchi")
         other.take([theirs])
         other.start()
-        eventually(lambda: other.pending == 0, "theirs has a receipt")
+        wait_for(lambda: other.pending == 0, "theirs has a receipt")
         first, second = corrected(theirs, patient_name="A"), corrected(theirs, patient_name="B")
         node.take([first, second])
         accept(node, second)
         node.start()
-        eventually(lambda: node.pending == 0, "the region was told")
+        wait_for(lambda: node.pending == 0, "the region was told")
         assert served(hub, theirs) == theirs.dataset
         assert stored_bytes(node.store, theirs) == second.dataset
     finally:
@@ -283,7 +284,7 @@ def test_a_node_can_not_speak_for_another_ward(hub: Hub, node: Node) -> None:
     node.ward = replace(node.ward, id="galliera/radiology")  # what its intake writes into the provenance
     node.take([make_instance()])
     node.start()
-    eventually(lambda: node.pending == 0, "it has a receipt")
+    wait_for(lambda: node.pending == 0, "it has a receipt")
     assert [match.wards for match in region_rows(hub)] == [("san-martino/radiology",)]
 
 
@@ -294,14 +295,14 @@ def test_a_region_without_room_puts_off_and_goes_on_by_itself(region: Region, no
     instances = batch(10)
     node.take(instances)
     node.start()
-    eventually(lambda: node.reported(region).pending == 10, "the backlog is reported")
+    wait_for(lambda: node.reported(region).pending == 10, "the backlog is reported")
     full.stop()
     assert node.pending == 10
     assert node.store.index.pending_summary().set_aside == 0
     roomy = Hub(hub.settings)
     roomy.start()
     try:
-        eventually(lambda: node.pending == 0, "it went on")
+        wait_for(lambda: node.pending == 0, "it went on")
         check_region(hub, instances)
     finally:
         roomy.stop()

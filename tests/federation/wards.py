@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,6 @@ from tests.federation.regions import Region
 
 EVA = Principal("eva", Role.PHYSICIAN)
 QUICK = UplinkSettings(backoff_first_s=0.05, backoff_cap_s=0.3, poll_s=0.02)
-
-
-def eventually(true: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Polls until `true()`; fails with `what` otherwise."""
-    until_s = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < until_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.01)
 
 
 def free_port() -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from node.dimse.server import PENDING_PER_ADDRESS_MAX, DimseServer
 from node.dimse.services.echo import Echo
 from node.dimse.tls import Listener
 from node.users import UserCheck, UserPolicy
+from tests.waiting import wait_for
 
 AE_TITLE = "MISS"
 QUICK = Limits(artim_s=1.0, idle_timeout_s=30.0, message_timeout_s=2.0)
@@ -77,15 +77,6 @@ def serving(folder: Path, *, table: Mapping[int, tuple[ServiceName, Service]] = 
     finally:
         admission.close()
         ledger.close()
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
-    """Poll until `condition` holds."""
-    until = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > until:
-            raise AssertionError(f"{what}: not within {timeout_s} s")
-        time.sleep(0.005)
 
 
 class Raw:

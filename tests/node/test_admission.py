@@ -19,7 +19,8 @@ from node.dimse.association import Limits
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
 from node.dimse.errors import Rejected
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor, echo
-from tests.node.serving import AE_TITLE, Raw, Serving, echo_request, serving, wait_for
+from tests.node.serving import AE_TITLE, Raw, Serving, echo_request, serving
+from tests.waiting import wait_for
 
 
 @pytest.fixture

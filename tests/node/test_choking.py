@@ -24,8 +24,9 @@ from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Requestor, echo
 from tests.datasets import CT, DEFLATED, EXPLICIT, Instance, make_instance
 from tests.forked import PATIENT, Forked, forked
-from tests.node.serving import Raw, data, echo_request, wait_for
+from tests.node.serving import Raw, data, echo_request
 from tests.node.storing import store
+from tests.waiting import wait_for
 
 STORE_CONTEXT = ProposedContext(1, CT, (EXPLICIT,))
 MB = 1 << 20

@@ -21,7 +21,8 @@ from node.dimse import messages
 from node.dimse.association import Limits
 from node.dimse.requestor import echo
 from node.dimse.tls import ClientCertificates, Listener, TlsFiles
-from tests.node.serving import Raw, Serving, data, serving, wait_for
+from tests.node.serving import Raw, Serving, data, serving
+from tests.waiting import wait_for
 
 ARTIM_S = 3.0
 

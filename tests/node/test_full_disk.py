@@ -16,8 +16,8 @@ from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from tests.datasets import CT, EXPLICIT, Instance, make_instance
 from tests.forked import forked
-from tests.node.serving import wait_for
 from tests.node.storing import store
+from tests.waiting import wait_for
 
 MB = 1 << 20
 

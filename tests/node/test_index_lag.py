@@ -16,8 +16,8 @@ import pytest
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from tests.datasets import CT, EXPLICIT, Instance, make_instance
-from tests.node.serving import wait_for
 from tests.node.storing import Storing, store, storing
+from tests.waiting import wait_for
 
 LOCK = """
 import sqlite3, sys

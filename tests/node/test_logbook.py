@@ -13,7 +13,7 @@ from archive.database import sqlite_url
 from archive.errors import Unavailable
 from archive.ledger import Connection, Ledger
 from node.logbook import MANY, REFUSED_ROWS_PER_MINUTE_MAX, SHARED_MAX, SHARED_S, LogBook
-from tests.node.serving import wait_for
+from tests.waiting import wait_for
 
 _at_us = itertools.count(1)
 

@@ -29,8 +29,9 @@ from node.dimse.pump import MESSAGES_MAX, PARTIAL_BYTES_MAX
 from node.dimse.services.echo import Echo
 from node.dimse.wire import QUIET_BUFFER_BYTES
 from tests.datasets import CT, Instance, make_instance
-from tests.node.serving import AE_TITLE, QUICK, Raw, data, serving, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Raw, data, serving
 from tests.node.storing import Storing, storing
+from tests.waiting import wait_for
 
 COMMAND, LAST = pdu.COMMAND_FRAGMENT, pdu.LAST_FRAGMENT
 REQUEST = AssociateRequest(AE_TITLE, "CT1", (

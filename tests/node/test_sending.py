@@ -35,8 +35,9 @@ from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor
 from node.dimse.sending import Progress, SendReport, read_meta, send_files
 from node.dimse.wire import Buffer, Wire
 from tests.datasets import CT, IMPLICIT, MR, RLE, Instance, make_instance
-from tests.node.serving import Raw, data, serving, wait_for
+from tests.node.serving import Raw, data, serving
 from tests.peers import dcmtk
+from tests.waiting import wait_for
 
 
 def write(folder: Path, instances: list[Instance]) -> list[Path]:

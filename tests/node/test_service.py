@@ -29,8 +29,8 @@ from node.service import Node, load_identity
 from node.settings import DimseSettings, NodeSettings
 from tests.datasets import CT, EXPLICIT, make_instance
 from tests.federation.regions import make_region
-from tests.node.serving import wait_for
 from tests.node.storing import store
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = "import sys, logging, pathlib; from archive.settings import load; from node.service import Node\n" \

@@ -21,8 +21,9 @@ from node.dimse.errors import TimedOut
 from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.wire import Wire
 from tests.datasets import CT, make_instance
-from tests.node.serving import AE_TITLE, Raw, data, wait_for
+from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import Storing, storing
+from tests.waiting import wait_for
 
 # A second stands for the minute of the default; 64 KiB/s for a rate that a test can stay below and above.
 STRICT = Limits(artim_s=2.0, idle_timeout_s=30.0, message_timeout_s=1.0, bytes_per_s_min=64 << 10)

@@ -29,9 +29,10 @@ from node.dimse.contexts import EXPLICIT_LITTLE, STORAGE_SYNTAXES, VERIFICATION
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from tests.datasets import CT, DEFLATED, MR, NATIVE, RLE, Instance, make_instance
-from tests.node.serving import AE_TITLE, Raw, data, wait_for
+from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import ISSUER, WARD, Storing, store, storing
 from tests.peers import dcmtk
+from tests.waiting import wait_for
 
 JPEG = "1.2.840.10008.1.2.4.70"
 

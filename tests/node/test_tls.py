@@ -30,9 +30,10 @@ from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor, echo
 from node.dimse.tls import ClientCertificates, Dialling, HandshakeFailed, Listener, TlsFiles, TlsWire
 from tests.datasets import make_instance
 from tests.node.certificates import REGION, WARD, Papers, Region
-from tests.node.serving import AE_TITLE, QUICK, Serving, echo_request, serving, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Serving, echo_request, serving
 from tests.node.storing import store, storing
 from tests.peers import dcmtk
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from node.dimse.errors import PeerAborted, TimedOut, Violation
 from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor, echo
 from node.dimse.wire import Wire
-from tests.node.serving import AE_TITLE, QUICK, Raw, Serving, data, echo_request, serving, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Raw, Serving, data, echo_request, serving
+from tests.waiting import wait_for
 
 ECHO_RQ = messages.echo_request(7)
 

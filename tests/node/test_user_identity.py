@@ -21,8 +21,9 @@ from node.dimse.requestor import ECHO_CONTEXT, Requestor
 from node.settings import DimseSettings
 from node.users import UserPolicy
 from tests.datasets import make_instance
-from tests.node.serving import AE_TITLE, QUICK, Raw, Serving, echo_request, serving, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Raw, Serving, echo_request, serving
 from tests.peers import dcmtk
+from tests.waiting import wait_for
 
 PASSWORD = "a long and quiet song"
 REFUSED = "1/2/1"  # rejected-permanent, service-provider (ACSE), no reason given

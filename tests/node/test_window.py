@@ -23,8 +23,9 @@ from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.sending import send_files
 from node.dimse.services.find import write_identifier
 from tests.datasets import CT, Instance, make_instance
-from tests.node.serving import AE_TITLE, QUICK, Raw, data, wait_for
+from tests.node.serving import AE_TITLE, QUICK, Raw, data
 from tests.node.storing import Storing, storing
+from tests.waiting import wait_for
 
 CONTEXTS = (ProposedContext(1, CT, (EXPLICIT_LITTLE,)), ProposedContext(3, VERIFICATION, (IMPLICIT_LITTLE,)),
             ProposedContext(5, STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)))
