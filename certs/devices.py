@@ -92,10 +92,10 @@ def issue_device(
         .sign(issuer_key, hashes.SHA256())
     )
     row = _row(certificate, uri, clock)
+    keyfiles.make_private_folder(folder)  # what can't be handed over is not registered either
     # Registered before it exists anywhere else: one that was handed over can always be taken back.
     ledger.add_certificate(row)
     registry.audit(ledger, act="issue", subject=f"{uri} {row.serial}", who=who, clock=clock)
-    keyfiles.make_private_folder(folder)
     keyfiles.write_new(folder / KEY, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
                        keyfiles.PRIVATE)
     keyfiles.write_new(folder / CERTIFICATE,
@@ -129,8 +129,8 @@ def _names(region: str, name: DeviceName) -> Sequence[x509.GeneralName]:
             raise InvalidInput(f"names below {domain} are those of the region's own members")
     try:
         addresses = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in name.ip]
-    except ValueError:
-        raise InvalidInput("--ip wants IP addresses") from None
+    except ValueError as error:
+        raise InvalidInput(f"{error}") from None  # it quotes the address
     return [*(x509.DNSName(dns.lower()) for dns in name.dns), *addresses]
 
 

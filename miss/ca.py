@@ -14,7 +14,7 @@ from archive.errors import InvalidInput, SettingsError
 from miss import configuration
 from miss.configuration import Process, State
 from miss.console import err, out, program, table, when
-from miss.ledgers import open_ledger, require_known_ward
+from miss.ledgers import open_ledger, require_known_ward, require_region
 from miss.peers import require_ae_title
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def device(
     """
     from certs.devices import CERTIFICATE, KEY, DeviceName, issue_device
 
+    require_region(state)
     if listener and not (dns or ip):
         raise InvalidInput("a listener needs the names or addresses that modalities dial: --dns, --ip")
     secret = typer.prompt("Passphrase of the root key", hide_input=True, err=True) if passphrase else None
@@ -142,8 +143,9 @@ def device(
     err.print(f"{folder} holds the key and certificate of {row.identity}, until {when(row.not_after_us)}",
               style="green", markup=False, soft_wrap=True)
     if listener:
-        err.print(f"beside node.toml, and in it:\n\n[dimse.tls]\ncertificate = "
-                  f"\"{folder.name}/{CERTIFICATE}\"\nkey = \"{folder.name}/{KEY}\"\n", markup=False)
+        err.print("carry it beside node.toml, and write there, in the section that it has:\n\n[dimse.tls]\n"
+                  f"certificate = \"{folder.name}/{CERTIFICATE}\"\nkey = \"{folder.name}/{KEY}\"\n",
+                  markup=False)
     else:
         err.print(f"where the node is: miss device add {name.ae_title} ADDRESS --transport tls", markup=False)
 

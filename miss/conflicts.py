@@ -28,6 +28,7 @@ app = typer.Typer(help="Several contents under one UID: see them, compare them, 
 DIGITS = 12  # of a digest, as shown: enough to name it
 ROWS_MAX = 10_000  # that are looked through for those of a device or a study
 INDEX_WAIT_S = 5.0
+NONE = "no conflicts of this kind ({}); --show has the others"
 
 Uid = Annotated[str, typer.Argument(metavar="UID", help="The SOP Instance UID.", show_default=False)]
 Digest = Annotated[str, typer.Argument(metavar="[DIGEST]", show_default=False,
@@ -76,7 +77,7 @@ def ls(
         out.print_json(json.dumps([_as_dict(row) for row in rows]))
         return
     if not rows:
-        err.print(f"no conflicts of this kind ({which.value})")
+        err.print(NONE.format(which.value))
         return
     grid = table("SOP Instance UID", "content", "what", "from", "received", "decided")
     for row in rows:
@@ -225,6 +226,9 @@ def _show_refused(rows: list[Refusal], as_json: bool) -> None:
         out.print_json(json.dumps([
             {"sop_instance_uid": row.sop_instance_uid, "digest": row.digest.hex(), "device": row.device,
              "ward": row.ward, "at_us": row.at_us} for row in rows]))
+        return
+    if not rows:
+        err.print(NONE.format(Which.REFUSED.value))
         return
     grid = table("SOP Instance UID", "content", "from", "refused")
     for row in rows:

@@ -71,6 +71,10 @@ def run(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # `miss ... | head`
         sys.stderr.close()
         raise SystemExit(EXIT_ERROR) from None
+    except OSError as error:  # a folder that can't be made, a file that may not be read
+        what = f"{error.filename}: " if error.filename is not None else ""
+        err.print(f"miss: {what}{error.strerror or error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(EXIT_ERROR) from None
 
 
 def program() -> str:
@@ -94,7 +98,8 @@ def plain(text: str) -> str:
 
 def table(*columns: str, title: str | None = None) -> Grid:
     """A plain table; a column whose name starts with `>` is of numbers."""
-    grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold",
+                show_header=any(columns))
     for name in columns:
         grid.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left",
                         overflow="fold")

@@ -60,7 +60,8 @@ def add(
     )] = ConflictPolicy.KEEP.value,
     state: State = Path("."),
 ) -> None:
-    """Lets a device connect, or changes the one of that AE title.
+    """Lets a device connect, or changes the one of that AE title: as a whole, so that what
+    is not said is as it comes again.
 
     \b
     Examples:
@@ -70,8 +71,8 @@ def add(
     """
     require_node(state)
     device = make_device(ae_title, address, name=name, port=port, issuer=issuer,
-                         services=tuple(filter(None, services.split(","))), transport=transport,
-                         certificate=certificate, sop_classes=sop_class or (),
+                         services=tuple(filter(None, map(str.strip, services.split(",")))),
+                         transport=transport, certificate=certificate, sop_classes=sop_class or (),
                          transfer_syntaxes=transfer_syntax or (), on_conflict=on_conflict)
     with open_ledger(state) as ledger:
         ledger.add_device(device)

@@ -35,8 +35,19 @@ def ledger_url(state: Path) -> str:
         return configuration.hub(hub).ledger
     if node.exists():
         return configuration.node(node).ledger_url
-    raise SettingsError(f"{state} holds neither {Process.HUB.file} nor {Process.NODE.file}: give "
-                        "--state DIR, the region's folder or the node's")
+    raise no_state(state)
+
+
+def no_state(state: Path) -> SettingsError:
+    """What to say of a folder that is neither the region's nor a node's."""
+    return SettingsError(f"{state} holds neither {Process.HUB.file} nor {Process.NODE.file}: give "
+                         "--state DIR, the region's folder or the node's")
+
+
+def require_region(state: Path) -> None:
+    """Refuses a folder that is not the region's: only the region has an authority."""
+    if not (state / Process.HUB.file).exists():
+        raise SettingsError(f"{state} holds no {Process.HUB.file}: give --state DIR, the region's folder")
 
 
 def require_node(state: Path) -> None:

@@ -108,7 +108,8 @@ def status(
 
 @app.command()
 def log(
-    refused: Annotated[bool, typer.Option("--refused", help="Only callers that were turned away.")] = False,
+    refused: Annotated[bool, typer.Option(
+        "--refused", help="Only callers that were turned away or came to nothing.")] = False,
     limit: Annotated[int, typer.Option("-n", "--limit", help="How many, newest first.", min=1,
                                        max=100_000)] = 20,
     state: State = Path("."),
@@ -131,7 +132,7 @@ def log(
     lines = dict[str, None]()
     for entry in entries:
         grid.add_row(when(entry.at_us), entry.address, entry.transport, entry.calling_ae, entry.called_ae,
-                     _words(entry), size(entry.bytes_in), f"{(entry.ended_us - entry.at_us) / 1e6:.1f} s")
+                     _words(entry), size(entry.bytes_in), _lasted(entry))
         if line := remedy(entry):
             lines[f"{line} --state {state}"] = None
     out.print(grid)
@@ -139,8 +140,12 @@ def log(
         err.print(f"to admit: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
+def _lasted(entry: Connection) -> str:
+    return "-" if entry.times > 1 else f"{(entry.ended_us - entry.at_us) / 1e6:.1f} s"
+
+
 def _words(entry: Connection) -> str:
-    often = f" ({entry.times} times)" if entry.times > 1 else ""
+    often = f" ({entry.times} times, the last at {when(entry.ended_us)})" if entry.times > 1 else ""
     shown = f"; certificate {entry.certificate}" if entry.certificate else ""
     if entry.outcome == "failed":
         return f"no association: {entry.ended}{often}{shown}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from archive.errors import InvalidInput, MissError, Unavailable
 from miss import configuration
 from miss.configuration import Process
-from miss.ledgers import open_ledger
+from miss.ledgers import no_state, open_ledger
 
 if TYPE_CHECKING:
     from archive.archive import ArchiveSettings
@@ -52,7 +52,9 @@ def archive_of(state: Path) -> tuple[ArchiveSettings, bool]:
     hub = state / Process.HUB.file
     if hub.exists():
         return configuration.hub(hub).archive_settings(), False
-    node = configuration.found(state / Process.NODE.file, Process.NODE)
+    node = state / Process.NODE.file
+    if not node.exists():
+        raise no_state(state)
     return configuration.node(node).archive_settings(), True
 
 

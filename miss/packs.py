@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from archive.errors import InvalidInput, SettingsError
+from archive.errors import InvalidInput, NotFound, SettingsError
 from miss.configuration import State
 from miss.console import EXIT_ERROR, err, out, size, table, when
+from miss.ledgers import require_node
 
 if TYPE_CHECKING:
     from archive.packs.storage import Storage
@@ -53,13 +54,13 @@ def ls(
             "packs": [_summary_json(each) for each in summaries], "missing": [each.pack for each in missing],
             "large_objects": own, "large_bytes": own_bytes}))
         return
-    grid = table("pack", ">size", ">on disk", "is", "begun", ">sequence", ">live", ">conflicts", ">evicted",
-                 ">moved", ">damaged")
+    grid = table("pack", ">size", ">on disk", "is", "begun", "records")
     for each in summaries:
         is_ = "going" if each.goes else "sealed" if each.sealed else "open"
-        grid.add_row(each.name, size(each.bytes), size(each.allocated), is_, when(each.created_us),
-                     f"{each.first_sequence}-{each.last_sequence or ''}",
-                     *(str(count) for count in each.counts.values()), str(each.damaged))
+        counts = {**{state.value: count for state, count in each.counts.items()}, "damaged": each.damaged}
+        words = ", ".join(f"{count} {is_so}" for is_so, count in counts.items() if count)
+        grid.add_row(each.name.removeprefix("packs/").removesuffix(".pack"), size(each.bytes),
+                     size(each.allocated), is_, when(each.created_us)[:16], words or "none")
     out.print(grid)
     out.print(f"{own} large objects have packs of their own, {size(own_bytes)}", markup=False)
     _tell(missing)
@@ -138,10 +139,15 @@ def extract(
         require_uid(uid, "what was given")
     survey, storage = _survey(state)
     asides = [name for name in packs or () if name.startswith("set-aside/")]
+    if missing := [name for name in asides if name not in storage.list("set-aside")]:
+        raise NotFound(f"there is no {missing[0]}; what was set aside lies in set-aside/ of the state folder")
     numbers = tuple(survey.number_of(name) for name in packs or () if name not in asides)
     done = [extract_aside(storage, name, to) for name in asides]
     if numbers or not asides:
         done.append(extract(survey, Wanted(frozenset(uids or ()), study, numbers), to))
+    if not (everything or any(each.files or each.there or each.evicted or each.failures for each in done)):
+        raise NotFound("nothing that was named is in the packs here, unless its bytes were evicted; "
+                       "`miss packs ls PACK` lists the records of a pack")
     failures = [words for each in done for words in each.failures]
     for words in failures:
         err.print(f"not extracted: {words}", style="red", markup=False, soft_wrap=True)
@@ -179,6 +185,7 @@ def evict(
     from miss.ca import duration_s
     from miss.orders import carry_out
 
+    require_node(state)  # the region's bytes are what a node relies on
     detail = {"protected_to_us": str(time_us(protected_to))}
     if study:
         detail["study"] = require_uid(study, "the study")

@@ -25,7 +25,8 @@ def send(
     calling: Annotated[str, typer.Option(help="The AE title to call as; the peer knows it.")] = CALLING_AE,
     associations: Annotated[int, typer.Option(help="How many associations at once.", min=1, max=64)] = 1,
     window: Annotated[int, typer.Option(
-        help="Instances under way at once on each association, where the peer grants it.", min=1, max=64)] = 1,
+        help="Instances under way at once on each association, where the peer grants it.", min=1,
+        max=64)] = 1,
     tls: Annotated[bool, typer.Option("--tls", help="Over TLS.")] = False,
     trust: Annotated[Path | None, typer.Option(
         metavar="FILE", help="The authorities of the peer's certificate, in PEM; else the system's.",

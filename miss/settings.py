@@ -42,5 +42,11 @@ def check(process: Which, settings: SettingsFile = None, overrides: Overrides = 
       miss settings check node && systemctl restart miss-node
     """
     path = found(settings, process)
-    load(settings_class(process), path, os.environ, flags(overrides))
+    effective = load(settings_class(process), path, os.environ, flags(overrides))
+    if process is Process.NODE:
+        from node.service import load_identity, tls_listener
+
+        effective.check()
+        if effective.dimse.tls.enabled:
+            tls_listener(effective.dimse.tls, load_identity(effective))
     err.print(f"{path}: good", style="green")

@@ -31,7 +31,7 @@ from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
 from node.dimse.services.store import Store
 from node.dimse.tls import ClientCertificates, Listener, TlsFiles
-from node.settings import NodeSettings
+from node.settings import NodeSettings, TlsSettings
 from node.users import UserCheck, UserPolicy
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Node:
     def start(self) -> Self:
         """Open everything and listen. Raises SettingsError when the node is not enrolled."""
         settings = self.settings
+        settings.check()
         ae_title = settings.require_ae_title()
         self.identity = load_identity(settings)
         _allow_descriptors(settings.dimse.associations_max * DESCRIPTORS_EACH + DESCRIPTORS_BESIDE)
@@ -139,17 +140,6 @@ class Node:
             users=UserCheck(self.ledger, UserPolicy(dimse.user_identity)),
         )
 
-    def _tls(self) -> tuple[int, Listener] | None:
-        """The port for DICOM over TLS and its files; None when there is to be none."""
-        tls = self.settings.dimse.tls
-        if not tls.enabled or tls.certificate is None or tls.key is None:
-            return None
-        files = TlsFiles(tls.certificate, tls.key, tls.trust or self.identity.current_roots_path)
-        try:
-            return tls.port, Listener(files, ClientCertificates(tls.client_certificates))
-        except SettingsError as error:
-            raise SettingsError(f"dimse.tls: {error}") from None
-
     def _listen(self, ae_title: str, gate: Admission) -> DimseServer:
         dimse, ward = self.settings.dimse, self.identity.ward
         services = Services(Offer(dimse.accept_private_classes), {
@@ -159,11 +149,23 @@ class Node:
         })
         try:
             return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits(),
-                               tls=self._tls(), pending_per_address_max=dimse.connections_per_address_max)
+                               tls=tls_listener(self.settings.dimse.tls, self.identity),
+                               pending_per_address_max=dimse.connections_per_address_max)
         except PortTaken as taken:
             setting = "dimse.port" if taken.port == dimse.port else "dimse.tls.port"
             raise SettingsError(f"dimse.host, {setting}: {dimse.host}:{taken.port} can't be had "
                                 f"({taken.strerror})") from None
+
+
+def tls_listener(tls: TlsSettings, identity: Identity) -> tuple[int, Listener] | None:
+    """The port for DICOM over TLS and its files; None when there is to be none."""
+    if not tls.enabled or tls.certificate is None or tls.key is None:
+        return None
+    files = TlsFiles(tls.certificate, tls.key, tls.trust or identity.current_roots_path)
+    try:
+        return tls.port, Listener(files, ClientCertificates(tls.client_certificates))
+    except SettingsError as error:
+        raise SettingsError(f"dimse.tls: {error}") from None
 
 
 def load_identity(settings: NodeSettings) -> Identity:

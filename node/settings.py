@@ -129,6 +129,12 @@ class NodeSettings:
             operations_max=dimse.operations_max,
         )
 
+    def check(self) -> None:
+        """What no single value shows. Raises SettingsError."""
+        self.require_ae_title()
+        self.limits()
+        _ = self.dimse.tls.enabled
+
     def require_ae_title(self) -> str:
         """The AE title, if it is one (PS3.5 6.2)."""
         title = self.dimse.ae_title

@@ -4,8 +4,10 @@ checked."""
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from io import StringIO
 from pathlib import Path
@@ -156,6 +158,43 @@ def test_sending_nowhere_is_one_line(tmp_path: Path) -> None:
     assert sent.returncode == 1 and "no connection" in sent.stderr and "Traceback" not in sent.stderr
     nothing = miss("send", str(Path(__file__)), "--to", f"NOBODY@{HOST}:{port}")
     assert nothing.returncode == 1 and "nothing to send" in nothing.stderr
+
+
+def test_a_port_without_tls_and_a_name_without_an_address_are_called_so(tmp_path: Path) -> None:
+    from tests.datasets import make_instance
+
+    (tmp_path / "one.dcm").write_bytes(make_instance().part10)
+    with socket.create_server((HOST, 0)) as listener:
+        def answer() -> None:
+            with listener.accept()[0] as plain:
+                plain.recv(4096)
+                plain.sendall(bytes.fromhex("07000000000400000200"))  # an A-ABORT in the clear
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        sent = miss("send", str(tmp_path), "--to", f"MISS@{HOST}:{listener.getsockname()[1]}", "--tls")
+        thread.join()
+    assert sent.returncode == 1 and f"no TLS with {HOST}: it does not speak TLS" in sent.stderr
+    sent = miss("send", str(tmp_path), "--to", "MISS@no-host.invalid:104")
+    assert sent.returncode == 1 and "no connection to no-host.invalid:104: " in sent.stderr
+    assert "Unknown error" not in sent.stderr
+
+
+def test_what_the_disk_refuses_is_one_line_and_registers_nothing(tmp_path: Path) -> None:
+    region, file = tmp_path / "region", tmp_path / "file"
+    miss("ca", "init", str(region), "--region", "r")
+    file.touch()
+    made = miss("ca", "device", "CT1", "--out", str(file / "ct1"), "--state", str(region))
+    assert made.returncode == 1 and made.stderr.startswith(f"miss: {file}")
+    assert made.stderr.count("\n") == 1
+    assert "CT1" not in miss("ca", "list", "--state", str(region)).stdout
+
+
+@pytest.mark.parametrize("command", [
+    ("conflicts", "ls"), ("conflicts", "accept", "1.2"), ("ca", "device", "CT1", "--out", "x")])
+def test_a_wrong_folder_is_said_with_what_to_give(tmp_path: Path, command: tuple[str, ...]) -> None:
+    said = miss(*command, "--state", str(tmp_path))
+    assert said.returncode == 2 and "give --state DIR" in said.stderr and "Traceback" not in said.stderr
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("24h", 86_400), ("7d", 604_800)])

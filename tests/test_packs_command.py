@@ -75,8 +75,11 @@ def test_packs_are_listed_verified_and_read_out(state: Path, made: list[Instance
     assert whole.returncode == 0 and "6 live, 0 damaged" in whole.stderr
     done = miss("extract", "--study", "1.2.1", "--to", str(tmp_path / "out"), "--state", str(state))
     assert done.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 3
+    summary = miss("ls", "--state", str(state)).stdout
+    assert "6 live" in summary and max(map(len, summary.splitlines())) <= 80
     to = ["--to", str(tmp_path / "x")]
-    for wrong in (["extract", *to], ["ls", "77"], ["extract", "--uid", "../x", *to]):
+    for wrong in (["extract", *to], ["ls", "77"], ["extract", "--uid", "../x", *to],
+                  ["extract", "--study", "1.2.99", *to], ["extract", "--pack", "set-aside/x", *to]):
         refused = miss(*wrong, "--state", str(state))
         assert refused.returncode == 1 and refused.stderr.startswith("miss: ")
 
@@ -114,6 +117,11 @@ def test_evictions_are_asked_of_the_process_that_runs(state: Path, running: Arch
     done = miss("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
     assert done.returncode == 0 and "3 instances" in done.stdout, done.stderr
     assert all(each.evicted for each in running.instances("1.2.0"))
+    region = state.parent / "region"
+    shutil.copytree(state, region)
+    (region / "node.toml").rename(region / "hub.toml")
+    refused = miss("evict", "--study", "1.2.1", "--protected-to", "now", "--state", str(region))
+    assert refused.returncode == 2 and "the folder of the node" in refused.stderr
     both = miss("evict", "--study", "1.2.1", "--older-than", "1d", "--protected-to", "now",
                 "--state", str(state))
     assert both.returncode == 1 and "one of" in both.stderr

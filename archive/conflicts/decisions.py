@@ -69,6 +69,9 @@ def choose(index: Index, uid: str, digest: str) -> ConflictRow:
     """The kept content of `uid` that a person means: whose digest begins so, or the one that waits for a
     decision when only one does. Raises NotFound, InvalidInput with what there is."""
     rows = contents(index, uid)
+    live = index.live(uid) if digest else None
+    if live is not None and live.digest.hex().startswith(digest.lower()):
+        raise InvalidInput(f"this content is the one that is served; others are kept: {_listed(rows)}")
     if digest:
         return _one(_of_prefix(rows, digest.lower()), "begin with these digits")
     waiting = [row for row in rows if row.state in UNDECIDED]

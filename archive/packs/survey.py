@@ -159,7 +159,7 @@ class Survey:
         """The pack that a person means: its number or its name. NotFound when there is none."""
         number = int(text) if text.isdecimal() else LAYOUT.number_of(text)
         if number not in self._log.numbers:
-            raise NotFound(f"there is no pack {text!r}")
+            raise NotFound(f"there is no pack {text!r}; `miss packs ls` lists them")
         return number
 
     def summary(self, number: int) -> PackSummary:

@@ -5,7 +5,6 @@ what to send; `sending.py` and the services that forward do."""
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,7 +81,7 @@ class Requestor:
         try:
             sock = socket.create_connection((peer.host, peer.port), connect_timeout_s)
         except OSError as error:
-            cause = os.strerror(error.errno) if error.errno else str(error)
+            cause = error.strerror or str(error)
             raise ConnectionLost(f"no connection to {peer.host}:{peer.port}: {cause}") from None
         if peer.tls is not None:
             wire: Wire = peer.tls.wrap(sock, peer.host, timeout_s=limits.artim_s,

@@ -37,6 +37,7 @@ SUITES_1_2 = ":".join((
 ))
 RECORD_BYTES = 16 << 10     # the most that one TLS record carries (RFC 8446, 5.1), and one SSL_write sends
 CONTEXT_USES_MAX = 1000     # then a new one: with it OpenSSL keeps up to 20,480 sessions of TLS 1.2
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")  # OpenSSL's words for what is no record of TLS at all
 PEM_BYTES_MAX = 4 << 20     # a file of trusted authorities; the public web's is 0.3 MB
 
 
@@ -146,6 +147,9 @@ class Dialling:
             raise ConnectionLost(f"the connection is lost ({_reason(error)})") from None
         try:
             wire.handshake(timeout_s)
+        except HandshakeFailed as error:
+            wire.close()
+            raise HandshakeFailed(f"no TLS with {host}: {error}") from None
         except BaseException:
             wire.close()
             raise
@@ -380,6 +384,8 @@ def _reason(error: OSError) -> str:
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLEOFError):
         return "it hung up"
+    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
+        return "it does not speak TLS"
     if isinstance(error, ssl.SSLError):
         return (error.reason or "an error of TLS").replace("_", " ").lower()
     return os.strerror(error.errno) if error.errno else type(error).__name__

@@ -245,6 +245,8 @@ def test_decisions_are_refused_with_what_there_is(archive: Archive) -> None:
     assert choose(archive.index, first.sop_instance_uid, short).other_digest == others[0].digest
     with pytest.raises(NotFound):
         choose(archive.index, first.sop_instance_uid, "0" * 64)
+    with pytest.raises(InvalidInput, match="the one that is served"):
+        choose(archive.index, first.sop_instance_uid, first.digest.hex()[:8])
     assert "rejected, and kept" in decide(archive, REJECT, others[0])
     assert "already" in decide(archive, REJECT, others[0])
     assert choose(archive.index, first.sop_instance_uid, "").other_digest == others[1].digest

@@ -99,6 +99,24 @@ def test_configured_by_half(settings: NodeSettings, tls: dict[str, Path], words:
         Node(with_tls(settings, **tls)).start()
 
 
+@pytest.mark.parametrize(("setting", "words"), [
+    ("dimse.max_pdu_bytes=100", "dimse.max_pdu_bytes"), ("dimse.ae_title=SEVENTEEN-LETTERS", "ae_title"),
+    ("dimse.tls.key=key.pem", "dimse.tls.certificate")])
+def test_the_check_of_settings_finds_what_a_start_would(settings: NodeSettings, setting: str,
+                                                        words: str) -> None:
+    with_tls(settings)
+    file = settings.state / "node.toml"
+    assert miss("settings", "check", "node", "--settings", file).returncode == 0
+    checked = miss("settings", "check", "node", "--settings", file, "--set", setting)
+    assert checked.returncode == 2 and words in checked.stderr and "good" not in checked.stderr
+
+
+def test_the_check_of_settings_reads_the_files_of_tls(settings: NodeSettings) -> None:
+    with_tls(settings, certificate=Path("no.pem"), key=Path("no.key"))
+    checked = miss("settings", "check", "node", "--settings", settings.state / "node.toml")
+    assert checked.returncode == 2 and "no.pem" in checked.stderr
+
+
 def test_without_a_certificate_there_is_no_second_port(settings: NodeSettings) -> None:
     with Node(settings) as node:
         assert node.dicom_tls_port is None
