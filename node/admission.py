@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from archive.errors import Unavailable
 from archive.ledger import Connection, Device, Ledger
 from certs.profiles import device_uri, is_device_uri
-from node.dimse.acceptor import Caller, Log, Refusal
+from node.dimse.acceptor import Refusal
 from node.dimse.contexts import ServiceName
+from node.dimse.exchange import Caller, Log
 from node.dimse.origin import Origin, PeerCertificate
 from node.dimse.pdu import AssociateRequest, Rejection
 from node.logbook import LogBook
@@ -86,7 +87,7 @@ class Admission:
         if request.called_ae != self._ae_title:
             return Refusal(CALLED_AE_NOT_RECOGNIZED, WRONG_NAME + self._ae_title)
         device = self._device(request.calling_ae)
-        if device is None:
+        if device is None or device.ae_title != request.calling_ae:  # the ledger reads past a NUL inside
             return Refusal(CALLING_AE_NOT_RECOGNIZED, UNKNOWN)
         if not listed_at(device, origin.address):
             return Refusal(CALLING_AE_NOT_RECOGNIZED, ELSEWHERE + device.address)

@@ -27,7 +27,9 @@ FLUSH_S = 1.0                       # how soon the count of a shared row is writ
 SHARED_S = 600.0
 SHARED_MAX = 200
 REFUSED_ROWS_PER_MINUTE_MAX = 60
+SHARED_MANY_MAX = 50                # rows of "many" by cause, which may name a user that was made up
 MANY = "many"                       # in place of an address
+MANY_CAUSES = "many causes"
 
 _Key = tuple[str, str, str, str, str]
 
@@ -109,8 +111,9 @@ class LogBook:
         refused = entry.outcome == "refused"
         names = (entry.calling_ae, entry.called_ae) if refused else ("", "")
         cause = entry.reason if refused else entry.ended
-        for address, shown in ((entry.address, names), (MANY, ("", ""))):
-            key = (address, entry.transport, cause, *shown)
+        kinds = ((entry.address, cause, names), (MANY, cause, ("", "")), (MANY, MANY_CAUSES, ("", "")))
+        for address, why, shown in kinds:
+            key = (address, entry.transport, why, *shown)
             held = self._shared.get(key)
             if held is not None:
                 held.row = replace(held.row, times=held.row.times + 1, ended_us=entry.ended_us,
@@ -118,8 +121,11 @@ class LogBook:
                                    bytes_out=held.row.bytes_out + entry.bytes_out)
                 held.unwritten = True
                 return True
-            if len(self._shared) < SHARED_MAX or address == MANY:
+            room = SHARED_MAX if address != MANY else SHARED_MAX + SHARED_MANY_MAX
+            if len(self._shared) < room or why == MANY_CAUSES:
                 row = replace(entry, address=address, calling_ae=shown[0], called_ae=shown[1])
+                if why != cause:
+                    row = replace(row, reason=why) if refused else replace(row, ended=why)
                 self._shared[key] = _Shared(row, "", now_s, unwritten=True)
                 return True
         return True

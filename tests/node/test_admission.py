@@ -44,6 +44,16 @@ def test_unknown_calling_ae(served: Serving) -> None:
     assert remedy(entry) == "miss device add CT9 127.0.0.1"
 
 
+@pytest.mark.parametrize("title", [b"C\0T1", b"CT1\0X", b"ct1", b"CT1\xc2\xa0", b"\tCT1", b"CT 1"])
+def test_a_title_that_only_looks_like_a_device_is_none(served: Serving, title: bytes) -> None:
+    request = bytearray(pdu.encode_request(echo_request()))
+    request[26:42] = title.ljust(16)
+    with Raw(served.port) as raw:
+        raw.send(bytes(request))
+        assert raw.receive() == (pdu.PduType.ASSOCIATE_RJ, b"\0\1\1\3")
+    assert served.log(1)[0].device == ""
+
+
 def test_wrong_called_ae(served: Serving) -> None:
     """27."""
     assert rejection(served.port, "CT1", "ARCHIVE") == "1/1/7"

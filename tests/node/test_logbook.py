@@ -12,7 +12,15 @@ import pytest
 from archive.database import sqlite_url
 from archive.errors import Unavailable
 from archive.ledger import Connection, Ledger
-from node.logbook import MANY, REFUSED_ROWS_PER_MINUTE_MAX, SHARED_MAX, SHARED_S, LogBook
+from node.logbook import (
+    MANY,
+    MANY_CAUSES,
+    REFUSED_ROWS_PER_MINUTE_MAX,
+    SHARED_MANY_MAX,
+    SHARED_MAX,
+    SHARED_S,
+    LogBook,
+)
 from tests.waiting import wait_for
 
 _at_us = itertools.count(1)
@@ -97,6 +105,17 @@ def test_scans_from_everywhere_are_some_rows(book: LogBook, ledger: Ledger) -> N
     assert sum(row.times for row in rows) == 5001
     many, = [row for row in rows if row.address == MANY]
     assert many.times == 5000 - SHARED_MAX
+
+
+def test_causes_that_name_users_who_were_made_up_are_few_rows(book: LogBook, ledger: Ledger) -> None:
+    """The reason of a refusal may hold what a stranger chose."""
+    add(book, 5000, lambda n: entry("refused", address=f"10.0.{n >> 8}.{n & 255}", why=f"wrong: user{n}"))
+    book.close()
+    rows = ledger.connections(10_000)
+    assert len(rows) <= REFUSED_ROWS_PER_MINUTE_MAX + SHARED_MAX + SHARED_MANY_MAX + 1
+    assert sum(row.times for row in rows) == 5000
+    last, = [row for row in rows if row.reason == MANY_CAUSES]
+    assert last.address == MANY
 
 
 def test_refusals_have_rows_of_their_own_while_they_are_few(book: LogBook, ledger: Ledger,
