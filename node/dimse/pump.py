@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator
 from itertools import chain
 from typing import Concatenate, ParamSpec
 
-from node.dimse.acceptor import DURABLE_TIMEOUT_S, Acceptor, Turn, log_unexpected
+from node.dimse.acceptor import Acceptor, Turn, log_unexpected
 from node.dimse.association import Ahead, Limits
 from node.dimse.errors import AssociationEnded, Stopping, TimedOut
+from node.dimse.exchange import DURABLE_TIMEOUT_S
 from node.dimse.wire import Wire
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ from archive.database import sqlite_url
 from archive.ledger import Connection, Device, Ledger
 from node.admission import Admission
 from node.dimse import pdu
-from node.dimse.acceptor import Service, Services
+from node.dimse.acceptor import Services
 from node.dimse.association import Limits
 from node.dimse.contexts import IMPLICIT_LITTLE, VERIFICATION, Offer, ServiceName
+from node.dimse.exchange import Service
 from node.dimse.messages import Field
 from node.dimse.requestor import Peer
 from node.dimse.server import PENDING_PER_ADDRESS_MAX, DimseServer

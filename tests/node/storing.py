@@ -9,9 +9,9 @@ from pathlib import Path
 
 from archive.archive import Archive, ArchiveSettings
 from archive.model import StoredInstance, Totals
-from node.dimse.acceptor import Service
 from node.dimse.association import Limits
 from node.dimse.contexts import ServiceName
+from node.dimse.exchange import Service
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor

@@ -20,9 +20,9 @@ from archive.errors import SyncFailed
 from archive.ledger import Device
 from node.dimse import messages, pdu
 from node.dimse import status as codes
-from node.dimse.acceptor import Exchange, Service
 from node.dimse.association import Context
 from node.dimse.contexts import EXPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION, ServiceName
+from node.dimse.exchange import Exchange, Service
 from node.dimse.messages import Command, Field
 from node.dimse.pdu import AbortSource, AssociateRequest, PduType, ProposedContext
 from node.dimse.pump import MESSAGES_MAX, PARTIAL_BYTES_MAX

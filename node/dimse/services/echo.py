@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
+from node.dimse.exchange import Caller, Exchange
 from node.dimse.messages import Command
 from node.dimse.status import SUCCESS
 

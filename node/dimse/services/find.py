@@ -22,9 +22,9 @@ from archive.dataset import attributes
 from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
 from archive.model import Level, Match, Query
 from federation.policy import Act, Principal, Role, require
-from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
 from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE, PATIENT_ROOT_FIND
+from node.dimse.exchange import Caller, Exchange
 from node.dimse.messages import Command
 from node.dimse.status import CANCELLED, PENDING, PENDING_UNSUPPORTED_KEYS, SUCCESS
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from archive.errors import DatasetMismatch, Forbidden, InvalidInput, MissError, UnsupportedClass
 from archive.intake import Intake
 from archive.model import ConflictPolicy, InstanceHead, Provenance, require_uid
-from node.dimse.acceptor import Caller, Exchange
 from node.dimse.association import Context
 from node.dimse.contexts import STORAGE_CLASSES
+from node.dimse.exchange import Caller, Exchange
 from node.dimse.messages import Command
 from node.dimse.status import SUCCESS
 

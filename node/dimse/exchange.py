@@ -1,0 +1,166 @@
+"""Owns what a service sees of the association that it serves: who calls, the responses that it owes the peer,
+in the order of the requests, and the book of what was answered. A response to something that was written
+goes out when that is on disk and not before. It never receives; `acceptor.py` does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from archive.errors import MissError
+from node.dimse import status as codes
+from node.dimse.association import Association, Context
+from node.dimse.contexts import ServiceName
+from node.dimse.errors import Violation
+from node.dimse.messages import Command, Field, response
+from node.dimse.origin import PLAIN
+from node.dimse.pdu import AbortSource
+
+log = logging.getLogger(__name__)
+
+DURABLE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A device that was let in. `issuer` is of its Patient IDs where it has one of its own; empty
+    `sop_classes` and `transfer_syntaxes` are all that the node takes. `user` is who was verified, if anybody,
+    and `identity_answer` what is said to that (PS3.7 D.3.3.7)."""
+
+    ae_title: str
+    name: str
+    issuer: str | None
+    services: frozenset[ServiceName]
+    on_conflict: str = "keep"
+    sop_classes: frozenset[str] = frozenset()
+    transfer_syntaxes: frozenset[str] = frozenset()
+    user: str = ""
+    identity_answer: bytes | None = None
+
+
+@dataclass(slots=True)
+class Log:
+    """What there is to say of one association when it is over; no patient data."""
+
+    at_us: int
+    address: str
+    transport: str = PLAIN
+    certificate: str = ""
+    calling_ae: str = ""
+    called_ae: str = ""
+    device: str = ""
+    user: str = ""
+    outcome: str = "refused"
+    reason: str = ""
+    contexts: list[str] = field(default_factory=list)
+    operations: Counter[str] = field(default_factory=Counter)
+    bytes_in: int = 0
+    bytes_out: int = 0
+    ended: str = ""
+
+
+class Durable(Protocol):
+    """Something that was written."""
+
+    def wait_durable(self, timeout_s: float) -> None:
+        """Return when it is on disk; MissError when it never will be, or not in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """A final response that was not sent yet."""
+
+    context: Context
+    command: Command
+    status: int
+    comment: str
+    stored: Durable | None
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What a service sees of the association it serves. `owed` are final responses in the order of their
+    requests."""
+
+    association: Association
+    caller: Caller
+    address: str
+    entry: Log
+    owed: list[_Owed] = field(default_factory=list)
+
+    def respond(self, context: Context, command: Command, status: int, *, comment: str = "",
+                dataset: bytes | None = None) -> None:
+        """Send a response and, when it is the last one, count it."""
+        self.settle()
+        self.association.send(context, self._answer(command, status, comment, dataset is not None), dataset)
+
+    def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
+               stored: Durable | None = None) -> None:
+        """Owe the peer the final response to `command`: sent at the next pause, in order, and only when
+        `stored` is on disk. Where it does not get there, the response says so."""
+        self.owed.append(_Owed(context, command, status, comment, stored))
+
+    def settle(self) -> None:
+        """Send what is owed, waiting for the disk and for the peer."""
+        if self.owed:
+            association = self.association
+            association.crowded = self._is_full() and association.wire.readable()
+            association.wire.send(self.answers())
+
+    def forgo(self) -> None:
+        """The peer is gone: what it sent whole is kept all the same, and nobody hears of it."""
+        if self.owed:
+            self.answers()
+
+    def reads_on(self) -> bool:
+        """Whether the next request is to be read before what is owed is sent: the peer has a window
+        (PS3.7 D.3.3.3), room in it, and has sent something."""
+        window = self.association.window
+        return 0 < len(self.owed) < window and self.association.wire.readable()
+
+    def hold_to_window(self, command: Command) -> None:
+        """End over a request that came while a whole window of others was not answered. Without a window a
+        peer that does not wait is served all the same, one after the other."""
+        crowded, self.association.crowded = self.association.crowded, False
+        if command.field != Field.C_CANCEL and (crowded or self._is_full()):
+            raise Violation("more operations at once than its window allows", 0, AbortSource.SERVICE_USER)
+
+    def _is_full(self) -> bool:
+        return len(self.owed) >= self.association.window > 1
+
+    def answers(self, until_s: float | None = None) -> bytes:
+        """What is owed, as octets to be sent: one wait for the disk serves all that were written by then. It
+        ends at `until_s`, a moment of `time.monotonic`; by default after DURABLE_TIMEOUT_S."""
+        if until_s is None:
+            until_s = time.monotonic() + DURABLE_TIMEOUT_S
+        owed, self.owed[:] = self.owed[:], ()
+        return b"".join(self.association.encode(each.context, self._outcome(each, until_s)) for each in owed)
+
+    def _outcome(self, owed: _Owed, until_s: float) -> bytes:
+        status, comment = owed.status, owed.comment
+        try:
+            if owed.stored is not None:
+                owed.stored.wait_durable(max(until_s - time.monotonic(), 0.0))
+        except MissError as error:
+            status, comment = codes.status_of(error), str(error)
+            log.info("%s from %s: %04X %s", owed.command.name, self.caller.ae_title, status, comment)
+        return self._answer(owed.command, status, comment, False)
+
+    def _answer(self, command: Command, status: int, comment: str, has_dataset: bool) -> bytes:
+        if status not in (codes.PENDING, codes.PENDING_UNSUPPORTED_KEYS):
+            self.entry.operations[f"{command.name} {status:04X}"] += 1
+        return response(command, status, comment=comment, has_dataset=has_dataset)
+
+
+class Service(Protocol):
+    """Serves one kind of command. It reads or drains the data set and responds, or raises a MissError, which
+    is answered by the table in `status.py`."""
+
+    def serve(self, exchange: Exchange, context: Context, command: Command) -> None: ...
+
+    def is_prompt(self, caller: Caller) -> bool:
+        """Whether a message of this caller that has arrived whole is served at once, waiting for nothing but
+        its owed response's sync."""
