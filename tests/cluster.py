@@ -30,7 +30,6 @@ EXPLICIT_CT = (CT, EXPLICIT)
 PASSWORD = "correct horse battery"
 RADIOLOGY = WardPlan("San Martino", "Radiology", "SAN-MARTINO")
 GALLIERA = WardPlan("Galliera", "Radiology", "GALLIERA")
-EMERGENCY = WardPlan("San Martino", "Emergency", "SAN-MARTINO")
 SETTLE_TIMEOUT_S = 60.0
 
 

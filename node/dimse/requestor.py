@@ -43,8 +43,6 @@ CONNECT_TIMEOUT_S = 10.0
 CLOSE_WAIT_S = 1.0  # for a peer that was told by A-ABORT that its answer to A-ASSOCIATE-RQ is none
 IDENTIFIER_BYTES_MAX = 4 << 20
 ECHO_CONTEXT = ProposedContext(1, contexts.VERIFICATION, (contexts.IMPLICIT_LITTLE,))
-FIND_CONTEXT = ProposedContext(1, contexts.STUDY_ROOT_FIND,
-                               (contexts.EXPLICIT_LITTLE, contexts.IMPLICIT_LITTLE))
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,9 +185,8 @@ def test_sta2_ends_with_artim_in_silence(served: Serving) -> None:
     wait_for(lambda: served.server.connections == 0, "none is left")
 
 
-@pytest.mark.parametrize("kind", PDUS)
-def test_sta3(served: Serving, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """While admission thinks, the peer has to wait: AA-3 for A-ABORT, AA-8 for all else."""
+def held_admission(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Admission says by the first event that it was asked, and thinks until the second."""
     entered, go = threading.Event(), threading.Event()
     admit = Admission.admit
 
@@ -197,6 +196,13 @@ def test_sta3(served: Serving, monkeypatch: pytest.MonkeyPatch, kind: str) -> No
         return admit(self, *args)
 
     monkeypatch.setattr(Admission, "admit", slow)
+    return entered, go
+
+
+@pytest.mark.parametrize("kind", PDUS)
+def test_sta3(served: Serving, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """While admission thinks, the peer has to wait: AA-3 for A-ABORT, AA-8 for all else."""
+    entered, go = held_admission(monkeypatch)
     with Raw(served.port) as raw:
         raw.send(PDUS["A-ASSOCIATE-RQ"])
         assert entered.wait(10)
@@ -208,15 +214,7 @@ def test_sta3(served: Serving, monkeypatch: pytest.MonkeyPatch, kind: str) -> No
 
 def test_sta3_a_peer_that_closes(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """AA-4."""
-    entered, go = threading.Event(), threading.Event()
-    admit = Admission.admit
-
-    def slow(self: Admission, *args: Any) -> Any:
-        entered.set()
-        go.wait(10)
-        return admit(self, *args)
-
-    monkeypatch.setattr(Admission, "admit", slow)
+    entered, go = held_admission(monkeypatch)
     with Raw(served.port) as raw:
         raw.send(PDUS["A-ASSOCIATE-RQ"])
         assert entered.wait(10)
