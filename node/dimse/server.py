@@ -119,7 +119,11 @@ class DimseServer:
                     log.warning("a connection could not be taken: %s", error)
                     self._stopping.wait(PAUSE_S)
                 continue
-            self._begin(sock, str(address[0]), tls)
+            try:
+                self._begin(sock, str(address[0]), tls)
+            except Exception as error:  # no one connection ends the listener
+                log_unexpected("a connection", error)
+                sock.close()
 
     def _begin(self, sock: socket.socket, address: str, tls: Listener | None) -> None:
         buffer_bytes_max, send_timeout_s = self._limits.buffer_bytes_max, self._limits.message_timeout_s

@@ -242,6 +242,21 @@ def test_what_the_kernel_does_not_watch_ends_alone(tmp_path: Path, monkeypatch: 
             assert raw.receive()[0] == PduType.ABORT  # silent: the pump looks after the others still
 
 
+def test_a_connection_that_can_not_be_begun_ends_alone(stores: Storing,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("whatever a library raises")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("node.dimse.server.Wire", fail)
+        with Raw(stores.port) as raw:
+            assert raw.closed()
+    with Raw(stores.port) as raw:
+        raw.associate(REQUEST)
+        raw.send(ECHO)
+        assert status(raw) == 0
+
+
 def test_facts_about_conflicts_keep_nobody_waiting(tmp_path: Path, stores: Storing) -> None:
     """A correction is on record before it is answered, which waits for the index; an echo does not."""
     stores.ledger.add_device(Device("CT2", "127.0.0.1", on_conflict="propose"))
