@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from archive.space.eviction import EvictionRequest
 from tests.archive.archives import settings_for, store, stored_bytes
 from tests.archive.test_acceptance import consistent
 from tests.datasets import EXPLICIT, IMPLICIT, Instance, instance_of, make_dataset, make_instance, make_study
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -49,10 +49,7 @@ def decide(archive: Archive, kind: str, instance: Instance, by: str = "anna") ->
 def settle(archive: Archive) -> None:
     """Everything is indexed, and what could be compared was."""
     archive.wait_indexed()
-    deadline = time.monotonic() + 20
-    while archive.index.has_uncompared():
-        assert time.monotonic() < deadline, "not compared"
-        time.sleep(0.01)
+    wait_for(lambda: not archive.index.has_uncompared(), "all that could be was compared")
 
 
 def names(archive: Archive) -> list[str]:
@@ -193,8 +190,8 @@ def test_decisions_among_evictions_and_compactions_are_rebuilt_equal(tmp_path: P
             archive.upkeep.compact().result(30)
     archive.wait_indexed()
     assert consistent(archive.index) == []
-    for study in ("1.3.1", "1.3.2", "1.3.3"):
-        for row in archive.instances(study):
+    for study_uid in ("1.3.1", "1.3.2", "1.3.3"):
+        for row in archive.instances(study_uid):
             if not row.evicted:
                 archive.verify(row)
     rebuilt_equal(archive)
