@@ -253,7 +253,7 @@ class Intake:
             if not live:
                 known = self._index.lookup(uid)
                 if known is not None and known.digest == digest:
-                    if known.evicted:  # success means durable here: it is written again
+                    if known.evicted or known.damaged:  # success means durable here: it is written again
                         return Outcome.STORED, None, True
                     return Outcome.DUPLICATE, None, False
                 live = known is not None

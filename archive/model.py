@@ -394,6 +394,7 @@ class Known:
     study_uid: str
     series_uid: str
     evicted: bool = False  # its bytes were given up here: the region has them
+    damaged: bool = False  # its bytes here are no longer those that came
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,14 +46,15 @@ from archive.model import (
 from archive.packs.dropping import ABSENCE_KINDS
 
 _LOOKUP = (
-    "SELECT digest, study_instance_uid, series_instance_uid, evicted FROM instance"
+    "SELECT digest, study_instance_uid, series_instance_uid, evicted, damaged FROM instance"
     " WHERE sop_instance_uid = ?"
 )
-_HAS_CONFLICT = "SELECT 1 FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_IS_WHOLE = "sop_instance_uid = ? AND digest = ? AND NOT evicted AND NOT damaged"
+_HAS_CONFLICT = f"SELECT 1 FROM conflict WHERE {_IS_WHOLE}"
 _STATE = "SELECT state FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
 _UNCOMPARED = "SELECT 1 FROM conflict WHERE state IN ('open', 'proposed') AND compared = FALSE LIMIT 1"
 _REFUSED = "SELECT 1 FROM refusal WHERE sop_instance_uid = ? AND digest = ?"
-_HAS_LIVE = "SELECT 1 FROM instance WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_HAS_LIVE = f"SELECT 1 FROM instance WHERE {_IS_WHOLE}"
 
 
 class Index:
@@ -115,10 +116,10 @@ class Index:
     def lookup(self, sop_instance_uid: str) -> Known | None:
         """The live content with this UID; microseconds on SQLite, as intake asks it of every instance."""
         row = self._database.quick(_LOOKUP, (sop_instance_uid,))
-        return None if row is None else Known(bytes(row[0]), row[1], row[2], bool(row[3]))
+        return None if row is None else Known(bytes(row[0]), row[1], row[2], bool(row[3]), bool(row[4]))
 
     def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
-        """Whether this very content is here, live or as a conflict."""
+        """Whether this very content is here and whole, live or as a conflict."""
         content = (sop_instance_uid, digest)
         return any(
             self._database.quick(question, content) is not None for question in (_HAS_LIVE, _HAS_CONFLICT)

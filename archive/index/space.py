@@ -3,7 +3,8 @@
 EVICTED marks the live content whose place the fact names; DROPPED says that a pack goes; both leave a row in
 `reclaim`, in the same transaction, for whoever gives the space back. MOVED changes nothing: it keeps what
 stood in a pack that goes. A content that is here and is written again lies at its last place from then on,
-if it is the same record once more (compaction) or if its bytes were gone (a sender sent it again).
+if it is the same record once more (compaction) or if its bytes were gone or damaged (a sender sent it again):
+then it is whole, and is pushed if the region lacks it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, bindparam, delete, insert, select, update
 
 from archive.index.rows import Content, Row
-from archive.index.schema import conflict, instance, reclaim
+from archive.index.schema import conflict, instance, outbox, reclaim
 from archive.index.statements import by_uid
 from archive.index.stored import location_of
 from archive.model import Fact, FactKind, IndexEntry, Location, Record
@@ -92,14 +93,18 @@ def write_again(
             for row in by_uid(connection, select(table), table.c.sop_instance_uid, uids)
         }
         changed: dict[Content, Row] = {}
+        mended: list[Row] = []
         for entry in entries:
             content = (entry.record.head.sop_instance_uid, entry.record.digest)
             row = rows.get(content)
             if row is not None and _supersedes(entry.record, row):
+                if row["damaged"] and _location_in(row) != entry.record.location:
+                    row["damaged"] = False
+                    mended.append({"b_uid": content[0], "b_digest": content[1]})
                 row.update(_changes(entry.record))
                 changed[content] = row
         if changed:
-            names = (*_CHANGES, "evicted")
+            names = (*_CHANGES, "evicted", "damaged")
             values: dict[str, Any] = {name: bindparam(f"b_{name}") for name in names}
             connection.execute(
                 update(table).where(*_content(table)).values(values),
@@ -108,6 +113,9 @@ def write_again(
                     for (uid, digest), row in changed.items()
                 ],
             )
+        if mended:
+            again = update(outbox).where(*_content(outbox)).values(set_aside=False, detail="", tries=0)
+            connection.execute(again, mended)
     for entry in entries:
         found = fresh.get((entry.record.head.sop_instance_uid, entry.record.digest))
         if found is not None and _supersedes(entry.record, found):
@@ -165,8 +173,8 @@ def _forget(connection: Connection, keys: Iterable[tuple[str, int]]) -> None:
 
 def _supersedes(record: Record, row: Mapping[str, Any]) -> bool:
     """Whether the content lies where `record` is from now on. Two records of one head are one instance that
-    was moved; another record of the same content counts only where the bytes were gone."""
-    if row["evicted"]:
+    was moved; another record of the same content counts only where the bytes were gone or damaged."""
+    if row["evicted"] or row["damaged"]:
         return True
     head, source = record.head, record.head.provenance
     return (
@@ -174,6 +182,10 @@ def _supersedes(record: Record, row: Mapping[str, Any]) -> bool:
         and row["transfer_syntax_uid"] == head.transfer_syntax_uid
         and (row["ward"], row["device"], row["calling_ae"]) == (source.ward, source.device, source.calling_ae)
     )
+
+
+def _location_in(row: Row) -> Location:
+    return Location(*(row[name] for name in _PLACE))
 
 
 def _changes(record: Record) -> Row:

@@ -25,7 +25,8 @@ from archive.errors import (
     Unavailable,
 )
 from archive.index.index import Index
-from archive.model import START, InstanceHead, Outcome, RecordKind
+from archive.model import START, Fact, FactKind, InstanceHead, Outcome, RecordKind
+from archive.rebuild import rebuild
 from tests.archive.archives import send, settings_for, store, stored_bytes
 from tests.archive.faulty_storage import FaultyStorage
 from tests.datasets import BIG_ENDIAN, DEFLATED, EXPLICIT, IMPLICIT, PROVENANCE, Instance, make_instance
@@ -353,3 +354,44 @@ def test_provenance_is_kept_in_the_record(archive: Archive) -> None:
     (found,) = archive.instances(instance.study_uid)
     assert found.head.provenance == source
     assert found.digest == instance.digest
+
+
+@pytest.mark.parametrize(
+    "padding, conflict", [(0, False), (200_000, False), (2 << 20, False), (20_000, True)]
+)
+def test_what_is_damaged_here_is_written_again_when_it_comes_again(
+    tmp_path: Path, padding: int, conflict: bool
+) -> None:
+    """A sender that is told of success may forget its copy: so the bytes that came are here, and go on."""
+    settings = settings_for(tmp_path / "state")
+    instance = make_instance(padding=padding)
+    uid, digest = instance.sop_instance_uid, instance.digest
+    with Archive.open(settings, outbox=True) as archive:
+        if conflict:
+            store(archive, make_instance(sop_uid=uid, study_uid=instance.study_uid))
+        store(archive, instance)
+        archive.wait_indexed()
+        place = archive.index.places([uid])[uid, digest].location
+        with (settings.state / place.pack).open("r+b") as pack:
+            pack.seek(place.offset + place.length - 10)
+            pack.write(b"rot")
+        archive.record_facts([
+            Fact(kind, uid, digest, "", 5, "damaged") for kind in (FactKind.DAMAGE, FactKind.SET_ASIDE)
+        ])  # fmt: skip
+        assert archive.index.pending_summary().set_aside == 1
+        kept = Outcome.CONFLICT if conflict else Outcome.STORED
+        again = Outcome.CONFLICT if conflict else Outcome.DUPLICATE
+        assert store(archive, instance) is kept
+        assert store(archive, instance) is again, "before the index has it"
+        archive.wait_indexed()
+        now = archive.index.places([uid])[uid, digest].location
+        assert now != place
+        assert store(archive, instance) is again
+        archive.wait_indexed()
+        assert archive.index.places([uid])[uid, digest].location == now, "it is not written once more"
+        archive.packs.verify(instance.head(), digest, now)
+        assert archive.index.pending_summary().set_aside == 0, "it is offered to the region"
+    rebuild(settings, outbox=True)
+    with Archive.open(settings, outbox=True) as archive:
+        assert archive.index.places([uid])[uid, digest].location == now
+        archive.packs.verify(instance.head(), digest, now)
