@@ -146,7 +146,7 @@ def test_our_own_waiting_is_not_held_against_the_sender(tmp_path: Path,
 
 @pytest.mark.parametrize("vector", [False, True])
 def test_a_peer_that_reads_in_drops_is_left(vector: bool) -> None:
-    """It reads 100 octets each 10 ms, so no single send waits for long, and never enough."""
+    """It reads 400 octets each 10 ms, so no single send waits for long, and never enough."""
     listener = socket.create_server(("127.0.0.1", 0))
     theirs = socket.create_connection(listener.getsockname())
     ours, _ = listener.accept()
@@ -156,7 +156,7 @@ def test_a_peer_that_reads_in_drops_is_left(vector: bool) -> None:
 
     def sip() -> None:
         while not over.wait(0.01):
-            theirs.recv(100)
+            theirs.recv(400)
 
     thread = threading.Thread(target=sip)
     thread.start()
