@@ -142,6 +142,10 @@ class Intake:
         recent, limits = self._recent, self.limits
         return len(recent) >= limits.index_lag_records_max or recent.oldest_age_s() > limits.index_lag_s_max
 
+    def decides_at_once(self) -> bool:
+        """Whether what is sent now waits for nobody: the index keeps up, and no server is asked for it."""
+        return self._index.is_near and not self.is_pressed()
+
     def require_space(self, size: int) -> None:
         """Raises OutOfResources when `size` more bytes would leave less than the reserve."""
         now = time.monotonic()

@@ -70,6 +70,11 @@ class Index:
         newer release made them."""
         return cls(Database(url, name="index", steps=STEPS, read_only=read_only, durable=False))
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it is a file of this machine: one behind a server may not answer for a while."""
+        return self._database.is_sqlite
+
     def close(self) -> None:
         self._database.close()
 

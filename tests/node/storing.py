@@ -61,7 +61,7 @@ def store(requestor: Requestor, instance: Instance, chunks: Sequence[bytes] | No
 @contextmanager
 def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, responses_max: int = 1000,
             tls: Listener | None = None, region: str = "",
-            **archive_settings: float) -> Iterator[Storing]:
+            **archive_settings: float | str) -> Iterator[Storing]:
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
         find = Find(archive, WARD, AE_TITLE, responses_max)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from archive.errors import SyncFailed
@@ -281,6 +282,28 @@ def test_facts_about_conflicts_keep_nobody_waiting(tmp_path: Path, stores: Stori
                 assert status(innocent) == 0
             locker.execute("ROLLBACK")
         assert status(corrector) == 0
+
+
+def test_an_index_elsewhere_keeps_nobody_waiting(tmp_path: Path, postgresql_url: str) -> None:
+    """Somebody has its table for himself, or its server does not answer: who stores waits, an echo does
+    not."""
+    with storing(tmp_path, index_url=postgresql_url) as stores, Raw(stores.port) as sender, \
+            Raw(stores.port) as innocent:
+        for raw in (sender, innocent):
+            raw.associate(REQUEST)
+            raw.send(ECHO)
+            assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the associations' pause")
+        with psycopg.connect(postgresql_url) as locker:
+            locker.execute("LOCK TABLE instance IN ACCESS EXCLUSIVE MODE")
+            sender.send(store_octets(make_instance(number=1)))
+            wait_for(lambda: locker.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone(),
+                     "the question that waits")
+            innocent.sock.settimeout(2.0)
+            for _ in range(3):
+                innocent.send(ECHO)
+                assert status(innocent) == 0
+        assert status(sender) == 0
 
 
 def test_a_query_behind_a_store_sees_it(stores: Storing) -> None:

@@ -41,7 +41,7 @@ class Store:
 
     def is_prompt(self, caller: Caller) -> bool:
         """What is refused or proposed is a fact before the answer goes, and facts wait for disk and index."""
-        return caller.on_conflict == ConflictPolicy.KEEP.value and not self.intake.is_pressed()
+        return caller.on_conflict == ConflictPolicy.KEEP.value and self.intake.decides_at_once()
 
     def _head(self, exchange: Exchange, context: Context, command: Command) -> InstanceHead:
         sop_class = command.affected_sop_class_uid
