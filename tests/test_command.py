@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import subprocess
-import sys
 import threading
 import tomllib
 from io import StringIO
@@ -23,14 +21,7 @@ from miss.console import OneLine, table
 from miss.device import make_device
 from miss.local import HOST
 from miss.processes import Child, free_ports, listening, wait_until
-
-
-def miss(*arguments: str, stdin: str = "", environment: dict[str, str] | None = None
-         ) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run([sys.executable, "-P", "-m", "miss", *arguments], capture_output=True, text=True,
-                          timeout=60, check=False, input=stdin, env={**os.environ, **(environment or {})})
+from tests.commands import miss
 
 
 @pytest.mark.timeout(200)

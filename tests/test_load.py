@@ -28,7 +28,7 @@ from miss.load.sender import Load, Plan, Target, fragmented, send
 from miss.load.temporary_node import TemporaryNode
 from miss.processes import free_ports
 from node.dimse.pdu import HEADER_BYTES
-from tests.test_command import miss
+from tests.commands import miss
 
 SMALL = instances.small()
 

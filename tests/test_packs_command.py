@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from archive.orders import OrderDesk
 from miss import configuration
 from miss.packs import bytes_of, time_us
 from tests.archive.archives import store
+from tests.commands import miss
 from tests.datasets import Instance, make_instance
 
 
-def miss(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "miss", "packs", *arguments], capture_output=True,
-                          text=True, timeout=120, check=False)
+def packs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return miss("packs", *arguments)
 
 
 @pytest.fixture
@@ -67,20 +66,20 @@ def running(state: Path, made: list[Instance]) -> Iterator[Archive]:
 
 
 def test_packs_are_listed_verified_and_read_out(state: Path, made: list[Instance], tmp_path: Path) -> None:
-    listed = json.loads(miss("ls", "--json", "--state", str(state)).stdout)
+    listed = json.loads(packs("ls", "--json", "--state", str(state)).stdout)
     assert [each["live"] for each in listed["packs"]] == [6] and listed["missing"] == []
-    table = miss("ls", "1", "--state", str(state)).stdout
+    table = packs("ls", "1", "--state", str(state)).stdout
     assert all(instance.sop_instance_uid in table for instance in made)
-    whole = miss("verify", "--state", str(state))
+    whole = packs("verify", "--state", str(state))
     assert whole.returncode == 0 and "6 live, 0 damaged" in whole.stderr
-    done = miss("extract", "--study", "1.2.1", "--to", str(tmp_path / "out"), "--state", str(state))
+    done = packs("extract", "--study", "1.2.1", "--to", str(tmp_path / "out"), "--state", str(state))
     assert done.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 3
-    summary = miss("ls", "--state", str(state)).stdout
+    summary = packs("ls", "--state", str(state)).stdout
     assert "6 live" in summary and max(map(len, summary.splitlines())) <= 80
     to = ["--to", str(tmp_path / "x")]
     for wrong in (["extract", *to], ["ls", "77"], ["extract", "--uid", "../x", *to],
                   ["extract", "--study", "1.2.99", *to], ["extract", "--pack", "set-aside/x", *to]):
-        refused = miss(*wrong, "--state", str(state))
+        refused = packs(*wrong, "--state", str(state))
         assert refused.returncode == 1 and refused.stderr.startswith("miss: ")
 
 
@@ -90,7 +89,7 @@ def test_damage_is_told_with_its_place_and_ends_with_one(state: Path, made: list
     place = data.index(made[2].dataset) + 20_000
     data[place] ^= 1
     pack.write_bytes(data)
-    found = miss("verify", "1", "--json", "--state", str(state))
+    found = packs("verify", "1", "--json", "--state", str(state))
     assert found.returncode == 1
     (damage,) = json.loads(found.stdout)["damages"]
     assert damage["sop_instance_uid"] == made[2].sop_instance_uid
@@ -100,44 +99,44 @@ def test_damage_is_told_with_its_place_and_ends_with_one(state: Path, made: list
 def test_a_disk_of_a_machine_that_is_gone(state: Path, made: list[Instance], tmp_path: Path) -> None:
     rescued = tmp_path / "rescued"
     shutil.copytree(state / "packs", rescued / "packs")
-    assert json.loads(miss("ls", "--json", "--state", str(rescued)).stdout)["packs"][0]["live"] == 6
-    done = miss("extract", "--all", "--to", str(tmp_path / "out"), "--state", str(rescued))
+    assert json.loads(packs("ls", "--json", "--state", str(rescued)).stdout)["packs"][0]["live"] == 6
+    done = packs("extract", "--all", "--to", str(tmp_path / "out"), "--state", str(rescued))
     assert done.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 6
-    nothing = miss("ls", "--state", str(tmp_path))
+    nothing = packs("ls", "--state", str(tmp_path))
     assert nothing.returncode == 1 and "holds no packs" in nothing.stderr
 
 
 def test_evictions_are_asked_of_the_process_that_runs(state: Path, running: Archive) -> None:
-    tried = miss("evict", "--study", "1.2.0", "--protected-to", "now", "--dry-run", "--state", str(state))
+    tried = packs("evict", "--study", "1.2.0", "--protected-to", "now", "--dry-run", "--state", str(state))
     assert tried.returncode == 0 and "3 instances" in tried.stdout and "would be" in tried.stdout
     assert not any(each.evicted for each in running.instances("1.2.0"))
-    early = miss("evict", "--study", "1.2.0", "--protected-to", "1970-01-01T00:00:00+00:00",
-                 "--state", str(state))
+    early = packs("evict", "--study", "1.2.0", "--protected-to", "1970-01-01T00:00:00+00:00",
+                  "--state", str(state))
     assert early.returncode == 1
-    done = miss("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
+    done = packs("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
     assert done.returncode == 0 and "3 instances" in done.stdout, done.stderr
     assert all(each.evicted for each in running.instances("1.2.0"))
     region = state.parent / "region"
     shutil.copytree(state, region)
     (region / "node.toml").rename(region / "hub.toml")
-    refused = miss("evict", "--study", "1.2.1", "--protected-to", "now", "--state", str(region))
+    refused = packs("evict", "--study", "1.2.1", "--protected-to", "now", "--state", str(region))
     assert refused.returncode == 2 and "the folder of the node" in refused.stderr
-    both = miss("evict", "--study", "1.2.1", "--older-than", "1d", "--protected-to", "now",
-                "--state", str(state))
+    both = packs("evict", "--study", "1.2.1", "--older-than", "1d", "--protected-to", "now",
+                 "--state", str(state))
     assert both.returncode == 1 and "one of" in both.stderr
-    compacted = miss("compact", "--state", str(state))
+    compacted = packs("compact", "--state", str(state))
     assert compacted.returncode == 0
-    listed = json.loads(miss("ls", "--json", "--state", str(state)).stdout)
+    listed = json.loads(packs("ls", "--json", "--state", str(state)).stdout)
     assert sum(each["live"] for each in listed["packs"]) == 3
-    assert miss("verify", "--state", str(state)).returncode == 0
+    assert packs("verify", "--state", str(state)).returncode == 0
 
 
 def test_without_a_process_the_command_does_it_itself(state: Path, made: list[Instance]) -> None:
-    done = miss("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
+    done = packs("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
     assert done.returncode == 0, done.stderr  # the only pack is open: nothing is old enough to be sealed
-    done = miss("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
+    done = packs("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
     assert "3 instances" in done.stdout, done.stderr
-    done = miss("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
+    done = packs("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
     assert "3 instances" in done.stdout, done.stderr
     with opened(state) as archive:
         assert archive.index.totals().instances == 6

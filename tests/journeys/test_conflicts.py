@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,16 +33,12 @@ from tests.cluster import (
     technician,
     value,
 )
+from tests.commands import miss
 from tests.datasets import Instance, make_instance
 from tests.peers import dcmtk
 from tests.portal.portals import form_token
 
 PATIENT_NAME = "00100010"
-
-
-def miss(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "miss", *arguments], capture_output=True, text=True,
-                          timeout=60, check=False)  # fmt: skip
 
 
 def listed(state: str, *options: str) -> list[dict[str, Any]]:

@@ -4,18 +4,12 @@ and what is owed drains by itself when the hub is back."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from miss.processes import wait_until
 from tests.cluster import GALLIERA, RADIOLOGY, Cluster, coverage, qido, value
+from tests.commands import miss
 from tests.datasets import make_study
-
-
-def miss(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "miss", *arguments], capture_output=True, text=True,
-                          timeout=60, check=False)
 
 
 def test_a_ward_goes_on_without_the_hub(tmp_path: Path) -> None:

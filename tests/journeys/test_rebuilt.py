@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from archive.archive import Archive, ArchiveSettings
 from archive.index.index import Index
 from miss import configuration
 from tests.cluster import GALLIERA, Cluster, qido, value
+from tests.commands import miss
 from tests.datasets import make_instance, make_study
 
 
@@ -20,11 +19,6 @@ def dump(settings: ArchiveSettings) -> dict[str, list[tuple[Any, ...]]]:
         return index.dump()
     finally:
         index.close()
-
-
-def miss(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "miss", *arguments], capture_output=True, text=True,
-                          timeout=60, check=False)
 
 
 def test_a_lost_index_comes_back_equal(tmp_path: Path) -> None:

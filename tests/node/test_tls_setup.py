@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from miss.device import make_device
 from miss.processes import free_ports
 from node.service import Node
 from node.settings import DimseSettings, NodeSettings, TlsSettings
+from tests.commands import miss
 from tests.datasets import make_instance
 from tests.federation.regions import make_region
 
@@ -35,11 +34,6 @@ def settings(tmp_path: Path) -> Iterator[NodeSettings]:
     made = NodeSettings(state=state, identity=identity.folder,
                         dimse=DimseSettings(host="127.0.0.1", port=0, stop_grace_s=2.0))
     yield replace(made, archive=replace(made.archive, free_bytes_min=0))
-
-
-def miss(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "miss", *map(str, arguments)], capture_output=True,
-                          text=True, timeout=60, check=False)
 
 
 def with_tls(settings: NodeSettings, **tls: object) -> NodeSettings:
