@@ -35,8 +35,12 @@ class ZerosAhead:
             self._extend(current)
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="zeros-ahead", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="zeros-ahead", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads now: the record is written, and zeros can wait
+                return
+            self._thread = thread
         # From here on a record that does not fit below `allocated` waits for the zeros.
         current.claimed = True
         self._asked.put(current)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import random
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -432,3 +433,20 @@ def test_a_damaged_file_header_does_not_cost_the_records_behind_it() -> None:
     site.reopen(site.storage.kill())
     site.check()
     assert site.holdings()[0]
+
+
+def test_zeros_ahead_without_a_thread_cost_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    packs = Packs.open(FaultyStorage(), limits=LogLimits())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more)
+        for number in range(3):
+            data = payload_of(number, 100)
+            written = packs.append(
+                RecordKind.INSTANCE, head_of(number), [data], 100, hashlib.sha256(data).digest()
+            )
+            packs.wait_durable(written)
+    packs.close()
+    assert packs.log.next_sequence == 5  # three, and the mark that promises them
