@@ -142,9 +142,10 @@ class Intake:
         recent, limits = self._recent, self.limits
         return len(recent) >= limits.index_lag_records_max or recent.oldest_age_s() > limits.index_lag_s_max
 
-    def decides_at_once(self) -> bool:
-        """Whether what is sent now waits for nobody: the index keeps up, and no server is asked for it."""
-        return self._index.is_near and not self.is_pressed()
+    def decides_at_once(self, uid: str) -> bool:
+        """Whether what is sent now waits for nobody: nobody decides on its UID (that may take a large
+        object's sync), the index keeps up, and no server is asked for it."""
+        return uid not in self._deciding and self._index.is_near and not self.is_pressed()
 
     def require_space(self, size: int) -> None:
         """Raises OutOfResources when `size` more bytes would leave less than the reserve."""

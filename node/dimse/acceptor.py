@@ -261,7 +261,7 @@ class Acceptor:
         """Whether a whole message of this kind is served without waiting."""
         _, service = self._services.table.get(command.field, (None, None))
         exchange = self.exchange
-        return (service is not None and exchange is not None and service.is_prompt(exchange.caller)
+        return (service is not None and exchange is not None and service.is_prompt(exchange.caller, command)
                 and not self._inflates)
 
     def _perform(self, exchange: Exchange, context: Context, command: Command) -> None:

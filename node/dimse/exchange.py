@@ -161,6 +161,6 @@ class Service(Protocol):
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None: ...
 
-    def is_prompt(self, caller: Caller) -> bool:
+    def is_prompt(self, caller: Caller, command: Command) -> bool:
         """Whether a message of this caller that has arrived whole is served at once, waiting for nothing but
         its owed response's sync."""

@@ -306,6 +306,27 @@ def test_an_index_elsewhere_keeps_nobody_waiting(tmp_path: Path, postgresql_url:
         assert status(sender) == 0
 
 
+def test_a_decision_under_way_keeps_nobody_waiting(stores: Storing) -> None:
+    """Another sends the same UID, and a large object's sync is waited for before that is decided."""
+    instance = make_instance(number=1)
+    with Raw(stores.port) as sender, Raw(stores.port) as innocent:
+        for raw in (sender, innocent):
+            raw.associate(REQUEST)
+            raw.send(ECHO)
+            assert status(raw) == 0
+        wait_for(lambda: dimse_threads() == 0, "the associations' pause")
+        stores.archive.intake._claim(instance.sop_instance_uid)
+        sender.send(store_octets(instance))
+        wait_for(lambda: stores.archive.intake._turns_awaited, "the sender's turn")
+        innocent.sock.settimeout(2.0)
+        try:
+            innocent.send(ECHO)
+            assert status(innocent) == 0
+        finally:
+            stores.archive.intake._release(instance.sop_instance_uid)
+        assert status(sender) == 0
+
+
 def test_a_query_behind_a_store_sees_it(stores: Storing) -> None:
     instance = make_instance(number=1)
     identifier = struct.pack("<HH2sH", 0x0008, 0x0052, b"CS", 6) + b"STUDY "

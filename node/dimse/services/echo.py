@@ -15,5 +15,5 @@ class Echo:
         exchange.association.drain(context)
         exchange.answer(context, command, SUCCESS)
 
-    def is_prompt(self, caller: Caller) -> bool:
+    def is_prompt(self, caller: Caller, command: Command) -> bool:
         return True

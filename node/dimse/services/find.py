@@ -52,7 +52,7 @@ class Find:
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
     searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
-    def is_prompt(self, caller: Caller) -> bool:
+    def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:

@@ -39,9 +39,10 @@ class Store:
         # whose conflicts are refused have met OtherContent: 0111.
         exchange.answer(context, command, SUCCESS, stored=ticket)
 
-    def is_prompt(self, caller: Caller) -> bool:
+    def is_prompt(self, caller: Caller, command: Command) -> bool:
         """What is refused or proposed is a fact before the answer goes, and facts wait for disk and index."""
-        return caller.on_conflict == ConflictPolicy.KEEP.value and self.intake.decides_at_once()
+        return (caller.on_conflict == ConflictPolicy.KEEP.value
+                and self.intake.decides_at_once(command.affected_sop_instance_uid))
 
     def _head(self, exchange: Exchange, context: Context, command: Command) -> InstanceHead:
         sop_class = command.affected_sop_class_uid
