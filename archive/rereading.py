@@ -20,7 +20,9 @@ def read_attributes(packs: Packs, record: Record) -> Attributes | None:
     try:
         with packs.dataset(record.location) as dataset:
             return scan(dataset, record.head.transfer_syntax_uid)
-    except (InvalidInput, TooLarge, Corrupt, NotFound, Evicted) as error:
+    except Evicted:  # no damage: facts tell what it was
+        return None
+    except (InvalidInput, TooLarge, Corrupt, NotFound) as error:
         log.error("record %d can't be read from its pack: %s", record.sequence, error)
         return None
     except (MissError, OSError, MemoryError):

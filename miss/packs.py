@@ -258,6 +258,9 @@ def _survey(state: Path) -> tuple[Survey, Storage]:
         folder = state  # a disk out of a machine that is gone: its packs alone
     if not (folder / "packs").is_dir():
         raise InvalidInput(f"{folder} holds no packs: give --state DIR, the folder of the node or the region")
+    if folder.resolve() != state.resolve():  # a copied folder whose settings still name the original
+        err.print(f"the settings in {state} name {folder}: these are the packs there", style="yellow",
+                  markup=False, soft_wrap=True)
     storage = FileStorage(folder)
     return Survey(storage, promised=read_acknowledged(folder)), storage
 

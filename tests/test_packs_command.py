@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from archive.handlers import handlers_of
 from archive.ledger import Ledger
 from archive.model import Fact, FactKind
 from archive.orders import OrderDesk
+from archive.rereading import read_attributes
 from miss import configuration
 from miss.packs import bytes_of, time_us
 from tests.archive.archives import store
@@ -102,6 +105,8 @@ def test_a_disk_of_a_machine_that_is_gone(state: Path, made: list[Instance], tmp
     assert json.loads(packs("ls", "--json", "--state", str(rescued)).stdout)["packs"][0]["live"] == 6
     done = packs("extract", "--all", "--to", str(tmp_path / "out"), "--state", str(rescued))
     assert done.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 6
+    (rescued / "node.toml").write_text(f'state = "{state}"\n')
+    assert f"name {state}" in packs("ls", "--state", str(rescued)).stderr
     nothing = packs("ls", "--state", str(tmp_path))
     assert nothing.returncode == 1 and "holds no packs" in nothing.stderr
 
@@ -131,11 +136,18 @@ def test_evictions_are_asked_of_the_process_that_runs(state: Path, running: Arch
     assert packs("verify", "--state", str(state)).returncode == 0
 
 
-def test_without_a_process_the_command_does_it_itself(state: Path, made: list[Instance]) -> None:
+def test_without_a_process_the_command_does_it_itself(state: Path, made: list[Instance],
+                                                      caplog: pytest.LogCaptureFixture) -> None:
     done = packs("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
     assert done.returncode == 0, done.stderr  # the only pack is open: nothing is old enough to be sealed
     done = packs("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
     assert "3 instances" in done.stdout, done.stderr
+    with opened(state) as archive:
+        live = archive.index.live(made[0].sop_instance_uid)
+        assert live is not None
+        evicted: Any = SimpleNamespace(sequence=1, head=live.head, location=live.location)
+        assert read_attributes(archive.packs, evicted) is None
+    assert not [record for record in caplog.records if record.name == "archive.rereading"]  # no damage
     done = packs("evict", "--older-than", "1s", "--protected-to", "now", "--state", str(state))
     assert "3 instances" in done.stdout, done.stderr
     with opened(state) as archive:
