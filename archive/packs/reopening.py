@@ -49,7 +49,7 @@ def reopen(storage: Storage, layout: Layout, *, promised: Position, writer: byte
     """The log as it is. `promised` is what is known from outside to have been synced; `writer` names a new
     one."""
     numbers = sorted(layout.files(storage))
-    if numbers and _is_unborn(storage, layout, numbers[-1], promised):
+    if numbers and is_unborn(storage, layout, numbers[-1], promised):
         _set_aside_unborn(storage, layout, numbers.pop())
     headers = {number: layout.header_of(storage, number) for number in numbers}
     known = [header for header in headers.values() if header is not None]
@@ -72,7 +72,7 @@ def reopen(storage: Storage, layout: Layout, *, promised: Position, writer: byte
     return state
 
 
-def _is_unborn(storage: Storage, layout: Layout, number: int, promised: Position) -> bool:
+def is_unborn(storage: Storage, layout: Layout, number: int, promised: Position) -> bool:
     """Whether the last file never got its header, so that it can hold no record: the header is synced
     first."""
     if layout.header_of(storage, number) is not None or promised >= Position(number, FILE_HEADER_BYTES):

@@ -32,6 +32,7 @@ from archive.packs.records import (
     aligned,
 )
 from archive.packs.recovery import Damage, FoundRecord, RecordReader, find_tail
+from archive.packs.reopening import is_unborn
 from archive.packs.storage import AppendFile, Storage
 
 _WINDOW_BYTES = 4096
@@ -92,6 +93,8 @@ class LogView:
         self._storage = storage
         self._layout = layout
         self.numbers = sorted(layout.files(storage))
+        if self.numbers and is_unborn(storage, layout, self.numbers[-1], promised):
+            self.numbers.pop()  # its writer is just beginning it, or a crash came before its header
         self.headers: dict[int, FileHeader] = {}
         for number in self.numbers:
             with contextlib.suppress(OSError):
