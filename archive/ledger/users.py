@@ -81,9 +81,6 @@ class Users(Subject):
         """Lock an account out and end its sessions."""
         return self._change(name, enabled=False)
 
-    def enable_user(self, name: str) -> bool:
-        return self._change(name, enabled=True)
-
     def change_user(self, user: User) -> bool:
         """Change an account's display name, role, ward and state; its sessions end, since a role may have
         gone."""
