@@ -18,6 +18,7 @@ Fields = Mapping[str, str]
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 UID_LENGTH_MAX = 64
+DEVICE_SERVICES = ("store", "find", "retrieve", "commit", "worklist", "mpps")  # what a device may be allowed
 
 
 @lru_cache(maxsize=8192)  # an instance's UID is looked at three times, its study's by every instance

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archive.errors import InvalidInput, NotFound, Unavailable
-from archive.model import ConflictPolicy, is_uid
+from archive.model import DEVICE_SERVICES, ConflictPolicy, is_uid
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_node
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The devices that may connect to a node; changes count at once.", no_args_is_help=True)
 
-SERVICES = ("store", "find")
 TRANSPORTS = ("any", "plain", "tls")
 ON_CONFLICT = tuple(policy.value for policy in ConflictPolicy)
 
@@ -40,10 +39,13 @@ def add(
     name: Annotated[str, typer.Option(help="What people call it.")] = "",
     port: Annotated[int | None, typer.Option(help="Where it listens, if it can be called.", min=1, max=65535,
                                              show_default=False)] = None,
+    host: Annotated[str, typer.Option(
+        help="Where it listens, if that is not ADDRESS: a name or an IP address.", show_default=False)] = "",
     issuer: Annotated[str | None, typer.Option(
         help="The issuer of the Patient IDs that it sends, when it is not the ward's.",
         show_default=False)] = None,
-    services: Annotated[str, typer.Option(help="What it may do, comma-separated.")] = ",".join(SERVICES),
+    services: Annotated[str, typer.Option(
+        help="What it may do, comma-separated.")] = ",".join(DEVICE_SERVICES),
     transport: Annotated[str, typer.Option(
         help=f"How it may come: {', '.join(TRANSPORTS)}.")] = TRANSPORTS[0],
     certificate: Annotated[Path | None, typer.Option(
@@ -70,7 +72,7 @@ def add(
       miss device add MR1 10.2.4.18 --transport tls --certificate mr1/certificate.pem --services store
     """
     require_node(state)
-    device = make_device(ae_title, address, name=name, port=port, issuer=issuer,
+    device = make_device(ae_title, address, name=name, port=port, host=host, issuer=issuer,
                          services=tuple(filter(None, map(str.strip, services.split(",")))),
                          transport=transport, certificate=certificate, sop_classes=sop_class or (),
                          transfer_syntaxes=transfer_syntax or (), on_conflict=on_conflict)
@@ -139,7 +141,7 @@ def echo(
 
 
 def make_device(ae_title: str, address: str, *, name: str = "", port: int | None = None,
-                issuer: str | None = None, services: tuple[str, ...] = SERVICES,
+                host: str = "", issuer: str | None = None, services: tuple[str, ...] = DEVICE_SERVICES,
                 transport: str = TRANSPORTS[0], certificate: Path | None = None,
                 sop_classes: Sequence[str] = (), transfer_syntaxes: Sequence[str] = (),
                 on_conflict: str = ConflictPolicy.KEEP.value) -> Device:
@@ -147,14 +149,16 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
     from archive.ledger import Device
 
     require_ae_title(ae_title)
+    if host and (port is None or not host.isascii() or not host.isprintable() or " " in host):
+        raise InvalidInput("--host is a name or an IP address, and goes with --port")
     if address != "*":
         try:
             address = str(ipaddress.ip_network(address) if "/" in address else ipaddress.ip_address(address))
         except ValueError:
             raise InvalidInput(f"{address} is neither an IP address, nor a network such as 10.2.0.0/16, nor *"
                                ) from None
-    if unknown := [service for service in services if service not in SERVICES]:
-        raise InvalidInput(f"no service {unknown[0]}; there are: {', '.join(SERVICES)}")
+    if unknown := [service for service in services if service not in DEVICE_SERVICES]:
+        raise InvalidInput(f"no service {unknown[0]}; there are: {', '.join(DEVICE_SERVICES)}")
     if transport not in TRANSPORTS:
         raise InvalidInput(f"no transport {transport}; there are: {', '.join(TRANSPORTS)}")
     if on_conflict not in ON_CONFLICT:
@@ -170,7 +174,7 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
 
         pin = spki_of_file(certificate)
     return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services), transport, pin,
-                  frozenset(sop_classes), frozenset(transfer_syntaxes), on_conflict)
+                  frozenset(sop_classes), frozenset(transfer_syntaxes), on_conflict, host)
 
 
 def _may(device: Device) -> str:
@@ -195,10 +199,10 @@ def _listed(ae_title: str, state: Path) -> Peer:
         device = ledger.device(ae_title)
     if device is None:
         raise NotFound(f"there is no device {ae_title}; `miss device ls` lists them, or give AE@HOST:PORT")
-    if device.port is None or "/" in device.address or device.address == "*":
+    if device.callable_at is None:
         raise InvalidInput(f"{ae_title} has no address and port to call: give AE@HOST:PORT, or "
                            f"`miss device add {ae_title} ADDRESS --port PORT`")
-    return Peer(device.address, device.port, ae_title)
+    return Peer(*device.callable_at, ae_title)
 
 
 def _own_ae_title(state: Path) -> str:

@@ -143,9 +143,9 @@ class Node:
     def _listen(self, ae_title: str, gate: Admission) -> DimseServer:
         dimse, ward = self.settings.dimse, self.identity.ward
         services = Services(Offer(dimse.accept_private_classes), {
-            Field.C_ECHO: (ServiceName.ECHO, Echo()),
-            Field.C_STORE: (ServiceName.STORE, Store(self.archive.intake, ward, self.identity.issuer)),
-            Field.C_FIND: (ServiceName.FIND, Find(self.archive, ward, ae_title, dimse.find_responses_max)),
+            (ServiceName.ECHO, Field.C_ECHO): Echo(),
+            (ServiceName.STORE, Field.C_STORE): Store(self.archive.intake, ward, self.identity.issuer),
+            (ServiceName.FIND, Field.C_FIND): Find(self.archive, ward, ae_title, dimse.find_responses_max),
         })
         try:
             return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits(),

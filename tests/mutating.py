@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 
 from node.dimse import messages, pdu
+from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext, Role, UserIdentity
 from tests.datasets import (
     BASIC_TEXT_SR,
@@ -140,7 +141,7 @@ def conversations() -> tuple[tuple[bytes, ...], ...]:
         user_identity=UserIdentity(2, True, b"somebody", b"secret"),
     ))  # fmt: skip
     identifier = _identifier()
-    found = data(11, 3, messages.find_request(1, FIND)) + data(11, 2, identifier)
+    found = data(11, 3, messages.query_request(Field.C_FIND, 1, FIND)) + data(11, 2, identifier)
     return (
         (plain, data(1, 3, messages.echo_request(1)), pdu.RELEASE_RQ_OCTETS),
         (rich, data(1, 3, messages.echo_request(7)), pdu.RELEASE_RQ_OCTETS),

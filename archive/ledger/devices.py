@@ -11,19 +11,21 @@ from sqlalchemy import Connection as DatabaseConnection
 from sqlalchemy import delete, insert, select, update
 
 from archive.ledger.tables import Subject, as_row, connection_log, device, log_key
+from archive.model import DEVICE_SERVICES
 
 CONNECTIONS_MAX = 100_000
 _TRIM_ONE_IN = 256
 _DEVICE = (
     "SELECT ae_title, address, name, issuer, enabled, port, services, transport, certificate, sop_classes,"
-    " transfer_syntaxes, on_conflict FROM device WHERE ae_title = ?"
+    " transfer_syntaxes, on_conflict, host FROM device WHERE ae_title = ?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """A modality or workstation. `address` is an IP address, a network in CIDR form, or "*" for any; `issuer`
-    overrides the ward's; `port` is where it listens, when it can be called.
+    overrides the ward's; `port` is where it listens, when it can be called, on `host`, or on `address` where
+    that is one machine's and `host` is empty. `services` are of DEVICE_SERVICES.
 
     `transport` is how it may come: "plain", "tls" or "any"; `certificate` pins the key that it must show over
     TLS (SHA-256 of its SubjectPublicKeyInfo, hex; "" pins none). Empty `sop_classes` and `transfer_syntaxes`
@@ -37,12 +39,20 @@ class Device:
     issuer: str | None = None
     enabled: bool = True
     port: int | None = None
-    services: frozenset[str] = frozenset({"store", "find"})
+    services: frozenset[str] = frozenset(DEVICE_SERVICES)
     transport: str = "any"
     certificate: str = ""
     sop_classes: frozenset[str] = frozenset()
     transfer_syntaxes: frozenset[str] = frozenset()
     on_conflict: str = "keep"
+    host: str = ""
+
+    @property
+    def callable_at(self) -> tuple[str, int] | None:
+        """Host and port to call it by; None when nobody said where it listens."""
+        one_machine = self.address != "*" and "/" not in self.address
+        host = self.host or (self.address if one_machine else "")
+        return (host, self.port) if host and self.port is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +167,7 @@ def _device(
     sop_classes: str,
     transfer_syntaxes: str,
     on_conflict: str,
+    host: str,
 ) -> Device:
     return Device(
         ae_title,
@@ -171,6 +182,7 @@ def _device(
         _set(sop_classes),
         _set(transfer_syntaxes),
         on_conflict,
+        host,
     )
 
 

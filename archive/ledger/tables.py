@@ -70,6 +70,7 @@ device = Table(
     _key("ae_title"),
     *_columns(Characters(), "address", "name", "services"),
     *_columns(Characters(), "transport", "certificate", "sop_classes", "transfer_syntaxes", "on_conflict"),
+    *_columns(Characters(), "host"),
     *_columns(Characters(), "issuer", null=True),
     *_columns(Integer, "port", null=True),
     *_columns(Boolean, "enabled"),
@@ -228,6 +229,11 @@ def _fourth(connection: Connection) -> None:
     _add_columns(connection, {"connection_log": {"user_name": "TEXT NOT NULL DEFAULT ''"}})
 
 
+def _fifth(connection: Connection) -> None:
+    """Where a device listens, when that is not where it comes from."""
+    _add_columns(connection, {"device": {"host": "TEXT NOT NULL DEFAULT ''"}})
+
+
 def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
     """A ledger that this release makes has them from the first step."""
     for table, columns in added.items():
@@ -237,7 +243,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth)
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth)
 
 
 def log_key(at_us: int) -> str:

@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 APPLICATION_CONTEXT_NOT_SUPPORTED = Rejection(1, 1, 2)
 PROTOCOL_VERSION_NOT_SUPPORTED = Rejection(1, 2, 2)
 TEMPORARY_CONGESTION = Rejection(2, 3, 1)
+_OF_ONE_SERVICE = {Field.C_ECHO: ServiceName.ECHO, Field.C_STORE: ServiceName.STORE}
 TLS_HANDSHAKE = 0x16  # the type of the record that TLS begins with (RFC 8446, 5.1)
 
 
@@ -85,10 +86,10 @@ class Turn(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What is served: by command field, the service's name and its code."""
+    """What is served: each service's code by the service's name and the command field."""
 
     offer: Offer
-    table: Mapping[int, tuple[ServiceName, Service]]
+    table: Mapping[tuple[ServiceName, int], Service]
 
 
 class Acceptor:
@@ -215,7 +216,7 @@ class Acceptor:
             window = accept.asynchronous_window
             association = Association(self._wire, contexts, request.max_pdu_bytes, self._limits,
                                       requestor=False, window=window[0] if window else 1)
-            self.exchange = Exchange(association, caller, entry.address, entry)
+            self.exchange = Exchange(association, caller, entry.address, entry, dict(accept.extended))
             # A few kilobytes may inflate to half a second's work: that is its own thread's, never the pump's.
             self._inflates = any(each.transfer_syntax in DEFLATED_SYNTAXES for each in contexts.values())
             association.refuse_what_came()  # Sta3
@@ -259,15 +260,18 @@ class Acceptor:
 
     def is_prompt(self, command: Command) -> bool:
         """Whether a whole message of this kind is served without waiting."""
-        _, service = self._services.table.get(command.field, (None, None))
+        name = _OF_ONE_SERVICE.get(command.field)  # type: ignore[call-overload]
+        service = None if name is None else self._services.table.get((name, command.field))
         exchange = self.exchange
         return (service is not None and exchange is not None and service.is_prompt(exchange.caller, command)
                 and not self._inflates)
 
     def _perform(self, exchange: Exchange, context: Context, command: Command) -> None:
-        name, service = self._services.table.get(command.field, (None, None))
-        if (service is None or name is not self._services.offer.service(context.abstract_syntax)
-                or not context.requestor_is_scu):
+        name = self._services.offer.service(context.abstract_syntax)
+        service = None if name is None else self._services.table.get((name, command.field))
+        # An event is what an SCP reports, all else what an SCU asks for (PS3.7 10.1).
+        reports = command.field == Field.N_EVENT_REPORT
+        if service is None or not (context.requestor_is_scp if reports else context.requestor_is_scu):
             exchange.association.drain(context)
             if command.field != Field.C_CANCEL:  # else of an operation that is over: nothing to say
                 exchange.answer(context, command, codes.UNRECOGNIZED_OPERATION)

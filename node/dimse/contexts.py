@@ -24,8 +24,20 @@ from node.dimse.pdu import (
 )
 
 VERIFICATION = "1.2.840.10008.1.1"
-STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
+PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.1.2"
+PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
+STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
+PATIENT_STUDY_ONLY_FIND = "1.2.840.10008.5.1.4.1.2.3.1"  # retired, and what old machines speak
+PATIENT_STUDY_ONLY_MOVE = "1.2.840.10008.5.1.4.1.2.3.2"
+PATIENT_STUDY_ONLY_GET = "1.2.840.10008.5.1.4.1.2.3.3"
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"  # the push model
+WORKLIST_FIND = "1.2.840.10008.5.1.4.31"
+PERFORMED_STEP = "1.2.840.10008.3.1.2.3.3"
+PERFORMED_STEP_RETRIEVE = "1.2.840.10008.3.1.2.3.4"
+INSTANCE_AVAILABILITY = "1.2.840.10008.5.1.4.33"
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
@@ -56,6 +68,23 @@ class ServiceName(Enum):
     ECHO = "echo"
     STORE = "store"
     FIND = "find"
+    RETRIEVE = "retrieve"  # C-MOVE and C-GET
+    COMMIT = "commit"
+    WORKLIST = "worklist"
+    MPPS = "mpps"
+
+
+_SERVICE_OF: Mapping[str, ServiceName] = {
+    VERIFICATION: ServiceName.ECHO,
+    **dict.fromkeys((PATIENT_ROOT_FIND, STUDY_ROOT_FIND, PATIENT_STUDY_ONLY_FIND), ServiceName.FIND),
+    **dict.fromkeys((PATIENT_ROOT_MOVE, STUDY_ROOT_MOVE, PATIENT_STUDY_ONLY_MOVE,
+                     PATIENT_ROOT_GET, STUDY_ROOT_GET, PATIENT_STUDY_ONLY_GET), ServiceName.RETRIEVE),
+    STORAGE_COMMITMENT: ServiceName.COMMIT,
+    WORKLIST_FIND: ServiceName.WORKLIST,
+    PERFORMED_STEP: ServiceName.MPPS,
+    PERFORMED_STEP_RETRIEVE: ServiceName.MPPS,
+}
+_OF_OBJECTS = frozenset((ServiceName.ECHO, ServiceName.STORE))  # their data sets are passed on as they are
 
 
 def _is_storage(uid: str, name: str, kind: str, retired: str) -> bool:
@@ -79,7 +108,6 @@ STORAGE_SYNTAXES = frozenset(
 # Identifiers are read and written as data sets, so only in the syntaxes that need no codec (PS3.5 10).
 IDENTIFIER_SYNTAXES = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG))
 
-DEFAULT_ROLE = Role("", scu=True, scp=False)  # where none is proposed (PS3.7 D.3.3.4)
 # Storage SCP of level 2 (full), signature level 3 (bit-preserving), no coercion (PS3.4 Table B.3-1).
 STORAGE_SUPPORT = bytes((2, 0, 3, 0, 0, 0))
 
@@ -88,7 +116,7 @@ STORAGE_SUPPORT = bytes((2, 0, 3, 0, 0, 0))
 class Offer:
     """What a node takes. `private` adds private SOP classes and transfer syntaxes, and storage classes that
     are newer than our tables (AS6). `requestor_serves` are the services whose SCP a requestor may be on its
-    own association: storage, once there is C-GET."""
+    own association: storage for C-GET, commitment for who reports on what was forwarded to it."""
 
     private: bool = False
     requestor_serves: frozenset[ServiceName] = frozenset()
@@ -97,17 +125,15 @@ class Offer:
         """The service that takes this abstract syntax."""
         if sop_class_uid in STORAGE_CLASSES:
             return ServiceName.STORE
-        if sop_class_uid == VERIFICATION:
-            return ServiceName.ECHO
-        if sop_class_uid in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND):
-            return ServiceName.FIND
+        if (service := _SERVICE_OF.get(sop_class_uid)) is not None:
+            return service
         if self.private and is_uid(sop_class_uid) and sop_class_uid not in UID_dictionary:
             private = not sop_class_uid.startswith(_STANDARD_ROOT)
             return ServiceName.STORE if private or sop_class_uid.startswith(_STORAGE_ROOT) else None
         return None
 
     def takes_syntax(self, service: ServiceName, transfer_syntax_uid: str) -> bool:
-        if service is ServiceName.FIND:
+        if service not in _OF_OBJECTS:
             return transfer_syntax_uid in IDENTIFIER_SYNTAXES
         if transfer_syntax_uid in STORAGE_SYNTAXES:
             return True
@@ -131,6 +157,13 @@ class Permitted:
         return (service is not ServiceName.STORE or not self.transfer_syntaxes
                 or transfer_syntax_uid in self.transfer_syntaxes)
 
+    def narrowed(self, service: ServiceName, role: Role) -> Role:
+        """What it gets of the roles that it asks for: as SCP of storage it receives what it retrieves, which
+        is another right than to store, and its lists of what it may send do not count."""
+        as_scu = service in self.services and self.takes_class(service, role.sop_class_uid)
+        serves = ServiceName.RETRIEVE if service is ServiceName.STORE else service
+        return Role(role.sop_class_uid, role.scu and as_scu, role.scp and serves in self.services)
+
 
 def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted, max_pdu_bytes: int, *,
               operations_max: int = 1) -> tuple[AssociateAccept, dict[int, Context]]:
@@ -140,7 +173,8 @@ def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted, max
     answers: list[AnsweredContext] = []
     contexts: dict[int, Context] = {}
     for proposed in request.contexts:
-        role = roles.get(proposed.abstract_syntax, DEFAULT_ROLE)
+        asked = roles.get(proposed.abstract_syntax)
+        role = asked or _default_role(proposed.abstract_syntax, offer, permitted)
         answer = _answer(proposed, offer, permitted, role)
         answers.append(answer)
         if answer.result == ContextResult.ACCEPTANCE:
@@ -162,12 +196,12 @@ def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted, role:
     first = proposed.transfer_syntaxes[0] if proposed.transfer_syntaxes else IMPLICIT_LITTLE
     ignored = first if is_uid(first) else IMPLICIT_LITTLE
     service = offer.service(proposed.abstract_syntax)
-    if service is None or not permitted.takes_class(service, proposed.abstract_syntax):
+    if service is None or not (role.scp or permitted.takes_class(service, proposed.abstract_syntax)):
         return AnsweredContext(proposed.id, ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED, ignored)
-    if service not in permitted.services or not (role.scu or role.scp):
+    if not (role.scu or role.scp):
         return AnsweredContext(proposed.id, ContextResult.USER_REJECTION, ignored)
     for uid in proposed.transfer_syntaxes:
-        if offer.takes_syntax(service, uid) and permitted.takes_syntax(service, uid):
+        if offer.takes_syntax(service, uid) and (not role.scu or permitted.takes_syntax(service, uid)):
             return AnsweredContext(proposed.id, ContextResult.ACCEPTANCE, uid)
     return AnsweredContext(proposed.id, ContextResult.TRANSFER_SYNTAXES_NOT_SUPPORTED, ignored)
 
@@ -178,10 +212,17 @@ def _answer_roles(roles: Sequence[Role], offer: Offer, permitted: Permitted) -> 
     answered: dict[str, Role] = {}
     for role in roles:
         service = offer.service(role.sop_class_uid)
-        if service is not None and service in permitted.services:
-            given = Role(role.sop_class_uid, role.scu, role.scp and service in offer.requestor_serves)
-            answered.setdefault(role.sop_class_uid, given)
+        if service is not None:
+            served = Role(role.sop_class_uid, role.scu, role.scp and service in offer.requestor_serves)
+            answered.setdefault(role.sop_class_uid, permitted.narrowed(service, served))
     return answered
+
+
+def _default_role(sop_class_uid: str, offer: Offer, permitted: Permitted) -> Role:
+    """SCU, where none is proposed (PS3.7 D.3.3.4) and the device may."""
+    service = offer.service(sop_class_uid)
+    asked = Role(sop_class_uid, scu=True, scp=False)
+    return asked if service is None else permitted.narrowed(service, asked)
 
 
 def _answer_window(asked: tuple[int, int] | None, operations_max: int) -> tuple[int, int] | None:
@@ -213,16 +254,19 @@ def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:
     return sets
 
 
-def agreed(proposed: Sequence[ProposedContext],
-           answers: Sequence[AnsweredContext]) -> Mapping[int, Context]:
-    """The contexts that the acceptor took. An answer with a syntax that was not proposed counts as
-    refused."""
+def agreed(proposed: Sequence[ProposedContext], answers: Sequence[AnsweredContext],
+           roles: Sequence[Role] = ()) -> Mapping[int, Context]:
+    """The contexts that the acceptor took, and the roles that it answered. An answer with a syntax that was
+    not proposed counts as refused; a role that is not answered was not taken (PS3.7 D.3.3.4)."""
     by_id = {context.id: context for context in proposed}
+    by_class = {role.sop_class_uid: role for role in roles}
     contexts: dict[int, Context] = {}
     for answer in answers:
         asked = by_id.get(answer.id)
         if asked is None or answer.result != ContextResult.ACCEPTANCE:
             continue
         if answer.transfer_syntax in asked.transfer_syntaxes:
-            contexts[answer.id] = Context(answer.id, asked.abstract_syntax, answer.transfer_syntax)
+            role = by_class.get(asked.abstract_syntax, Role(asked.abstract_syntax, scu=True, scp=False))
+            contexts[answer.id] = Context(answer.id, asked.abstract_syntax, answer.transfer_syntax, role.scu,
+                                          role.scp)
     return contexts

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,20 +83,23 @@ class _Owed:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What a service sees of the association it serves. `owed` are final responses in the order of their
-    requests."""
+    """What a service sees of the association it serves. `extended` is what was agreed on by SOP class (PS3.7
+    D.3.3.5); `owed` are final responses in the order of their requests."""
 
     association: Association
     caller: Caller
     address: str
     entry: Log
+    extended: Mapping[str, bytes] = field(default_factory=dict)
     owed: list[_Owed] = field(default_factory=list)
 
     def respond(self, context: Context, command: Command, status: int, *, comment: str = "",
-                dataset: bytes | None = None) -> None:
-        """Send a response and, when it is the last one, count it."""
+                dataset: bytes | None = None, more: bytes = b"", sop_instance_uid: str = "") -> None:
+        """Send a response and, when it is the last one, count it. `more` are further elements of the command
+        set, above (0000,1000); `sop_instance_uid` names what the request did not."""
         self.settle()
-        self.association.send(context, self._answer(command, status, comment, dataset is not None), dataset)
+        answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid)
+        self.association.send(context, answer, dataset)
 
     def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
                stored: Durable | None = None) -> None:
@@ -149,10 +153,12 @@ class Exchange:
             log.info("%s from %s: %04X %s", owed.command.name, self.caller.ae_title, status, comment)
         return self._answer(owed.command, status, comment, False)
 
-    def _answer(self, command: Command, status: int, comment: str, has_dataset: bool) -> bytes:
+    def _answer(self, command: Command, status: int, comment: str, has_dataset: bool, more: bytes = b"",
+                sop_instance_uid: str = "") -> bytes:
         if status not in (codes.PENDING, codes.PENDING_UNSUPPORTED_KEYS):
             self.entry.operations[f"{command.name} {status:04X}"] += 1
-        return response(command, status, comment=comment, has_dataset=has_dataset)
+        return response(command, status, comment=comment, has_dataset=has_dataset, more=more,
+                        sop_instance_uid=sop_instance_uid)
 
 
 class Service(Protocol):

@@ -51,6 +51,14 @@ DATASET_TYPE = 0x0800
 STATUS = 0x0900
 ERROR_COMMENT = 0x0902
 AFFECTED_SOP_INSTANCE_UID = 0x1000
+REQUESTED_SOP_INSTANCE_UID = 0x1001
+EVENT_TYPE_ID = 0x1002
+ATTRIBUTE_IDENTIFIER_LIST = 0x1005
+ACTION_TYPE_ID = 0x1008
+REMAINING_SUBOPERATIONS = 0x1020
+COMPLETED_SUBOPERATIONS = 0x1021
+FAILED_SUBOPERATIONS = 0x1022
+WARNING_SUBOPERATIONS = 0x1023
 MOVE_ORIGINATOR_AE = 0x1030
 MOVE_ORIGINATOR_MESSAGE_ID = 0x1031
 
@@ -79,6 +87,10 @@ class Command:
     @property
     def affected_sop_instance_uid(self) -> str:
         return self.text(AFFECTED_SOP_INSTANCE_UID)
+
+    @property
+    def requested_sop_instance_uid(self) -> str:
+        return self.text(REQUESTED_SOP_INSTANCE_UID)
 
     @property
     def name(self) -> str:
@@ -156,17 +168,24 @@ def build(*elements: bytes) -> bytes:
     return _ELEMENT.pack(0, 0, 4) + _LONG.pack(len(body)) + body
 
 
-def response(request: Command, status: int, *, comment: str = "", has_dataset: bool = False) -> bytes:
-    """The response to `request`: the SOP UIDs that it named are sent back as they came (PS3.7 9.1)."""
+def response(request: Command, status: int, *, comment: str = "", has_dataset: bool = False,
+             more: bytes = b"", sop_instance_uid: str = "") -> bytes:
+    """The response to `request`: the SOP UIDs that it named are sent back as they came (PS3.7 9.1, 10.1),
+    what was requested as what is affected. `more` are further elements, in order, above (0000,1000)."""
     named = request.elements
     sop_class = named.get(AFFECTED_SOP_CLASS_UID) or named.get(REQUESTED_SOP_CLASS_UID)
     before = _response_head(sop_class or b"", request.field)
     after = _response_tail(status, has_dataset)
     if comment:
         after += element(ERROR_COMMENT, _comment(comment))
-    if sop_instance := named.get(AFFECTED_SOP_INSTANCE_UID):
+    sop_instance = (named.get(AFFECTED_SOP_INSTANCE_UID) or named.get(REQUESTED_SOP_INSTANCE_UID)
+                    or _uid(sop_instance_uid))
+    if sop_instance:
         after += element(AFFECTED_SOP_INSTANCE_UID, sop_instance)
-    return build(before, short(MESSAGE_ID_RESPONDED_TO, request.message_id), after)
+    for number in (EVENT_TYPE_ID, ACTION_TYPE_ID):
+        if number in named:
+            after += element(number, named[number])
+    return build(before, short(MESSAGE_ID_RESPONDED_TO, request.message_id), after, more)
 
 
 @lru_cache(maxsize=256)  # of a few classes, thousands of times each
@@ -212,10 +231,26 @@ def store_request(message_id: int, sop_class_uid: str, sop_instance_uid: str, *,
     return build(*parts)
 
 
-def find_request(message_id: int, sop_class_uid: str, *, priority: int = 0) -> bytes:
-    return build(element(AFFECTED_SOP_CLASS_UID, _uid(sop_class_uid)),
-                 short(COMMAND_FIELD, Field.C_FIND), short(MESSAGE_ID, message_id), short(PRIORITY, priority),
-             short(DATASET_TYPE, 0x0001))
+def query_request(field: Field, message_id: int, sop_class_uid: str, *, priority: int = 0,
+                  move_destination: str = "") -> bytes:
+    """C-FIND-RQ, C-GET-RQ or C-MOVE-RQ, whose identifier follows (PS3.7 9.1.2 to 9.1.4)."""
+    destination = [element(MOVE_DESTINATION, move_destination.encode("ascii", "replace").ljust(16))]
+    return build(element(AFFECTED_SOP_CLASS_UID, _uid(sop_class_uid)), short(COMMAND_FIELD, field),
+                 short(MESSAGE_ID, message_id), *(destination if field is Field.C_MOVE else ()),
+                 short(PRIORITY, priority), short(DATASET_TYPE, 0x0001))
+
+
+def normalized_request(field: Field, message_id: int, sop_class_uid: str, sop_instance_uid: str, *,
+                       has_dataset: bool, more: bytes = b"") -> bytes:
+    """A request of a normalized service (PS3.7 10.3): events and new instances are of an affected SOP
+    instance, all else is asked of a requested one. `more` are further elements, as an action's type."""
+    affected = field in (Field.N_EVENT_REPORT, Field.N_CREATE)
+    sop_class = AFFECTED_SOP_CLASS_UID if affected else REQUESTED_SOP_CLASS_UID
+    sop_instance = AFFECTED_SOP_INSTANCE_UID if affected else REQUESTED_SOP_INSTANCE_UID
+    named = element(sop_instance, _uid(sop_instance_uid)) if sop_instance_uid else b""
+    return build(element(sop_class, _uid(sop_class_uid)), short(COMMAND_FIELD, field),
+                 short(MESSAGE_ID, message_id),
+                 short(DATASET_TYPE, 0x0001 if has_dataset else NO_DATASET), named, more)
 
 
 def cancel_request(message_id: int) -> bytes:

@@ -27,6 +27,7 @@ from node.dimse.pdu import (
     InvalidPdu,
     PduType,
     ProposedContext,
+    Role,
     UserIdentity,
     decode_abort,
     decode_accept,
@@ -72,9 +73,11 @@ class Requestor:
     @classmethod
     def connect(cls, peer: Peer, calling_ae: str, proposed: Sequence[ProposedContext], *,
                 limits: Limits | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S,
-                window: int = 1, user_identity: UserIdentity | None = None) -> Self:
-        """Connect and associate. `window` asks for that many open operations. Raises ConnectionLost,
-        TimedOut, Rejected, PeerAborted or Violation."""
+                window: int = 1, user_identity: UserIdentity | None = None,
+                roles: Sequence[Role] = ()) -> Self:
+        """Connect and associate. `window` asks for that many open operations, `roles` for others than that we
+        are the SCU of all (PS3.7 D.3.3.4). Raises ConnectionLost, TimedOut, Rejected, PeerAborted or
+        Violation."""
         limits = limits or Limits()
         try:
             sock = socket.create_connection((peer.host, peer.port), connect_timeout_s)
@@ -91,12 +94,12 @@ class Requestor:
         try:
             request = AssociateRequest(peer.called_ae, calling_ae, tuple(proposed), limits.max_pdu_bytes,
                                        asynchronous_window=(window, 1) if window > 1 else None,
-                                       user_identity=user_identity)
+                                       user_identity=user_identity, roles=tuple(roles))
             accept = _negotiate(wire, request, limits.artim_s)
         except BaseException:
             wire.close()
             raise
-        agreed = contexts.agreed(proposed, accept.contexts)
+        agreed = contexts.agreed(proposed, accept.contexts, accept.roles)
         association = Association(wire, agreed, accept.max_pdu_bytes, limits, requestor=True)
         return cls(association, accept, _granted(window, accept))
 
@@ -121,14 +124,14 @@ class Requestor:
     def echo(self) -> int:
         """C-ECHO; the status."""
         context = self._require(contexts.VERIFICATION)
-        self.association.send(context, messages.echo_request(self._next_message_id()))
+        self.association.send(context, messages.echo_request(self.next_message_id()))
         return self._response().status
 
     def store(self, context: Context, sop_instance_uid: str, chunks: Iterable[Buffer], *,
               originator: tuple[str, int] | None = None) -> int:
         """C-STORE of a data set that comes in chunks, encoded in the context's transfer syntax; the
         status."""
-        request = messages.store_request(self._next_message_id(), context.abstract_syntax, sop_instance_uid,
+        request = messages.store_request(self.next_message_id(), context.abstract_syntax, sop_instance_uid,
                                          originator=originator)
         self.association.send_stream(context, request, chunks)
         return self._response().status
@@ -138,7 +141,7 @@ class Requestor:
         `window` may be open. OSError when the file can't be read to its end: then only abort is left."""
         if len(self._open) >= self.window:
             raise ValueError("the window is full")
-        message_id = self._next_message_id()
+        message_id = self.next_message_id()
         request = messages.store_request(message_id, context.abstract_syntax, sop_instance_uid)
         self._open.add(message_id)
         self.association.send_outbox(context, request, outbox)
@@ -161,8 +164,9 @@ class Requestor:
         """C-FIND with an encoded identifier: every response, the final one last, with its encoded
         identifier."""
         context = self._require(sop_class_uid)
-        message_id = self._next_message_id()
-        self.association.send(context, messages.find_request(message_id, sop_class_uid), identifier)
+        message_id = self.next_message_id()
+        request = messages.query_request(Field.C_FIND, message_id, sop_class_uid)
+        self.association.send(context, request, identifier)
         count = 0
         while True:
             answer = self._response()
@@ -175,6 +179,14 @@ class Requestor:
             count += 1
             if count == cancel_after:
                 self.association.send(context, messages.cancel_request(message_id))
+
+    def call(self, context: Context, request: bytes, dataset: bytes | None = None) -> tuple[Command, bytes]:
+        """Send a request that was built with `next_message_id`, and wait for its one response: the command,
+        and its data set (b"" when it has none)."""
+        self.association.send(context, request, dataset)
+        answer = self._response()
+        octets = self.association.read_dataset(context, IDENTIFIER_BYTES_MAX) if answer.has_dataset else b""
+        return answer, octets
 
     def release(self) -> None:
         """The orderly end."""
@@ -197,7 +209,7 @@ class Requestor:
             raise Violation("a response to another message", 0, AbortSource.SERVICE_USER)
         return answer
 
-    def _next_message_id(self) -> int:
+    def next_message_id(self) -> int:
         self._message_id = self._message_id % 0xFFFF + 1
         return self._message_id
 

@@ -307,7 +307,8 @@ def test_a_ledger_of_the_first_schema_opens_with_what_it_holds(database_url: str
 
     Database(database_url, name="ledger", steps=[first]).close()
     ledger = Ledger.open(database_url)
-    device = Device("CT1", "10.0.0.5", "CT", port=104)
+    # What it was allowed then stays: services that came later are for a person to allow.
+    device = Device("CT1", "10.0.0.5", "CT", port=104, services=frozenset({"store", "find"}))
     assert ledger.device("CT1") == device and ledger.devices() == [device]
     assert ledger.connections() == [
         Connection(1, "10.0.0.5", "CT1", "MISS", "CT", bytes_in=2, bytes_out=3, ended="released", ended_us=4)

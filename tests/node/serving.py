@@ -27,7 +27,7 @@ from tests.waiting import wait_for
 
 AE_TITLE = "MISS"
 QUICK = Limits(artim_s=1.0, idle_timeout_s=30.0, message_timeout_s=2.0)
-ECHO: Mapping[int, tuple[ServiceName, Service]] = {Field.C_ECHO: (ServiceName.ECHO, Echo())}
+ECHO: Mapping[tuple[ServiceName, int], Service] = {(ServiceName.ECHO, Field.C_ECHO): Echo()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Serving:
 
 
 @contextmanager
-def serving(folder: Path, *, table: Mapping[int, tuple[ServiceName, Service]] = ECHO, limits: Limits = QUICK,
+def serving(folder: Path, *, table: Mapping[tuple[ServiceName, int], Service] = ECHO, limits: Limits = QUICK,
             private: bool = False, associations_max: int = 100, associations_per_device_max: int = 80,
             tls: Listener | None = None, region: str = "", ward: str = "", certificates_required: bool = True,
             pending_per_address_max: int = PENDING_PER_ADDRESS_MAX, offer: Offer | None = None,

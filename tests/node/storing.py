@@ -65,10 +65,10 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
         find = Find(archive, WARD, AE_TITLE, responses_max)
-        table: dict[int, tuple[ServiceName, Service]] = {
-            Field.C_ECHO: (ServiceName.ECHO, Echo()),
-            Field.C_STORE: (ServiceName.STORE, Store(archive.intake, WARD, ISSUER)),
-            Field.C_FIND: (ServiceName.FIND, find),
+        table: dict[tuple[ServiceName, int], Service] = {
+            (ServiceName.ECHO, Field.C_ECHO): Echo(),
+            (ServiceName.STORE, Field.C_STORE): Store(archive.intake, WARD, ISSUER),
+            (ServiceName.FIND, Field.C_FIND): find,
         }
         with serving(folder, table=table, limits=limits, private=private, tls=tls, region=region) as served:
             yield Storing(served.server, served.ledger, served.admission, archive, find)

@@ -32,8 +32,8 @@ def test_first_proposed_syntax_that_we_take_is_chosen() -> None:
 
 def test_results_3_and_4_and_the_others_are_accepted() -> None:
     """32."""
-    worklist = "1.2.840.10008.5.1.4.31"
-    assert answer((worklist, (IMPLICIT_LITTLE,)), (CT, ("1.2.840.10008.1.2.4.94",)), (CT, (EXPLICIT_LITTLE,)),
+    unserved = "1.2.840.10008.5.1.4.34.6.1"  # unified procedure steps
+    assert answer((unserved, (IMPLICIT_LITTLE,)), (CT, ("1.2.840.10008.1.2.4.94",)), (CT, (EXPLICIT_LITTLE,)),
                   ("1.2.3.4", (IMPLICIT_LITTLE,)), (CT, ()), ("", (IMPLICIT_LITTLE,))) == [
         (3, ""), (4, ""), (0, EXPLICIT_LITTLE), (3, ""), (4, ""), (3, "")]
 
@@ -61,7 +61,7 @@ def test_private_classes_and_syntaxes_by_the_switch() -> None:
     assert [result for result, _ in answer(*proposed)] == [3, 4, 3]
     assert [result for result, _ in answer(*proposed, offer=Offer(private=True))] == [0, 0, 0]
     # The switch opens no service that is not storage, and nothing that is no UID.
-    for uid in ("1.2.840.10008.5.1.4.31", "1.2.840.10008.1.20.1", "1.2.3/4", "1.2.840.10008.99.1"):
+    for uid in ("1.2.840.10008.5.1.4.34.6.1", "1.2.840.10008.5.1.1.1", "1.2.3/4", "1.2.840.10008.99.1"):
         assert answer((uid, (EXPLICIT_LITTLE,)), offer=Offer(private=True)) == [(3, "")], uid
 
 

@@ -22,9 +22,11 @@ from node.dimse.contexts import (
     STUDY_ROOT_FIND,
     VERIFICATION,
 )
+from node.dimse.identifiers import read_identifier, write_identifier
+from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
-from node.dimse.services.find import MATCHES_HELD_MAX, read_identifier, write_identifier
+from node.dimse.services.find import MATCHES_HELD_MAX
 from tests.datasets import make_instance
 from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import Storing, storing
@@ -177,7 +179,7 @@ def test_cancel(served: Storing) -> None:
         raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1", (
             ProposedContext(1, STUDY_ROOT_FIND, (EXPLICIT_LITTLE,)),), 16384))
         octets = write_identifier(query, EXPLICIT_LITTLE)
-        raw.send(data(1, 3, messages.find_request(1, STUDY_ROOT_FIND)) + data(1, 2, octets)
+        raw.send(data(1, 3, messages.query_request(Field.C_FIND, 1, STUDY_ROOT_FIND)) + data(1, 2, octets)
                  + data(1, 3, messages.cancel_request(1)))
         answers = 0
         while (answer := _command(raw)).status != 0xFE00:
@@ -230,7 +232,7 @@ def test_an_identifier_without_end_is_cut(served: Storing) -> None:
     with Raw(served.port) as raw:
         raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1", (
             ProposedContext(1, STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)),), 16384))
-        raw.send(data(1, 3, messages.find_request(1, STUDY_ROOT_FIND)))
+        raw.send(data(1, 3, messages.query_request(Field.C_FIND, 1, STUDY_ROOT_FIND)))
         block = data(1, 0, bytes(100_000))
         with pytest.raises(OSError):
             for _ in range(1000):

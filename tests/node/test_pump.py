@@ -148,7 +148,7 @@ def test_who_does_not_wait_for_answers_is_served_in_turn(tmp_path: Path) -> None
             open_.wait(10)
             super().serve(exchange, context, command)
 
-    table: dict[int, tuple[ServiceName, Service]] = {Field.C_ECHO: (ServiceName.ECHO, Noting())}
+    table: dict[tuple[ServiceName, int], Service] = {(ServiceName.ECHO, Field.C_ECHO): Noting()}
     with serving(tmp_path, table=table) as running, Raw(running.port) as flooding, Raw(running.port) as other:
         open_.set()
         for raw in (flooding, other):
@@ -186,7 +186,7 @@ def test_a_disk_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytes
             exchange.answer(context, command, 0, stored=Hanging() if waiting else None)
 
     waiting = False
-    table: dict[int, tuple[ServiceName, Service]] = {Field.C_ECHO: (ServiceName.ECHO, Slow())}
+    table: dict[tuple[ServiceName, int], Service] = {(ServiceName.ECHO, Field.C_ECHO): Slow()}
     with serving(tmp_path, table=table) as running, ExitStack() as open_ones:
         go.set()
         raws = [open_ones.enter_context(Raw(running.port)) for _ in range(6)]
@@ -331,7 +331,8 @@ def test_a_query_behind_a_store_sees_it(stores: Storing) -> None:
     instance = make_instance(number=1)
     identifier = struct.pack("<HH2sH", 0x0008, 0x0052, b"CS", 6) + b"STUDY "
     identifier += struct.pack("<HH2sH", 0x0020, 0x000D, b"UI", 0)
-    find = data(5, COMMAND | LAST, messages.find_request(2, STUDY_ROOT_FIND)) + data(5, LAST, identifier)
+    request = messages.query_request(Field.C_FIND, 2, STUDY_ROOT_FIND)
+    find = data(5, COMMAND | LAST, request) + data(5, LAST, identifier)
     with Raw(stores.port) as raw:
         raw.associate(REQUEST)
         raw.send(store_octets(instance) + find)

@@ -29,7 +29,7 @@ from tests.node.storing import storing
 
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 EVERYTHING = Permitted(frozenset(ServiceName))
-COMMITMENT = "1.2.840.10008.1.20.1"
+UNSERVED = "1.2.840.10008.5.1.4.34.6.1"  # a procedure step, which nobody serves here
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_a_requestor_may_serve_where_the_node_asks(asked: tuple[bool, bool],
 
 def test_roles_are_answered_for_what_was_proposed_alone() -> None:
     """None for classes without a role item, with a refused context, of no service; one for each class."""
-    accept, agreed = negotiated(Role(CT, True, True), Role(CT, False, True), Role(COMMITMENT, True, True),
+    accept, agreed = negotiated(Role(CT, True, True), Role(CT, False, True), Role(UNSERVED, True, True),
                                 Role(STUDY_ROOT_FIND, True, False), Role("1.2.3", True, True),
-                                classes=(CT, MR, COMMITMENT))
+                                classes=(CT, MR, UNSERVED))
     assert accept.roles == (Role(CT, True, False),)
     assert agreed[3].requestor_is_scu and not agreed[3].requestor_is_scp  # the default
     may_not_store = Permitted(frozenset((ServiceName.ECHO,)))
@@ -109,7 +109,7 @@ def test_a_peer_of_another_make_agrees(served: Serving) -> None:
 
 def test_storage_says_what_it_keeps() -> None:
     """Level 2, signatures preserved, nothing coerced (PS3.4 B.3.1); of queries no answer is the baseline."""
-    asked = ((CT, bytes(6)), (CT, b"\1"), (MR, bytes(6)), (STUDY_ROOT_FIND, b"\1\1\1"), (COMMITMENT, b"\1"))
+    asked = ((CT, bytes(6)), (CT, b"\1"), (MR, bytes(6)), (STUDY_ROOT_FIND, b"\1\1\1"), (UNSERVED, b"\1"))
     proposed = (ProposedContext(1, CT, (EXPLICIT_LITTLE,)),
                 ProposedContext(3, STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)))
     request = pdu.AssociateRequest("A", "B", proposed, extended=asked)

@@ -18,10 +18,10 @@ from archive.errors import SyncFailed
 from archive.intake import Ticket
 from node.dimse import contexts, messages, pdu
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, STUDY_ROOT_FIND, VERIFICATION
+from node.dimse.identifiers import write_identifier
 from node.dimse.messages import Field
 from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.sending import send_files
-from node.dimse.services.find import write_identifier
 from tests.datasets import CT, Instance, make_instance
 from tests.node.serving import AE_TITLE, QUICK, Raw, data
 from tests.node.storing import Storing, storing
@@ -166,7 +166,7 @@ def test_echo_and_find_among_stores(served: Storing) -> None:
     query = Dataset()
     query.QueryRetrieveLevel = "STUDY"
     query.StudyInstanceUID = first.study_uid
-    find = messages.find_request(3, STUDY_ROOT_FIND)
+    find = messages.query_request(Field.C_FIND, 3, STUDY_ROOT_FIND)
     with Raw(served.port) as raw:
         raw.associate(asking((8, 1)))
         raw.send(store_octets(1, first) + data(3, 3, messages.echo_request(2))
@@ -188,7 +188,7 @@ def test_a_find_is_not_confused_by_what_comes_behind_it(served: Storing) -> None
     another = make_instance(number=77)
     with Raw(served.port) as raw:
         raw.associate(asking((2, 1)))
-        raw.send(data(5, 3, messages.find_request(1, STUDY_ROOT_FIND))
+        raw.send(data(5, 3, messages.query_request(Field.C_FIND, 1, STUDY_ROOT_FIND))
                  + data(5, 2, write_identifier(query, IMPLICIT_LITTLE)) + store_octets(2, another))
         finals: list[tuple[int, int]] = []
         while len(finals) < 2:
@@ -210,7 +210,7 @@ def test_a_find_without_a_window_is_followed_by_what_did_not_wait(served: Storin
     query.StudyInstanceUID = ""
     with Raw(served.port) as raw:
         raw.associate(asking(None))
-        raw.send(data(5, 3, messages.find_request(1, STUDY_ROOT_FIND))
+        raw.send(data(5, 3, messages.query_request(Field.C_FIND, 1, STUDY_ROOT_FIND))
                  + data(5, 2, write_identifier(query, IMPLICIT_LITTLE))
                  + data(3, 3, messages.echo_request(2)) + store_octets(3, make_instance(number=9))
                  + data(3, 3, messages.echo_request(4)))
@@ -231,7 +231,7 @@ def test_a_find_that_is_overrun_is_aborted(served: Storing) -> None:
     query.StudyInstanceUID = ""
     with Raw(served.port) as raw:
         raw.associate(asking((2, 1)))
-        raw.send(data(5, 3, messages.find_request(1, STUDY_ROOT_FIND))
+        raw.send(data(5, 3, messages.query_request(Field.C_FIND, 1, STUDY_ROOT_FIND))
                  + data(5, 2, write_identifier(query, IMPLICIT_LITTLE))
                  + data(3, 3, messages.echo_request(2)) + data(3, 3, messages.echo_request(3)))
         while (answer := raw.receive())[0] == PduType.P_DATA_TF:

@@ -4,40 +4,33 @@ the archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from threading import Semaphore
-from typing import TYPE_CHECKING, TypeVar
-
-from pydicom.dataset import Dataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filereader import read_dataset
-from pydicom.filewriter import write_dataset
+from typing import TYPE_CHECKING
 
 from archive.budget import ByteBudget
 from archive.catalog import BY_KEYWORD
 from archive.dataset import attributes
-from archive.errors import CannotUnderstand, InvalidQuery, MissError, OutOfResources
+from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
 from archive.model import Level, Match, Query
 from federation.policy import Act, Principal, Role, require
 from node.dimse.association import Context
-from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE, PATIENT_ROOT_FIND
+from node.dimse.contexts import PATIENT_ROOT_FIND
 from node.dimse.exchange import Caller, Exchange
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier, write_identifier
 from node.dimse.messages import Command
 from node.dimse.status import CANCELLED, PENDING, PENDING_UNSUPPORTED_KEYS, SUCCESS
 
 if TYPE_CHECKING:
     from archive.archive import Archive
 
-IDENTIFIER_BYTES_MAX = 1 << 20
 SEARCHES_MAX = 4            # at once; the next one waits for its turn
 SEARCH_WAIT_S = 30.0
 MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
 
 _UNIQUE_KEYS = frozenset(("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
-T = TypeVar("T")
 _ORDER = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
 
 
@@ -62,7 +55,7 @@ class Find:
         identifier = read_identifier(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
                                      context.transfer_syntax)
         patient_root = context.abstract_syntax == PATIENT_ROOT_FIND
-        level, keys, wanted, unsupported = _careful(
+        level, keys, wanted, unsupported = careful(
             lambda: attributes.query_from_dataset(identifier, patient_root=patient_root))
         refuse_foreign_keys(level, keys, patient_root=patient_root)
         principal = Principal(exchange.caller.ae_title, Role.DEVICE, self.ward)
@@ -95,32 +88,6 @@ class Find:
             yield matches
         finally:
             self.held.give_back(len(matches))
-
-
-def read_identifier(octets: bytes, transfer_syntax_uid: str) -> Dataset:
-    """Decode an identifier; whatever pydicom finds wrong with it is CannotUnderstand."""
-    implicit, little = transfer_syntax_uid == IMPLICIT_LITTLE, transfer_syntax_uid != EXPLICIT_BIG
-    return _careful(lambda: read_dataset(BytesIO(octets), implicit, little))
-
-
-def write_identifier(identifier: Dataset, transfer_syntax_uid: str) -> bytes:
-    """Encode an identifier."""
-    buffer = DicomBytesIO()
-    buffer.is_implicit_VR = transfer_syntax_uid == IMPLICIT_LITTLE
-    buffer.is_little_endian = transfer_syntax_uid != EXPLICIT_BIG
-    write_dataset(buffer, identifier)
-    return buffer.getvalue()
-
-
-def _careful(read: Callable[[], T]) -> T:
-    """Hostile values surface as any kind of exception, and late: pydicom decodes them when they are looked
-    at."""
-    try:
-        return read()
-    except MissError:
-        raise
-    except Exception as error:
-        raise CannotUnderstand(f"the identifier can't be read ({type(error).__name__})") from None
 
 
 def refuse_foreign_keys(level: Level, keys: Sequence[tuple[str, str]], *, patient_root: bool) -> None:
