@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -612,6 +613,19 @@ def test_many_uids_in_one_key(index: Index) -> None:
     index.apply(list(many(40)), END, outbox=False)
     wanted = uids(studies(index))[:20] + [f"9.{number}" for number in range(5000)]
     assert len(studies(index, ("StudyInstanceUID", "\\".join(wanted)))) == 20
+
+
+def test_a_scope_that_leaves_nobody_out_is_answered_as_the_others(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may see all that is here is answered from the rows' own counts."""
+    three_wards(index)
+    wards = ("a/none", "a/one", "a/two", "b/one", "c/none")
+    scopes = [Scope(frozenset(some)) for n in (1, 2, 3, 4, 5) for some in combinations(wards, n)]
+    questions = [Query(level, (), scope) for level in Level for scope in scopes]
+    answers = [(index.search(question), index.count(question)) for question in questions]
+    monkeypatch.setattr("archive.index.queries._widened", lambda connection, query: query)
+    assert answers == [(index.search(question), index.count(question)) for question in questions]
 
 
 def test_the_way_to_an_answer_does_not_change_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
