@@ -19,6 +19,9 @@ Fields = Mapping[str, str]
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 UID_LENGTH_MAX = 64
 DEVICE_SERVICES = ("store", "find", "retrieve", "commit", "worklist", "mpps")  # what a device may be allowed
+DEVICE_REACHES = ("ward", "region")       # how far it searches and retrieves
+ON_INCOMPLETE = ("succeed", "fail")       # how its search of the region ends when a ward is missing
+DEVICE_MAX_AGE_S = 12 * 3600              # how old what is known of a ward may be for that
 
 
 @lru_cache(maxsize=8192)  # an instance's UID is looked at three times, its study's by every instance

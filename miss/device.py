@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from archive.errors import InvalidInput, NotFound, Unavailable
-from archive.model import DEVICE_SERVICES, ConflictPolicy, is_uid
+from archive.model import (
+    DEVICE_MAX_AGE_S,
+    DEVICE_REACHES,
+    DEVICE_SERVICES,
+    ON_INCOMPLETE,
+    ConflictPolicy,
+    is_uid,
+)
 from miss.configuration import State
 from miss.console import err, out, table
 from miss.ledgers import open_ledger, require_node
@@ -60,6 +67,15 @@ def add(
     on_conflict: Annotated[str, typer.Option(
         help=f"What becomes of other content for a UID that is here: {', '.join(ON_CONFLICT)}."
     )] = ConflictPolicy.KEEP.value,
+    reach: Annotated[str, typer.Option(
+        help=f"How far it searches and retrieves: {', '.join(DEVICE_REACHES)}; the region has to grant it, "
+        "too (hub.devices_see_region).")] = DEVICE_REACHES[0],
+    on_incomplete: Annotated[str, typer.Option(
+        help=f"How a search of the region ends that lacks a ward: {', '.join(ON_INCOMPLETE)}."
+    )] = ON_INCOMPLETE[0],
+    max_age: Annotated[str, typer.Option(
+        help="How old may be what the region knows of a ward that is away: 12h, 30m."
+    )] = "12h",
     state: State = Path("."),
 ) -> None:
     """Lets a device connect, or changes the one of that AE title: as a whole, so that what
@@ -70,12 +86,16 @@ def add(
       miss device add CT1 10.2.4.17 --name "CT, room 3" --state /srv/miss
       miss device add WORKSTATION 10.2.0.0/16 --services find --port 104
       miss device add MR1 10.2.4.18 --transport tls --certificate mr1/certificate.pem --services store
+      miss device add PACS 10.2.4.30 --services find,retrieve --port 104 --reach region --on-incomplete fail
     """
+    from miss.ca import duration_s
+
     require_node(state)
     device = make_device(ae_title, address, name=name, port=port, host=host, issuer=issuer,
                          services=tuple(filter(None, map(str.strip, services.split(",")))),
                          transport=transport, certificate=certificate, sop_classes=sop_class or (),
-                         transfer_syntaxes=transfer_syntax or (), on_conflict=on_conflict)
+                         transfer_syntaxes=transfer_syntax or (), on_conflict=on_conflict, reach=reach,
+                         on_incomplete=on_incomplete, max_age_s=duration_s(max_age))
     with open_ledger(state) as ledger:
         ledger.add_device(device)
     err.print(f"{device.ae_title} may connect from {device.address}", style="green", markup=False)
@@ -144,7 +164,8 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
                 host: str = "", issuer: str | None = None, services: tuple[str, ...] = DEVICE_SERVICES,
                 transport: str = TRANSPORTS[0], certificate: Path | None = None,
                 sop_classes: Sequence[str] = (), transfer_syntaxes: Sequence[str] = (),
-                on_conflict: str = ConflictPolicy.KEEP.value) -> Device:
+                on_conflict: str = ConflictPolicy.KEEP.value, reach: str = DEVICE_REACHES[0],
+                on_incomplete: str = ON_INCOMPLETE[0], max_age_s: int = DEVICE_MAX_AGE_S) -> Device:
     """A device by the rules of PS3.5 6.2 (AE) and of addresses; InvalidInput says which is broken."""
     from archive.ledger import Device
 
@@ -163,6 +184,10 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
         raise InvalidInput(f"no transport {transport}; there are: {', '.join(TRANSPORTS)}")
     if on_conflict not in ON_CONFLICT:
         raise InvalidInput(f"no policy {on_conflict}; there are: {', '.join(ON_CONFLICT)}")
+    if reach not in DEVICE_REACHES:
+        raise InvalidInput(f"no reach {reach}; there are: {', '.join(DEVICE_REACHES)}")
+    if on_incomplete not in ON_INCOMPLETE:
+        raise InvalidInput(f"--on-incomplete {on_incomplete} is none of {', '.join(ON_INCOMPLETE)}")
     for uid in (*sop_classes, *transfer_syntaxes):
         if not is_uid(uid):
             raise InvalidInput(f"{uid} is no UID")
@@ -174,7 +199,8 @@ def make_device(ae_title: str, address: str, *, name: str = "", port: int | None
 
         pin = spki_of_file(certificate)
     return Device(ae_title.strip(), address, name, issuer, True, port, frozenset(services), transport, pin,
-                  frozenset(sop_classes), frozenset(transfer_syntaxes), on_conflict, host)
+                  frozenset(sop_classes), frozenset(transfer_syntaxes), on_conflict, host, reach,
+                  on_incomplete, max_age_s)
 
 
 def _may(device: Device) -> str:
@@ -183,7 +209,8 @@ def _may(device: Device) -> str:
              (device.transfer_syntaxes, "transfer syntax", "transfer syntaxes"))
     within = [f"{len(uids)} {one if len(uids) == 1 else many}" for uids, one, many in lists if uids]
     policy = [] if device.on_conflict == ConflictPolicy.KEEP.value else [f"conflicts: {device.on_conflict}"]
-    return "; ".join((", ".join(sorted(device.services)), *within, *policy))
+    reach = ["the whole region"] if device.reach == "region" else []
+    return "; ".join((", ".join(sorted(device.services)), *within, *policy, *reach))
 
 
 def _over(device: Device) -> str:

@@ -102,7 +102,8 @@ class Admission:
         if full:
             return Refusal(LOCAL_LIMIT_EXCEEDED, full)
         return Caller(device.ae_title, device.name, device.issuer, _permitted(device), device.on_conflict,
-                      device.sop_classes, device.transfer_syntaxes, user.name, user.answer)
+                      device.sop_classes, device.transfer_syntaxes, user.name, user.answer, device.reach,
+                      device.on_incomplete, device.max_age_s)
 
     def _objection(self, device: Device, origin: Origin) -> str:
         """What speaks against the transport or the certificate that a device came with; "" when nothing."""

@@ -11,13 +11,13 @@ from sqlalchemy import Connection as DatabaseConnection
 from sqlalchemy import delete, insert, select, update
 
 from archive.ledger.tables import Subject, as_row, connection_log, device, log_key
-from archive.model import DEVICE_SERVICES
+from archive.model import DEVICE_MAX_AGE_S, DEVICE_SERVICES
 
 CONNECTIONS_MAX = 100_000
 _TRIM_ONE_IN = 256
 _DEVICE = (
     "SELECT ae_title, address, name, issuer, enabled, port, services, transport, certificate, sop_classes,"
-    " transfer_syntaxes, on_conflict, host FROM device WHERE ae_title = ?"
+    " transfer_syntaxes, on_conflict, host, reach, on_incomplete, max_age_s FROM device WHERE ae_title = ?"
 )
 
 
@@ -31,6 +31,10 @@ class Device:
     TLS (SHA-256 of its SubjectPublicKeyInfo, hex; "" pins none). Empty `sop_classes` and `transfer_syntaxes`
     are all that the node takes; `on_conflict` says what becomes of other content for a UID that is here
     ("keep", "refuse", "propose").
+
+    `reach` is how far it searches and retrieves, one of DEVICE_REACHES; beyond the ward only where the region
+    grants it, too. An answer that lacks a ward, or knows one as of more than `max_age_s` seconds ago, ends as
+    `on_incomplete` says, one of ON_INCOMPLETE.
     """
 
     ae_title: str
@@ -46,6 +50,9 @@ class Device:
     transfer_syntaxes: frozenset[str] = frozenset()
     on_conflict: str = "keep"
     host: str = ""
+    reach: str = "ward"
+    on_incomplete: str = "succeed"
+    max_age_s: int = DEVICE_MAX_AGE_S
 
     @property
     def callable_at(self) -> tuple[str, int] | None:
@@ -168,6 +175,9 @@ def _device(
     transfer_syntaxes: str,
     on_conflict: str,
     host: str,
+    reach: str,
+    on_incomplete: str,
+    max_age_s: int,
 ) -> Device:
     return Device(
         ae_title,
@@ -183,6 +193,9 @@ def _device(
         _set(transfer_syntaxes),
         on_conflict,
         host,
+        reach,
+        on_incomplete,
+        max_age_s,
     )
 
 

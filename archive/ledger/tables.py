@@ -70,9 +70,10 @@ device = Table(
     _key("ae_title"),
     *_columns(Characters(), "address", "name", "services"),
     *_columns(Characters(), "transport", "certificate", "sop_classes", "transfer_syntaxes", "on_conflict"),
-    *_columns(Characters(), "host"),
+    *_columns(Characters(), "host", "reach", "on_incomplete"),
     *_columns(Characters(), "issuer", null=True),
     *_columns(Integer, "port", null=True),
+    *_columns(Integer, "max_age_s"),
     *_columns(Boolean, "enabled"),
 )
 
@@ -234,6 +235,20 @@ def _fifth(connection: Connection) -> None:
     _add_columns(connection, {"device": {"host": "TEXT NOT NULL DEFAULT ''"}})
 
 
+def _ninth(connection: Connection) -> None:
+    """How far a device looks, and what becomes of an answer that lacks a ward."""
+    _add_columns(
+        connection,
+        {
+            "device": {
+                "reach": "TEXT NOT NULL DEFAULT 'ward'",
+                "on_incomplete": "TEXT NOT NULL DEFAULT 'succeed'",
+                "max_age_s": "INTEGER NOT NULL DEFAULT 43200",
+            }
+        },
+    )
+
+
 def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
     """A ledger that this release makes has them from the first step."""
     for table, columns in added.items():
@@ -243,7 +258,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth)
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth)
 
 
 def log_key(at_us: int) -> str:

@@ -29,7 +29,9 @@ DURABLE_TIMEOUT_S = 30.0
 class Caller:
     """A device that was let in. `issuer` is of its Patient IDs where it has one of its own; empty
     `sop_classes` and `transfer_syntaxes` are all that the node takes. `user` is who was verified, if anybody,
-    and `identity_answer` what is said to that (PS3.7 D.3.3.7)."""
+    and `identity_answer` what is said to that (PS3.7 D.3.3.7). `reach` ("ward", "region") is how far it
+    looks; an answer that lacks a ward, or is older than `max_age_s` seconds in one, ends as `on_incomplete`
+    says ("succeed", "fail")."""
 
     ae_title: str
     name: str
@@ -40,6 +42,9 @@ class Caller:
     transfer_syntaxes: frozenset[str] = frozenset()
     user: str = ""
     identity_answer: bytes | None = None
+    reach: str = "ward"
+    on_incomplete: str = "succeed"
+    max_age_s: int = 43_200
 
 
 @dataclass(slots=True)
