@@ -3,12 +3,16 @@
 Names: without case and without accents (PS3.4 C.2.2.2.1 allows both for PN). A stored name becomes its
 component groups (alphabetic, ideographic, phonetic; PS3.5 6.2.1), of every value, folded and set between `=`:
 `=rossi^maria=`. A pattern is folded the same way. Dates and times from before DICOM 3.0 lose their dots and
-colons (PS3.5 6.2), integer strings their leading zeros. Every other VR compares as it stands.
+colons (PS3.5 6.2), integer strings their leading zeros; a date and time (DT) with an offset becomes UTC.
+Every other VR compares as it stands.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from functools import lru_cache
 
 SEPARATOR = "="
@@ -59,3 +63,34 @@ def clean_integer(value: str) -> str:
         return str(int(value)) if len(value) <= 16 else value
     except ValueError:
         return value
+
+
+_WITH_OFFSET = re.compile(r"(\d{10})(\d\d)?(\d\d)?(\.\d+)?([+-])(\d\d)(\d\d)", re.ASCII)
+
+
+def clean_datetime(value: str) -> str:
+    """YYYYMMDDHHMMSS.FFFFFF&ZZXX without its offset, in UTC where it has one and names an hour. An hour
+    becomes minutes where the offset has some."""
+    found = _WITH_OFFSET.fullmatch(value.strip())
+    if found is None:
+        return re.sub(r"[+-]\d{4}$", "", value.strip())
+    hour, minutes, seconds, fraction, sign, hours_off, minutes_off = found.groups()
+    try:
+        local = datetime.strptime(hour + (minutes or "00"), "%Y%m%d%H%M")
+        moment = local - int(sign + "1") * timedelta(hours=int(hours_off), minutes=int(minutes_off))
+    except (ValueError, OverflowError):
+        return value
+    whole = minutes is None and int(minutes_off) == 0
+    instant = f"{moment.year:04}{moment:%m%d%H}" + ("" if whole else f"{moment:%M}")
+    return instant + (seconds or "") + (fraction or "")
+
+
+CLEANERS: Mapping[str, Callable[[str], str]] = {
+    "DA": clean_date, "TM": clean_time, "DT": clean_datetime, "IS": clean_integer,
+}  # fmt: skip
+
+
+def comparable(vr: str, value: str) -> str:
+    """A value of this VR in the form that predicates compare; a person's name is folded by who compares."""
+    clean = CLEANERS.get(vr)
+    return clean(value) if clean is not None else value

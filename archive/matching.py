@@ -1,17 +1,19 @@
-"""Attribute matching (PS3.4 C.2.2.2), the one engine of C-FIND and QIDO-RS: keys to predicates, and what
-they mean.
+"""Attribute matching (PS3.4 C.2.2.2), the one engine of C-FIND, worklist and QIDO-RS: keys to predicates,
+and what they mean.
 
-A key's value becomes predicates by its VR: universal, single value, list of UIDs (and of codes), wildcard,
-range, person's name. `matches` says in Python what each means; `conditions.py` says the same in SQL, and a
-test holds the two equal. What the standard leaves open:
+A key's value becomes a predicate by its VR (`predicate_of`, which knows no catalogue): universal, single
+value, list of UIDs (and of codes), wildcard, range, person's name. `matches` says in Python what each means,
+of values in the form that `folding.comparable` gives them; `conditions.py` says the same in SQL, and a test
+holds the two equal. What the standard leaves open:
 
 - Names (PN) match without case and accents, by component group: a key without `=` matches any group, in a
-key with `=` each group must match one. Everything else is case-sensitive (C.2.2.2.1). - A time in a key
-stands for all it includes: 10 is 10:00:00.000000 to 10:59:60.999999. A stored time is its first moment.
-Dates with dots and times with colons (ACR-NEMA) are understood. - Of an attribute with several values, or
-in a sequence, any value may match. An unknown value matches only universal keys. A code may be given as a
-list, which matches when one of it does. - Modality and SOP Class UID asked of studies are Modalities in
-Study and SOP Classes in Study.
+  key with `=` each group must match one. Everything else is case-sensitive (C.2.2.2.1).
+- A time in a key stands for all it includes: 10 is 10:00:00.000000 to 10:59:60.999999. A stored time is its
+  first moment. Dates with dots and times with colons (ACR-NEMA) are understood. A date and time (DT) with an
+  offset is compared in UTC, one without as it stands.
+- Of an attribute with several values, or in a sequence, any value may match. An unknown value matches only
+  universal keys. A code may be given as a list, which matches when one of it does.
+- Modality and SOP Class UID asked of studies are Modalities in Study and SOP Classes in Study.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from dataclasses import dataclass
 
 from archive.catalog import BY_KEYWORD, COMPUTED, Indexed
 from archive.errors import InvalidQuery
-from archive.folding import SEPARATOR, clean_date, clean_integer, clean_time, fold_group, folded_name
+from archive.folding import (
+    SEPARATOR,
+    clean_date,
+    clean_datetime,
+    clean_integer,
+    clean_time,
+    fold_group,
+    folded_name,
+)
 from archive.model import Level, Query
 
 KEY_CHARS_MAX = 1024
@@ -38,6 +48,11 @@ _TEXT_VRS = frozenset({"LT", "ST", "UR", "UT"})  # a backslash is a character in
 _INTEGER_VRS = frozenset({"IS", "US", "SS", "UL", "SL"})
 _DATE = re.compile(r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", re.ASCII)
 _TIME = re.compile(r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?", re.ASCII)
+_INSTANT = (
+    r"\d{4}((0[1-9]|1[0-2])((0[1-9]|[12]\d|3[01])(([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?)?)?)?"
+    r"([+-](0\d|1[0-4])[0-5]\d)?"  # four digits after a hyphen are an offset where they can be one
+)
+_DATETIME_RANGE = re.compile(rf"(?P<lower>{_INSTANT})?((?P<dash>-)(?P<upper>{_INSTANT})?)?", re.ASCII)
 _DATED = {
     "StudyDate": "StudyTime",
     "SeriesDate": "SeriesTime",
@@ -110,6 +125,40 @@ def parse(query: Query) -> tuple[Predicate, ...]:
     return tuple(_combined(predicates) if query.combine_datetime else predicates)
 
 
+def predicate_of(keyword: str, vr: str, value: str, *, multiple: bool = False) -> Predicate | None:
+    """What a key with this value asks of an attribute of this VR; None for a universal key. `multiple` says
+    that the attribute may hold several values, joined by backslashes. InvalidQuery for what the VR does not
+    allow; `keyword` is what the predicate calls the attribute, and need be in no catalogue."""
+    value = _stripped(value)
+    if _is_universal(value):
+        return None
+    values = [one.strip() for one in value.split("\\")] if vr not in _TEXT_VRS else [value]
+    values = [one for one in values if one]
+    if not values or len(values) > (LIST_VALUES_MAX if vr in _LIST_VRS else 1):
+        raise InvalidQuery(f"{keyword}: a list of values is for UIDs and codes, up to {LIST_VALUES_MAX}")
+    if not all(one.strip("*") for one in values):
+        return None  # a list with a universal key in it
+    if max(map(len, values)) > KEY_CHARS_MAX:
+        raise InvalidQuery(f"{keyword}: a value is longer than {KEY_CHARS_MAX} characters")
+    if vr == "PN":
+        return _name(keyword, values[0])
+    if vr == "DA":
+        return _date(keyword, values[0])
+    if vr == "TM":
+        return _time(keyword, values[0])
+    if vr == "DT":
+        return _datetime(keyword, values[0])
+    if any(map(has_wildcard, values)):
+        if vr not in _WILDCARD_VRS:
+            raise InvalidQuery(f"{keyword}: no wildcards in {vr} (PS3.4 C.2.2.2.4)")
+        return Like(keyword, tuple(re.sub(r"\*+", "*", one) for one in values), multiple)
+    if vr in _INTEGER_VRS:
+        values = [clean_integer(one) for one in values]
+        if not re.fullmatch(r"-?\d{1,16}", values[0], re.ASCII):
+            raise InvalidQuery(f"{keyword}: not an integer")
+    return OneOf(keyword, tuple(values), multiple)
+
+
 def matches(predicate: Predicate, value_of: Callable[[str], str]) -> bool:
     """Whether a row fits, whose stored values `value_of` gives by keyword ("" when unknown)."""
     if isinstance(predicate, Moment):
@@ -154,8 +203,7 @@ def _predicate(level: Level, keyword: str, value: str) -> Predicate | None:
     entry = BY_KEYWORD.get(keyword)
     if entry is None and keyword not in COMPUTED:
         raise InvalidQuery(f"{keyword[:64]!r} is not a key that is indexed here")
-    value = value.replace("\x00", "").strip()
-    if not value.strip("*"):
+    if _is_universal(_stripped(value)):
         return None
     if level is Level.STUDY and keyword in _IN_STUDY:
         keyword, entry = _IN_STUDY[keyword], None
@@ -166,38 +214,21 @@ def _predicate(level: Level, keyword: str, value: str) -> Predicate | None:
         vr = _IN_STUDY_VR.get(keyword)
         if vr is None:
             raise InvalidQuery(f"{keyword} can be asked for, not matched on")
-        return _by_vr(keyword, vr, value, multiple=True)
-    return _by_vr(keyword, entry.vr, value, multiple=_several(entry))
+        return predicate_of(keyword, vr, value, multiple=True)
+    return predicate_of(keyword, entry.vr, value, multiple=_several(entry))
+
+
+def _stripped(value: str) -> str:
+    return value.replace("\x00", "").strip()
+
+
+def _is_universal(value: str) -> bool:
+    """Nothing, or stars alone (PS3.4 C.2.2.2.3, C.2.2.2.4)."""
+    return not value.strip("*")
 
 
 def _several(entry: Indexed) -> bool:
     return entry.multiple and entry.vr not in _TEXT_VRS
-
-
-def _by_vr(keyword: str, vr: str, value: str, *, multiple: bool) -> Predicate | None:
-    values = [one.strip() for one in value.split("\\")] if vr not in _TEXT_VRS else [value]
-    values = [one for one in values if one]
-    if not values or len(values) > (LIST_VALUES_MAX if vr in _LIST_VRS else 1):
-        raise InvalidQuery(f"{keyword}: a list of values is for UIDs and codes, up to {LIST_VALUES_MAX}")
-    if not all(one.strip("*") for one in values):
-        return None  # a list with a universal key in it
-    if max(map(len, values)) > KEY_CHARS_MAX:
-        raise InvalidQuery(f"{keyword}: a value is longer than {KEY_CHARS_MAX} characters")
-    if vr == "PN":
-        return _name(keyword, values[0])
-    if vr == "DA":
-        return _date(keyword, values[0])
-    if vr == "TM":
-        return _time(keyword, values[0])
-    if any(map(has_wildcard, values)):
-        if vr not in _WILDCARD_VRS:
-            raise InvalidQuery(f"{keyword}: no wildcards in {vr} (PS3.4 C.2.2.2.4)")
-        return Like(keyword, tuple(re.sub(r"\*+", "*", one) for one in values), multiple)
-    if vr in _INTEGER_VRS:
-        values = [clean_integer(one) for one in values]
-        if not re.fullmatch(r"-?\d{1,16}", values[0], re.ASCII):
-            raise InvalidQuery(f"{keyword}: not an integer")
-    return OneOf(keyword, tuple(values), multiple)
 
 
 def _name(keyword: str, value: str) -> Predicate:
@@ -224,6 +255,15 @@ def _time(keyword: str, value: str) -> Predicate:
         if time and not _TIME.fullmatch(time):
             raise InvalidQuery(f"{keyword}: a time is HH, HHMM, HHMMSS or HHMMSS.FFFFFF, or a range of them")
     return Between(keyword, _first_moment(lower), _last_moment(upper))
+
+
+def _datetime(keyword: str, value: str) -> Predicate:
+    ends = _DATETIME_RANGE.fullmatch(value.replace(" ", ""))
+    if ends is None or not (ends["lower"] or ends["upper"]):
+        raise InvalidQuery(f"{keyword}: a date and time is YYYYMMDDHHMMSS.FFFFFF&ZZXX, or a range of them")
+    lower = ends["lower"] or ""
+    upper = lower if ends["dash"] is None else ends["upper"] or ""
+    return Between(keyword, _first_instant(clean_datetime(lower)), _last_instant(clean_datetime(upper)))
 
 
 def _ends(keyword: str, value: str) -> tuple[str, str]:
@@ -253,6 +293,23 @@ def _last_moment(time: str) -> str:
     if "." in time:
         return time.ljust(13, "9")
     return time + "5960.999999"[{2: 0, 4: 2, 6: 4}[len(time)] :]
+
+
+def _first_instant(moment: str) -> str:
+    """The shortest text of the moment at which a date and time begins."""
+    if len(moment) > 8:
+        moment = moment[:8] + _first_moment(moment[8:])
+        moment = moment[:8] if moment[8:] == "00" else moment
+    while len(moment) in (6, 8) and moment.endswith("01"):
+        moment = moment[:-2]
+    return moment
+
+
+def _last_instant(moment: str) -> str:
+    """The last moment that a date and time includes."""
+    if not moment:
+        return ""
+    return moment.ljust(21, "9") if "." in moment else moment + "99991231235960.999999"[len(moment) :]
 
 
 def _combined(predicates: list[Predicate]) -> list[Predicate]:

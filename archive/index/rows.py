@@ -13,7 +13,7 @@ from typing import Any
 
 from archive.catalog import Indexed, at_level
 from archive.database import storable
-from archive.folding import clean_date, clean_integer, clean_time, folded_name
+from archive.folding import CLEANERS, folded_name
 from archive.index.schema import folded_column
 from archive.model import Fields, Level
 
@@ -38,8 +38,6 @@ Row = dict[str, Any]
 Content = tuple[str, bytes]  # a SOP Instance UID and a digest
 
 
-_CLEANERS: dict[str, Callable[[str], str]] = {"DA": clean_date, "TM": clean_time, "IS": clean_integer}
-
 
 @dataclass(frozen=True, slots=True)
 class _Field:
@@ -52,7 +50,7 @@ class _Field:
 
 def _field(entry: Indexed) -> _Field:
     chars_max = KEY_CHARS_MAX if entry.keyword in _KEYS else VALUE_CHARS_MAX
-    return _Field(entry.keyword, entry.column, _CLEANERS.get(entry.vr), chars_max, folded_column(entry))
+    return _Field(entry.keyword, entry.column, CLEANERS.get(entry.vr), chars_max, folded_column(entry))
 
 
 _FIELDS: dict[Level, tuple[_Field, ...]] = {

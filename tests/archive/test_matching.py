@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from archive.catalog import CATALOG
 from archive.database import sqlite_url
 from archive.errors import InvalidQuery
-from archive.folding import fold
+from archive.folding import comparable, fold
 from archive.index.conditions import literal_run
 from archive.index.index import Index
 from archive.index.rows import fields_of, row_of
-from archive.matching import fits, matches, parse
+from archive.matching import fits, matches, parse, predicate_of
 from archive.model import Level, Position, Query
 from tests.archive.entries import empty, entry
 
@@ -124,6 +124,48 @@ def asked(keyword: str, value: str, stored: str, *, level: Level = Level.IMAGE) 
 )  # fmt: skip
 def test_a_key_matches(keyword: str, value: str, stored: str, expected: bool) -> None:
     assert asked(keyword, value, stored) is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "expected"),
+    [
+        ("20260101", "20260101120000", True),
+        ("20260101", "2026010212", False),
+        ("2026", "20261231235960.999999", True),
+        ("2026-2027", "20271231", True),
+        ("2026-2027", "2028", False),
+        ("-20260101", "202601012359", True),
+        ("202605-", "20260430", False),
+        ("20260101000000", "20260101", True),
+        ("20260101120000.5", "20260101120000.59", True),
+        ("20260101120000+0100", "20260101110000", True),
+        ("20260101120000", "20260101130000+0100", True),
+        ("20260101000000+0100", "20251231230000+0000", True),
+        ("202601011200-0500-202601011300-0500", "202601011730+0000", True),
+        ("202601011200-0500", "202601011700+0000", True),
+        ("202601011200-0500-", "202601011659+0000", False),
+        ("20260101", "", False),
+    ],
+)
+def test_a_date_and_time_in_one(value: str, stored: str, expected: bool) -> None:
+    """DT, which the worklist has: ranges beside offsets from UTC (PS3.4 C.2.2.2.5.3)."""
+    predicate = predicate_of("ScheduledProcedureStepStartDateTime", "DT", value)
+    assert predicate is not None
+    assert matches(predicate, lambda _: comparable("DT", stored)) is expected
+
+
+@pytest.mark.parametrize("value", ["-", "2026-2027-2028", "20261", "202613", "2026010112000", "now"])
+def test_no_date_and_time(value: str) -> None:
+    with pytest.raises(InvalidQuery):
+        predicate_of("X", "DT", value)
+
+
+def test_a_predicate_needs_no_catalogue() -> None:
+    assert predicate_of("ScheduledStationAETitle", "AE", "*") is None
+    predicate = predicate_of("ScheduledStationAETitle", "AE", "CT?", multiple=True)
+    assert predicate is not None
+    assert matches(predicate, lambda _: "MR1\\CT1")
+    assert not matches(predicate, lambda _: "MR1\\CT12")
 
 
 @pytest.mark.parametrize(
