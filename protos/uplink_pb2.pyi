@@ -162,6 +162,7 @@ class HubMessage(_message.Message):
     SEARCH_FIELD_NUMBER: _builtins.int
     PROMOTE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    DELIVERIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -170,6 +171,8 @@ class HubMessage(_message.Message):
     def promote(self) -> Global___PromoteAsk: ...
     @_builtins.property
     def cancel(self) -> Global___CancelAsk: ...
+    @_builtins.property
+    def deliveries(self) -> Global___DeliveriesWait: ...
     def __init__(
         self,
         *,
@@ -177,12 +180,13 @@ class HubMessage(_message.Message):
         search: Global___SearchAsk | None = ...,
         promote: Global___PromoteAsk | None = ...,
         cancel: Global___CancelAsk | None = ...,
+        deliveries: Global___DeliveriesWait | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "deliveries", b"deliveries", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "deliveries", b"deliveries", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "search", "promote", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "search", "promote", "cancel", "deliveries"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -296,6 +300,23 @@ class CancelAsk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelAsk: _TypeAlias = CancelAsk  # noqa: Y015
+
+@_typing.final
+class DeliveriesWait(_message.Message):
+    """Another ward's deliveries to this one wait at the hub: `delivery.proto` says how they are fetched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeliveriesWait: _TypeAlias = DeliveriesWait  # noqa: Y015
 
 @_typing.final
 class OfferRequest(_message.Message):
