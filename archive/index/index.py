@@ -15,9 +15,11 @@ from sqlalchemy import func, select
 
 from archive.database import Database
 from archive.index import contents, queries, space
+from archive.index import described as descriptions
 from archive.index import outbox as backlog
 from archive.index.acceptance import AttributeReader
 from archive.index.apply import apply_entries
+from archive.index.described import Described
 from archive.index.effects import apply_facts
 from archive.index.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, patient, study
 from archive.index.space import Place, Reclaim
@@ -211,6 +213,21 @@ class Index:
     def live(self, sop_instance_uid: str) -> StoredInstance | None:
         """The live content of a UID."""
         return self._database.read(lambda connection: contents.live(connection, sop_instance_uid))
+
+    def described(self, uids: Iterable[str]) -> list[Described]:
+        """The live contents of these UIDs with all that is known of them; those not here are left out."""
+        return self._database.read(lambda connection: descriptions.described(connection, uids))
+
+    def described_study(self, study_uid: str) -> list[Described]:
+        """The same of a whole study, by UID."""
+        return self._database.read(lambda connection: descriptions.of_study(connection, study_uid))
+
+    def described_since(self, since_us: int, after_uid: str, limit: int) -> list[Described]:
+        """The same of what was received at `since_us` or later, by UID, beginning after `after_uid`; reads
+        through all that is here."""
+        return self._database.read(
+            lambda connection: descriptions.received_since(connection, since_us, after_uid, limit)
+        )
 
     def places(self, uids: Iterable[str]) -> dict[tuple[str, bytes], Place]:
         """Where the contents of these UIDs lie, by UID and digest."""

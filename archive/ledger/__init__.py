@@ -14,6 +14,19 @@ from archive.ledger.certificates import CertificateRegister, CertificateRow
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
 from archive.ledger.orders import Order, Orders
+from archive.ledger.routes import (
+    CompleteStudy,
+    Destination,
+    DestinationState,
+    RouteChoice,
+    Routed,
+    RouteKind,
+    Routes,
+    RouteState,
+    RouteSummary,
+    RuleMark,
+    Settlement,
+)
 from archive.ledger.tables import STEPS
 from archive.ledger.users import Session, Throttle, User, Users
 from archive.ledger.wards import Wards, WardState
@@ -22,19 +35,29 @@ __all__ = [
     "AuditRow",
     "Binding",
     "CertificateRow",
+    "CompleteStudy",
     "Connection",
+    "Destination",
+    "DestinationState",
     "Device",
     "Invite",
     "Ledger",
     "Order",
+    "RouteChoice",
+    "RouteKind",
+    "RouteState",
+    "RouteSummary",
+    "Routed",
+    "RuleMark",
     "Session",
+    "Settlement",
     "Throttle",
     "User",
     "WardState",
 ]
 
 
-class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders):
+class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes):
     """An open ledger."""
 
     @classmethod

@@ -174,6 +174,49 @@ order_ = Table(
 )
 Index("order_state", order_.c.state, order_.c.id)
 
+# What waits for which destination by the routing rules; `id` is a hash of destination and content. Of a
+# notice `sop_instance_uid` is "".
+route = Table(
+    "route",
+    metadata,
+    Column("id", LargeBinary, primary_key=True),
+    *_columns(Characters(), "rule", "kind", "destination", "study_uid", "series_uid", "sop_instance_uid"),
+    *_columns(Characters(), "state", "comment", "transaction_uid"),
+    *_columns(LargeBinary, "digest"),
+    *_columns(BigInteger, "queued_us", "next_try_us", "expires_us"),
+    *_columns(Integer, "rank", "tries", "status"),
+    *_columns(Boolean, "ask_commit"),
+)
+Index("route_turn", route.c.kind, route.c.destination, route.c.state, route.c.rank, route.c.queued_us)
+Index("route_due", route.c.kind, route.c.destination, route.c.state, route.c.next_try_us)
+
+route_sent = Table("route_sent", metadata, Column("id", LargeBinary, primary_key=True),
+                   *_columns(BigInteger, "at_us"))  # fmt: skip
+Index("route_sent_at", route_sent.c.at_us)
+
+# How far each rule has looked in the packs of one disk.
+route_rule = Table(
+    "route_rule",
+    metadata,
+    _key("rule"),
+    *_columns(LargeBinary, "epoch"),
+    *_columns(BigInteger, "since_us", "file", "place"),
+)
+
+route_destination = Table(
+    "route_destination",
+    metadata,
+    _key("kind"),
+    _key("name"),
+    *_columns(Characters(), "error"),
+    *_columns(BigInteger, "resume_us", "at_us"),
+    *_columns(Integer, "failures"),
+)
+
+# Studies that were said to be complete, until the rules have looked at them.
+route_study = Table("route_study", metadata, _key("study_uid"), *_columns(Characters(), "why"),
+                    *_columns(BigInteger, "at_us"))  # fmt: skip
+
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
@@ -249,6 +292,12 @@ def _ninth(connection: Connection) -> None:
     )
 
 
+def _eighth(connection: Connection) -> None:
+    """The queue of the routing rules."""
+    for table in (route, route_sent, route_rule, route_destination, route_study):
+        table.create(connection, checkfirst=True)
+
+
 def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
     """A ledger that this release makes has them from the first step."""
     for table, columns in added.items():
@@ -258,7 +307,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth)
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth, _eighth)
 
 
 def log_key(at_us: int) -> str:
