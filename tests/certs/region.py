@@ -29,7 +29,7 @@ from certs.invites import create_invite
 from certs.profiles import Profile
 from certs.reissue import CertificatesServicer
 from certs.settings import EnrolmentSettings
-from protos import region_pb2, region_pb2_grpc, uplink_pb2, uplink_pb2_grpc
+from protos import delivery_pb2, delivery_pb2_grpc, region_pb2, region_pb2_grpc, uplink_pb2, uplink_pb2_grpc
 
 WAIT_S_MAX = 20.0
 HOLD_S = 600.0  # how long a held call would last: far beyond every test
@@ -62,6 +62,25 @@ class Uplink(uplink_pb2_grpc.UplinkServicer):
 
     async def Answer(self, request: uplink_pb2.SearchAnswer, context: Any) -> uplink_pb2.AnswerReply:
         return uplink_pb2.AnswerReply()
+
+
+class Deliveries(delivery_pb2_grpc.DeliveriesServicer):
+    """A node's other calls."""
+
+    async def Order(self, request: Any, context: Any) -> delivery_pb2.DeliveryOrderReply:
+        return delivery_pb2.DeliveryOrderReply()
+
+    async def Next(self, request: Any, context: Any) -> delivery_pb2.NextDeliveriesReply:
+        return delivery_pb2.NextDeliveriesReply()
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[uplink_pb2.PushRequest]:
+        yield uplink_pb2.PushRequest()
+
+    async def Done(self, request: Any, context: Any) -> delivery_pb2.DeliveriesDoneReply:
+        return delivery_pb2.DeliveriesDoneReply()
+
+    async def Standing(self, request: Any, context: Any) -> delivery_pb2.DeliveryStandingReply:
+        return delivery_pb2.DeliveryStandingReply()
 
 
 class Region(region_pb2_grpc.RegionServicer):
@@ -134,6 +153,7 @@ class RunningHub:
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         uplink_pb2_grpc.add_UplinkServicer_to_server(self.uplink, self.server)
         region_pb2_grpc.add_RegionServicer_to_server(Region(), self.server)
+        delivery_pb2_grpc.add_DeliveriesServicer_to_server(Deliveries(), self.server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(
             CertificatesServicer(self.authority, self.ledger, life_s=self.life_s, clock=self.clock),
             self.server)
