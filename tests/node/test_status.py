@@ -8,6 +8,7 @@ from pynetdicom.status import STORAGE_SERVICE_CLASS_STATUS
 from archive import errors
 from node.dimse import status
 from node.dimse.errors import AssociationEnded
+from node.dimse.services import store
 
 EVERY_ERROR = [cls for cls in vars(errors).values()
                if isinstance(cls, type) and issubclass(cls, errors.MissError)]
@@ -47,3 +48,9 @@ def test_statuses_have_words() -> None:
     assert status.meaning(0xA7AB) == "out of resources"
     assert status.meaning(0xC123) == "cannot understand"
     assert status.meaning(0x1234) == "an unknown status"
+
+
+def test_what_a_store_answers_is_said() -> None:
+    """The conformance statement's table of C-STORE: every status that an error of intake becomes."""
+    answered = set(status.STATUS.values()) - {status.NO_SUCH_INSTANCE}  # which is of reading alone
+    assert set(store.STATUSES) == answered | {status.SUCCESS}

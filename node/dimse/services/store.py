@@ -5,6 +5,7 @@ or a conflict: intake does, and what it refuses is answered by the table in `nod
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from archive.errors import DatasetMismatch, Forbidden, InvalidInput, MissError, UnsupportedClass
@@ -14,7 +15,30 @@ from node.dimse.association import Context
 from node.dimse.contexts import STORAGE_CLASSES
 from node.dimse.exchange import Caller, Exchange
 from node.dimse.messages import Command
-from node.dimse.status import SUCCESS
+from node.dimse.status import (
+    CANNOT_UNDERSTAND,
+    CLASS_NOT_SUPPORTED,
+    DOES_NOT_MATCH,
+    DUPLICATE_INSTANCE,
+    INVALID_INSTANCE,
+    NOT_AUTHORIZED,
+    OUT_OF_RESOURCES,
+    PROCESSING_FAILURE,
+    SUCCESS,
+)
+
+STATUSES: Mapping[int, str] = {
+    SUCCESS: "stored, on disk; also what was here already, and what is kept apart as other content of a UID",
+    PROCESSING_FAILURE: "an error that is not foreseen; the node's log says more",
+    DUPLICATE_INSTANCE: "another content is here under this UID, and this device's are refused then",
+    INVALID_INSTANCE: "a SOP, Study or Series Instance UID that is none",
+    CLASS_NOT_SUPPORTED: "a SOP class that is not stored here",
+    NOT_AUTHORIZED: "a SOP class that this device may not send",
+    OUT_OF_RESOURCES: "no room on disk or in memory, the index is too far behind, or larger than the bound: "
+                      "nothing is stored, and the association lives on",
+    DOES_NOT_MATCH: "what the data set says of its SOP class or instance is not what the command says",
+    CANNOT_UNDERSTAND: "a data set that can't be read, or none",
+}
 
 
 @dataclass(frozen=True, slots=True)
