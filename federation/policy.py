@@ -2,14 +2,15 @@
 the node that holds the images; nobody else decides. It never looks at a request or a database: what a
 decision needs is in the principal.
 
-Policy v0: a technician works on the own ward, and so does a device; a regional physician reads everything
-(care relations come later); regional IT sees the health and administers, and no images. What no rule allows
-is denied.
+Policy v0: a technician works on the own ward, and so does a device, unless the region lets its ward's devices
+look further (`granted`); a regional physician reads everything (care relations come later); regional IT sees
+the health and administers, and no images. What no rule allows is denied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from archive.errors import Forbidden
@@ -17,6 +18,7 @@ from archive.model import EVERYTHING, NOTHING, Scope
 
 USER_LENGTH_MAX = 128
 PURPOSE_LENGTH_MAX = 256
+EVERY_WARD = "*"  # in a list of wards
 
 
 class Role(Enum):
@@ -29,6 +31,13 @@ class Role(Enum):
 
 
 PEOPLE = frozenset(Role) - {Role.DEVICE}  # who can have an account
+
+
+class Reach(Enum):
+    """How far a device looks. The values are the ledger's words (`archive/model.py`, DEVICE_REACHES)."""
+
+    WARD = "ward"
+    REGION = "region"
 
 
 class Act(Enum):
@@ -51,12 +60,14 @@ _IN_WORDS = {
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who asks: a person, or a device by its AE title. `ward` is a technician's or device's own; `purpose` is
-    kept in the audit log."""
+    kept in the audit log. `reach` is a device's: beyond its ward it is the region's word and nobody else's,
+    see `granted`."""
 
     user: str
     role: Role
     ward: str | None = None
     purpose: str = "treatment"
+    reach: Reach = Reach.WARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,8 @@ def decide(principal: Principal, act: Act) -> Decision:
         case Role.DEVICE, Act.SEARCH | Act.READ:
             if not principal.ward:
                 return _denied("a device belongs to a ward, and this one has none")
+            if principal.reach is Reach.REGION:
+                return Decision(True, EVERYTHING, "the region lets this ward's devices see all wards")
             return Decision(True, Scope(frozenset({principal.ward})), "a device sees the own ward")
         case Role.IT, Act.HEALTH | Act.ADMINISTER:
             return Decision(True, NOTHING, "regional IT keeps the region running, and sees no images")
@@ -91,6 +104,17 @@ def decide(principal: Principal, act: Act) -> Decision:
             return _denied("regional IT sees the region's health and no images")
         case _:
             return _denied(f"{principal.role.value}: not allowed to {_IN_WORDS[act]}")
+
+
+def granted(principal: Principal, wards: Collection[str]) -> Principal:
+    """The device as far as the region lets it look: `wards` are those whose devices may see all of it."""
+    lets = principal.role is Role.DEVICE and (EVERY_WARD in wards or principal.ward in wards)
+    return principal if lets else replace(principal, reach=Reach.WARD)
+
+
+def reach_named(name: str) -> Reach:
+    """The reach with this name; what this release does not know is the ward alone."""
+    return Reach.REGION if name == Reach.REGION.value else Reach.WARD
 
 
 def require(principal: Principal, act: Act) -> Scope:

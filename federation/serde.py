@@ -18,6 +18,7 @@ from archive.model import (
     PatientKey,
     Provenance,
     Query,
+    Rules,
     Scope,
     SeriesHolding,
     require_uid,
@@ -75,6 +76,10 @@ def query_to(query: Query) -> common_pb2.Query:
         bound_to_person=query.person is not None,
         person=[common_pb2.PatientKey(issuer=p.issuer, patient_id=p.patient_id) for p in query.person or ()],
         combine_datetime=query.combine_datetime,
+        fuzzy_names=query.rules.fuzzy_names,
+        empty_values=query.rules.empty_values,
+        multiple_values=query.rules.multiple_values,
+        timezone=query.rules.timezone,
         limit=query.limit or 0,
         offset=query.offset,
         pending_only=query.pending_only,
@@ -96,6 +101,9 @@ def query_from(message: common_pb2.Query) -> Query:
         scope=Scope(None if message.every_ward else frozenset(message.wards)),
         person=person if message.bound_to_person else None,
         combine_datetime=message.combine_datetime,
+        rules=Rules(
+            message.fuzzy_names, message.empty_values, message.multiple_values, message.timezone[:5]
+        ),
         pending_only=message.pending_only,
         limit=message.limit or None,
         offset=message.offset,
@@ -235,6 +243,10 @@ def assertion_to(assertion: Assertion) -> common_pb2.Assertion:
         expires_at_us=assertion.expires_at_us,
         signature=assertion.signature,
         chain=assertion.chain,
+        reach=assertion.reach,
+        correlation=assertion.correlation,
+        countersignature=assertion.countersignature,
+        counter_chain=assertion.counter_chain,
     )
 
 
@@ -247,6 +259,10 @@ def assertion_from(message: common_pb2.Assertion) -> Assertion:
         expires_at_us=message.expires_at_us,
         signature=message.signature,
         chain=tuple(message.chain),
+        reach=message.reach,
+        correlation=message.correlation,
+        countersignature=message.countersignature,
+        counter_chain=tuple(message.counter_chain),
     )
 
 

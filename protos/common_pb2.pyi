@@ -160,6 +160,10 @@ class Query(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PENDING_ONLY_FIELD_NUMBER: _builtins.int
+    FUZZY_NAMES_FIELD_NUMBER: _builtins.int
+    EMPTY_VALUES_FIELD_NUMBER: _builtins.int
+    MULTIPLE_VALUES_FIELD_NUMBER: _builtins.int
+    TIMEZONE_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     every_ward: _builtins.bool
     bound_to_person: _builtins.bool
@@ -168,6 +172,11 @@ class Query(_message.Message):
     """0: none"""
     offset: _builtins.int
     pending_only: _builtins.bool
+    fuzzy_names: _builtins.bool
+    empty_values: _builtins.bool
+    multiple_values: _builtins.bool
+    timezone: _builtins.str
+    """offset from UTC of the keys' dates and times; empty: as they stand"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Key]: ...
     @_builtins.property
@@ -187,10 +196,14 @@ class Query(_message.Message):
         limit: _builtins.int = ...,
         offset: _builtins.int = ...,
         pending_only: _builtins.bool = ...,
+        fuzzy_names: _builtins.bool = ...,
+        empty_values: _builtins.bool = ...,
+        multiple_values: _builtins.bool = ...,
+        timezone: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "empty_values", b"empty_values", "every_ward", b"every_ward", "fuzzy_names", b"fuzzy_names", "keys", b"keys", "level", b"level", "limit", b"limit", "multiple_values", b"multiple_values", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "timezone", b"timezone", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -345,7 +358,9 @@ Global___WardCoverage: _TypeAlias = WardCoverage  # noqa: Y015
 
 @_typing.final
 class Assertion(_message.Message):
-    """Who asks, signed by the portal (`federation/assertion.py`): the node repeats the decision for this person."""
+    """Who asks, signed by the portal, or for a device by its own node and, beyond its ward, by the hub as well
+    (`federation/assertion.py`): each node that is asked repeats the decision.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,6 +371,10 @@ class Assertion(_message.Message):
     EXPIRES_AT_US_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    CORRELATION_FIELD_NUMBER: _builtins.int
+    COUNTERSIGNATURE_FIELD_NUMBER: _builtins.int
+    COUNTER_CHAIN_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     role: _builtins.str
     ward: _builtins.str
@@ -363,10 +382,18 @@ class Assertion(_message.Message):
     expires_at_us: _builtins.int
     signature: _builtins.bytes
     """over the other fields in canonical form"""
+    reach: _builtins.str
+    """ward | region, as its node's ledger says; a person's is empty"""
+    correlation: _builtins.str
+    """the same in the audit log of each that answers"""
+    countersignature: _builtins.bytes
+    """the hub's, over what the node signed"""
     @_builtins.property
     def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """the portal's certificate and what leads to the root, DER"""
+        """the signer's certificate and what leads to the root, DER"""
 
+    @_builtins.property
+    def counter_chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
@@ -377,10 +404,14 @@ class Assertion(_message.Message):
         expires_at_us: _builtins.int = ...,
         signature: _builtins.bytes = ...,
         chain: _abc.Iterable[_builtins.bytes] | None = ...,
+        reach: _builtins.str = ...,
+        correlation: _builtins.str = ...,
+        countersignature: _builtins.bytes = ...,
+        counter_chain: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "expires_at_us", b"expires_at_us", "purpose", b"purpose", "role", b"role", "signature", b"signature", "user", b"user", "ward", b"ward"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "correlation", b"correlation", "counter_chain", b"counter_chain", "countersignature", b"countersignature", "expires_at_us", b"expires_at_us", "purpose", b"purpose", "reach", b"reach", "role", b"role", "signature", b"signature", "user", b"user", "ward", b"ward"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
