@@ -239,6 +239,23 @@ class PatientKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """How keys match beyond the baseline, where both sides agreed on it (PS3.4 C.5.1.1, PS3.18 8.3.4).
+
+    `timezone` is the offset from UTC (`+0100`) that dates and times of keys are in: they are compared as
+    moments with stored ones whose own offset is known, and as they stand with the others.
+    """
+
+    fuzzy_names: bool = False
+    empty_values: bool = False     # a key of two quotation marks matches what has no value (C.2.2.2.7)
+    multiple_values: bool = False  # each of a key's values is to be there (C.2.2.2.8)
+    timezone: str = ""
+
+
+LITERAL = Rules()
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """A question to a source. `keys` are (keyword or dotted path, value in DICOM's matching form, PS3.4
     C.2.2.2); an empty value is universal matching. Order is StudyDate, StudyTime, StudyInstanceUID descending
@@ -249,6 +266,7 @@ class Query:
     scope: Scope = EVERYTHING
     person: frozenset[PatientKey] | None = None  # bind to these patients (the viewer's priors)
     combine_datetime: bool = False               # QIDO (PS3.18 8.3.4.1.1), not C-FIND without negotiation
+    rules: Rules = LITERAL
     pending_only: bool = False                   # only instances that have no receipt yet
     limit: int | None = None
     offset: int = 0
@@ -270,6 +288,7 @@ class Match:
 
     `holdings` is filled for `pending_only` questions alone (at most 1,000 UIDs; `truncated` says so).
     `pending_at` names the wards that hold a part of it alone, without a receipt from the region yet.
+    `nearline` says that the bytes of a part of it are not here, but have to be fetched from the region.
     """
 
     level: Level
@@ -287,12 +306,13 @@ class Match:
     holdings: tuple[SeriesHolding, ...] = ()
     truncated: bool = False
     pending_at: tuple[str, ...] = ()
+    nearline: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
     """An instance that is listed here, and can be read here unless it was evicted: then the region has it.
-    `digest` is SHA-256 of the data set without group 2."""
+    `digest` is SHA-256 of the data set without group 2; `damaged` bytes are known not to match it."""
 
     study_uid: str
     series_uid: str
@@ -301,6 +321,7 @@ class StoredInstance:
     location: Location
     instance: Fields
     evicted: bool = False
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

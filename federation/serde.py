@@ -23,6 +23,7 @@ from archive.model import (
     SeriesHolding,
     require_uid,
 )
+from archive.zones import is_offset
 from federation.assertion import Assertion
 from federation.coverage import CoverageState, Report, WardCoverage, WardStatus
 from federation.replicator import Received, Refused
@@ -76,10 +77,12 @@ def query_to(query: Query) -> common_pb2.Query:
         bound_to_person=query.person is not None,
         person=[common_pb2.PatientKey(issuer=p.issuer, patient_id=p.patient_id) for p in query.person or ()],
         combine_datetime=query.combine_datetime,
-        fuzzy_names=query.rules.fuzzy_names,
-        empty_values=query.rules.empty_values,
-        multiple_values=query.rules.multiple_values,
-        timezone=query.rules.timezone,
+        rules=common_pb2.Rules(
+            fuzzy_names=query.rules.fuzzy_names,
+            empty_values=query.rules.empty_values,
+            multiple_values=query.rules.multiple_values,
+            timezone=query.rules.timezone,
+        ),
         limit=query.limit or 0,
         offset=query.offset,
         pending_only=query.pending_only,
@@ -101,13 +104,17 @@ def query_from(message: common_pb2.Query) -> Query:
         scope=Scope(None if message.every_ward else frozenset(message.wards)),
         person=person if message.bound_to_person else None,
         combine_datetime=message.combine_datetime,
-        rules=Rules(
-            message.fuzzy_names, message.empty_values, message.multiple_values, message.timezone[:5]
-        ),
+        rules=_rules(message.rules),
         pending_only=message.pending_only,
         limit=message.limit or None,
         offset=message.offset,
     )
+
+
+def _rules(message: common_pb2.Rules) -> Rules:
+    if message.timezone and not is_offset(message.timezone):
+        raise InvalidQuery("an offset from UTC is written &ZZXX")
+    return Rules(message.fuzzy_names, message.empty_values, message.multiple_values, message.timezone)
 
 
 def match_to(match: Match) -> common_pb2.Match:
@@ -132,6 +139,7 @@ def match_to(match: Match) -> common_pb2.Match:
         ],
         truncated=match.truncated,
         pending_at=match.pending_at,
+        nearline=match.nearline,
     )
 
 
@@ -154,6 +162,7 @@ def match_from(message: common_pb2.Match) -> Match:
         ),
         truncated=message.truncated,
         pending_at=tuple(message.pending_at),
+        nearline=message.nearline,
     )
 
 

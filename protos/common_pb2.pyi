@@ -160,10 +160,7 @@ class Query(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     PENDING_ONLY_FIELD_NUMBER: _builtins.int
-    FUZZY_NAMES_FIELD_NUMBER: _builtins.int
-    EMPTY_VALUES_FIELD_NUMBER: _builtins.int
-    MULTIPLE_VALUES_FIELD_NUMBER: _builtins.int
-    TIMEZONE_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     every_ward: _builtins.bool
     bound_to_person: _builtins.bool
@@ -172,17 +169,14 @@ class Query(_message.Message):
     """0: none"""
     offset: _builtins.int
     pending_only: _builtins.bool
-    fuzzy_names: _builtins.bool
-    empty_values: _builtins.bool
-    multiple_values: _builtins.bool
-    timezone: _builtins.str
-    """offset from UTC of the keys' dates and times; empty: as they stand"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Key]: ...
     @_builtins.property
     def wards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def person(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatientKey]: ...
+    @_builtins.property
+    def rules(self) -> Global___Rules: ...
     def __init__(
         self,
         *,
@@ -196,6 +190,34 @@ class Query(_message.Message):
         limit: _builtins.int = ...,
         offset: _builtins.int = ...,
         pending_only: _builtins.bool = ...,
+        rules: Global___Rules | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rules", b"rules"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "rules", b"rules", "wards", b"wards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Query: _TypeAlias = Query  # noqa: Y015
+
+@_typing.final
+class Rules(_message.Message):
+    """How keys match beyond the baseline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUZZY_NAMES_FIELD_NUMBER: _builtins.int
+    EMPTY_VALUES_FIELD_NUMBER: _builtins.int
+    MULTIPLE_VALUES_FIELD_NUMBER: _builtins.int
+    TIMEZONE_FIELD_NUMBER: _builtins.int
+    fuzzy_names: _builtins.bool
+    empty_values: _builtins.bool
+    multiple_values: _builtins.bool
+    timezone: _builtins.str
+    """offset from UTC of the keys' dates and times; empty: as they stand"""
+    def __init__(
+        self,
+        *,
         fuzzy_names: _builtins.bool = ...,
         empty_values: _builtins.bool = ...,
         multiple_values: _builtins.bool = ...,
@@ -203,11 +225,11 @@ class Query(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "empty_values", b"empty_values", "every_ward", b"every_ward", "fuzzy_names", b"fuzzy_names", "keys", b"keys", "level", b"level", "limit", b"limit", "multiple_values", b"multiple_values", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "timezone", b"timezone", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["empty_values", b"empty_values", "fuzzy_names", b"fuzzy_names", "multiple_values", b"multiple_values", "timezone", b"timezone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Query: _TypeAlias = Query  # noqa: Y015
+Global___Rules: _TypeAlias = Rules  # noqa: Y015
 
 @_typing.final
 class SeriesHolding(_message.Message):
@@ -254,12 +276,15 @@ class Match(_message.Message):
     TRUNCATED_FIELD_NUMBER: _builtins.int
     STUDY_COUNT_FIELD_NUMBER: _builtins.int
     PENDING_AT_FIELD_NUMBER: _builtins.int
+    NEARLINE_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     issuer: _builtins.str
     series_count: _builtins.int
     instance_count: _builtins.int
     truncated: _builtins.bool
     study_count: _builtins.int
+    nearline: _builtins.bool
+    """a part of it has to be fetched"""
     @_builtins.property
     def patient(self) -> Global___Fields: ...
     @_builtins.property
@@ -298,10 +323,11 @@ class Match(_message.Message):
         truncated: _builtins.bool = ...,
         study_count: _builtins.int = ...,
         pending_at: _abc.Iterable[_builtins.str] | None = ...,
+        nearline: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "patient", b"patient", "series", b"series", "study", b"study"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "patient", b"patient", "pending_at", b"pending_at", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "study_count", b"study_count", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "instance", b"instance", "instance_count", b"instance_count", "issuer", b"issuer", "level", b"level", "modalities", b"modalities", "nearline", b"nearline", "patient", b"patient", "pending_at", b"pending_at", "series", b"series", "series_count", b"series_count", "sop_classes", b"sop_classes", "study", b"study", "study_count", b"study_count", "truncated", b"truncated", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

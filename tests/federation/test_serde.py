@@ -18,6 +18,7 @@ from archive.model import (
     PatientKey,
     Provenance,
     Query,
+    Rules,
     Scope,
     SeriesHolding,
 )
@@ -43,6 +44,7 @@ QUERIES = st.builds(
     scope=st.builds(Scope, st.none() | st.frozensets(TEXT, max_size=3)),
     person=st.none() | st.frozensets(st.builds(PatientKey, TEXT, TEXT), max_size=2),
     combine_datetime=st.booleans(),
+    rules=st.builds(Rules, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["", "+0100"])),
     pending_only=st.booleans(),
     limit=st.none() | st.integers(1, 1000),
     offset=COUNT,
@@ -152,6 +154,7 @@ def test_verdicts(
     ("kind", "message"),
     [
         (Query, common_pb2.Query),
+        (Rules, common_pb2.Rules),
         (Match, common_pb2.Match),
         (WardCoverage, common_pb2.WardCoverage),
         (Report, uplink_pb2.WardReport),
