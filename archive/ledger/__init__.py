@@ -11,6 +11,8 @@ from __future__ import annotations
 from archive.database import Database
 from archive.ledger.audit import AuditLog, AuditRow
 from archive.ledger.certificates import CertificateRegister, CertificateRow
+from archive.ledger.deliveries import Delivery, DeliveryBook, DeliveryKey, DeliveryStanding, DeliveryState
+from archive.ledger.commitments import Commitment, CommitmentItem, Commitments
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
 from archive.ledger.orders import Order, Orders
@@ -36,7 +38,13 @@ __all__ = [
     "Binding",
     "CertificateRow",
     "CompleteStudy",
+    "Commitment",
+    "CommitmentItem",
     "Connection",
+    "Delivery",
+    "DeliveryKey",
+    "DeliveryStanding",
+    "DeliveryState",
     "Destination",
     "DestinationState",
     "Device",
@@ -57,7 +65,7 @@ __all__ = [
 ]
 
 
-class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes):
+class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes, DeliveryBook, Commitments):
     """An open ledger."""
 
     @classmethod

@@ -217,6 +217,63 @@ route_destination = Table(
 route_study = Table("route_study", metadata, _key("study_uid"), *_columns(Characters(), "why"),
                     *_columns(BigInteger, "at_us"))  # fmt: skip
 
+# What one ward handed over to another, in the region's ledger.
+delivery = Table(
+    "delivery",
+    metadata,
+    _key("to_ward"),
+    _key("from_ward"),
+    _key("sop_instance_uid"),
+    Column("digest", LargeBinary, primary_key=True),
+    *_columns(Characters(), "state", "issuer", "calling_ae", "reason"),
+    *_columns(BigInteger, "size", "ordered_us", "due_us", "done_us"),
+    *_columns(Integer, "tries"),
+)
+Index("delivery_due", delivery.c.to_ward, delivery.c.state, delivery.c.due_us)
+Index("delivery_pair", delivery.c.to_ward, delivery.c.from_ward, delivery.c.state)
+Index("delivery_awaited", delivery.c.state, delivery.c.sop_instance_uid)
+Index("delivery_age", delivery.c.state, delivery.c.done_us, delivery.c.ordered_us)
+
+# How a node's deliveries stood when the hub told it last.
+delivery_told = Table(
+    "delivery_told",
+    metadata,
+    _key("from_ward"),
+    _key("to_ward"),
+    *_columns(BigInteger, "awaited", "ready", "oldest_us", "delivered", "failed", "at_us"),
+    *_columns(Characters(), "reason"),
+)
+
+# Storage commitment (PS3.4 Annex J): what devices asked of us ("scp") and what we asked of them ("scu").
+commitment = Table(
+    "commitment",
+    metadata,
+    _key("id"),
+    *_columns(Characters(), "role", "device", "transaction_uid", "state", "last_error"),
+    *_columns(BigInteger, "asked_us", "settled_us", "ended_us", "next_try_us"),
+    *_columns(Integer, "items", "failed", "tries"),
+)
+Index(
+    "commitment_transaction",
+    commitment.c.role,
+    commitment.c.device,
+    commitment.c.transaction_uid,
+    unique=True,
+)
+Index("commitment_state", commitment.c.role, commitment.c.state, commitment.c.next_try_us)
+
+# `reason` is 0 for what is committed, -1 while that is not known, else why not (0008,1197).
+commitment_item = Table(
+    "commitment_item",
+    metadata,
+    _key("commitment"),
+    _key("sop_instance_uid"),
+    *_columns(Characters(), "sop_class_uid"),
+    *_columns(Integer, "reason"),
+    *_columns(LargeBinary, "digest"),
+    sqlite_with_rowid=False,
+)
+
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
@@ -278,6 +335,12 @@ def _fifth(connection: Connection) -> None:
     _add_columns(connection, {"device": {"host": "TEXT NOT NULL DEFAULT ''"}})
 
 
+def _sixth(connection: Connection) -> None:
+    """Storage commitment."""
+    commitment.create(connection, checkfirst=True)
+    commitment_item.create(connection, checkfirst=True)
+
+
 def _ninth(connection: Connection) -> None:
     """How far a device looks, and what becomes of an answer that lacks a ward."""
     _add_columns(
@@ -298,6 +361,12 @@ def _eighth(connection: Connection) -> None:
         table.create(connection, checkfirst=True)
 
 
+def _tenth(connection: Connection) -> None:
+    """Deliveries from ward to ward."""
+    for table in (delivery, delivery_told):
+        table.create(connection, checkfirst=True)
+
+
 def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
     """A ledger that this release makes has them from the first step."""
     for table, columns in added.items():
@@ -307,7 +376,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth, _eighth)
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth, _eighth, _tenth, _sixth)
 
 
 def log_key(at_us: int) -> str:
