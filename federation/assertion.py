@@ -1,5 +1,5 @@
-"""Who asks, in a form that travels: signed by whoever knows it, and verified by the hub and each node on their
-own before they decide.
+"""Who asks, in a form that travels: signed by whoever knows it, and verified by the hub and by each node on
+their own before they decide.
 
 A portal signs for people, with its identity's key: a hub that was broken into can't invent a reader, since it
 holds no portal's key. A node signs for the devices of its own ward and for nobody else. That says who asks

@@ -33,6 +33,7 @@ from certs.identity import Identity
 from certs.reissue import CertificatesServicer
 from certs.renewal import RenewalThread
 from federation.arrivals import Arrivals
+from federation.asking import WardAsking
 from federation.attachments import Attachments
 from federation.coverage import departed
 from federation.pools import Pools
@@ -152,9 +153,8 @@ class Hub:
         uplinks = UplinkService(
             settings, attachments, Receiver(archive, self._clock), arrivals, pools, version
         )
-        regions = RegionService(
-            settings, attachments, arrivals, archive, ledger, identity.roots_pem, pools, version
-        )
+        asking = WardAsking(settings, attachments, arrivals, archive, pools)
+        regions = RegionService(asking, attachments, ledger, identity.roots_pem, pools, version)
         certificates = CertificatesServicer(
             authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
         )

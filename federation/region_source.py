@@ -17,18 +17,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import BinaryIO
-
-import grpc
 
 from archive.archive import Archive
 from archive.errors import MissError, NotFound, Unavailable
 from archive.ledger import Ledger, WardState
 from archive.model import ConflictRow, Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
-from federation import serde, status
-from federation.assertion import sign
 from federation.coverage import (
     CoverageState,
     WardCoverage,
@@ -38,39 +34,28 @@ from federation.coverage import (
     status_of,
 )
 from federation.fanout import Held, WardMatches, merge, series_of, studies_of, uids_of
-from federation.hub_channel import HubChannel
 from federation.node_source import conflicts_for, person_in
 from federation.policy import Act, Principal, narrowed, require
-from federation.source import Answer
-from protos import region_pb2
+from federation.source import Answer, WardsPart, WardsSaid
 
 log = logging.getLogger(__name__)
 
 ASK_DEADLINE_S = 2.0
 PROMOTE_DEADLINE_S = 60.0
-HUB_MARGIN_S = 1.0  # what the hub itself may take beyond the wards' deadline
 LOOKS_MAX = 3  # at what the region holds, before and after its rows are read
 UIDS_IN_A_KEY_MAX = 200  # of one list of UIDs in a query
 WHOLE_S = 2.0  # so long a study that was found whole is not asked for again
 WHOLE_MAX = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the hub said of the wards."""
-
-    wards: list[WardMatches] = field(default_factory=list)
-    coverage: list[WardCoverage] = field(default_factory=list)
-
-
 class RegionSource:
-    """A `Source` over the regional archive (opened to read), the ledger, and the hub."""
+    """A `Source` over the regional archive, the ledger, and the wards through the hub."""
 
     def __init__(
         self,
         archive: Archive,
         ledger: Ledger,
-        hub: HubChannel,
+        hub: WardsPart,
         *,
         clock: Callable[[], int] = clock_us,
         ask_deadline_s: float = ASK_DEADLINE_S,
@@ -88,14 +73,14 @@ class RegionSource:
         scope = narrowed(query.scope, require(principal, Act.SEARCH))
         query = replace(query, scope=scope, pending_only=False)
         asked = self._ask_wards(principal, query)
-        uids, series = uids_of(asked.wards), series_of(asked.wards)
-        held = self._held(query, uids, series, asked.wards)
+        uids, series = uids_of(asked.matches), series_of(asked.matches)
+        held = self._held(query, uids, series, asked.matches)
         for _ in range(LOOKS_MAX):
-            rows = self._rows(query, asked.wards)
-            before, held = held, self._held(query, uids, series, asked.wards)
+            rows = self._rows(query, asked.matches)
+            before, held = held, self._held(query, uids, series, asked.matches)
             if held == before:  # nothing of it arrived while the rows were read: they fit each other
                 break
-        page = merge(query.level, rows, asked.wards, held, limit=query.limit, offset=query.offset)
+        page = merge(query.level, rows, asked.matches, held, limit=query.limit, offset=query.offset)
         return Answer(
             page.matches,
             asked.coverage,
@@ -162,30 +147,21 @@ class RegionSource:
 
     # The wards' part.
 
-    def _ask_wards(self, principal: Principal, query: Query) -> Asked:
+    def _ask_wards(self, principal: Principal, query: Query) -> WardsSaid:
         """Asks the hub when a ward in the scope has something pending; else the ledger says all there is to
         say.
         """
         states, wards = self._ledger.ward_states(), self._wards(query.scope)
         if not self._worth_asking(wards, states):
-            return Asked(coverage=self._from_ledger(wards, states))
+            return WardsSaid(coverage=self._from_ledger(wards, states))
         asked_level = Level.STUDY if query.level is Level.PATIENT else query.level
-        request = region_pb2.SearchRequest(
-            query=serde.query_to(replace(query, level=asked_level, limit=None, offset=0)),
-            assertion=serde.assertion_to(sign(principal, self._hub.identity, self._clock())),
-            deadline_s=self._ask_deadline_s,
-        )
+        question = replace(query, level=asked_level, limit=None, offset=0)
         try:
-            reply = self._hub.stub.Search(request, timeout=self._ask_deadline_s + HUB_MARGIN_S)
-            by_ward = _by_ward(map(serde.match_from, reply.matches))
-            coverage = [serde.coverage_from(one) for one in reply.coverage]
-        except (grpc.RpcError, MissError) as error:
-            log.warning("the hub does not answer a search: %s", _words(error))
-            return Asked(coverage=self._without_hub(wards, states))
-        return Asked(
-            [WardMatches(ward, tuple(matches)) for ward, matches in by_ward.items()],
-            [one for one in coverage if query.scope.allows(one.ward)],
-        )
+            said = self._hub.search(principal, question, self._ask_deadline_s)
+        except MissError as error:
+            log.warning("the hub does not answer a search: %s", error)
+            return WardsSaid(coverage=self._without_hub(wards, states))
+        return WardsSaid(said.matches, [one for one in said.coverage if query.scope.allows(one.ward)])
 
     def _wards(self, scope: Scope) -> list[Ward]:
         return [ward for ward in self._ledger.wards() if scope.allows(ward.id)]
@@ -264,23 +240,19 @@ class RegionSource:
 
     def _promote(self, principal: Principal, study_uid: str, sop_instance_uid: str | None) -> bool:
         """Has the wards push what they hold of it; whether each of them answered in full."""
-        request = region_pb2.PromoteRequest(
-            study_uid=study_uid,
-            sop_instance_uid=sop_instance_uid or "",
-            assertion=serde.assertion_to(sign(principal, self._hub.identity, self._clock())),
-            deadline_s=self._promote_deadline_s,
-        )
         try:
-            reply = self._hub.stub.Promote(request, timeout=self._promote_deadline_s + HUB_MARGIN_S)
-        except grpc.RpcError as error:
-            log.warning("the hub does not promote: %s", _words(error))
+            said = self._hub.promote(
+                principal, study_uid, sop_instance_uid, self._promote_deadline_s
+            )
+        except MissError as error:
+            log.warning("the hub does not promote: %s", error)
             return False
-        if reply.complete and sop_instance_uid is None:
+        if said.complete and sop_instance_uid is None:
             self._whole.add(_whose(principal, study_uid))
-        for one in map(serde.coverage_from, reply.coverage):
+        for one in said.coverage:
             if one.state is CoverageState.INCOMPLETE:
                 log.info("a study is read while %s is incomplete: %s", one.ward, one.reason)
-        return bool(reply.complete)
+        return said.complete
 
 
 class _Recently:
@@ -331,14 +303,3 @@ def _people(matches: Iterable[Match]) -> frozenset[PatientKey]:
 
 def _cuts(uids: Sequence[str]) -> list[Sequence[str]]:
     return [uids[start : start + UIDS_IN_A_KEY_MAX] for start in range(0, len(uids), UIDS_IN_A_KEY_MAX)]
-
-
-def _by_ward(matches: Iterable[Match]) -> dict[str, list[Match]]:
-    by_ward: dict[str, list[Match]] = {}
-    for match in matches:
-        by_ward.setdefault("".join(match.wards[:1]), []).append(match)
-    return by_ward
-
-
-def _words(error: Exception) -> str:
-    return str(status.restored(error)) if isinstance(error, grpc.Call) else type(error).__name__

@@ -6,11 +6,12 @@ answer covers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from archive.model import ConflictRow, Match, PatientKey, Query, StoredInstance
 from federation.coverage import WardCoverage
+from federation.fanout import WardMatches
 from federation.policy import Principal
 
 
@@ -28,6 +29,33 @@ class Answer:
     def covered(self) -> bool:
         """Whether nothing is known to be missing from any ward."""
         return all(ward.covered for ward in self.coverage)
+
+
+@dataclass(frozen=True, slots=True)
+class WardsSaid:
+    """What single wards hold alone of what was asked, and how each of them answered."""
+
+    matches: list[WardMatches] = field(default_factory=list)
+    coverage: list[WardCoverage] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """How it went that wards push what they hold of a study; `complete` when each answered in full."""
+
+    complete: bool
+    coverage: list[WardCoverage] = field(default_factory=list)
+
+
+class WardsPart(Protocol):
+    """The wards' part of a regional answer, asked through the hub. Blocking; MissError when the hub does not
+    answer."""
+
+    def search(self, principal: Principal, query: Query, deadline_s: float) -> WardsSaid: ...
+
+    def promote(
+        self, principal: Principal, study_uid: str, sop_instance_uid: str | None, deadline_s: float
+    ) -> Promoted: ...
 
 
 class Source(Protocol):
