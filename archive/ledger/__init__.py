@@ -11,8 +11,8 @@ from __future__ import annotations
 from archive.database import Database
 from archive.ledger.audit import AuditLog, AuditRow
 from archive.ledger.certificates import CertificateRegister, CertificateRow
-from archive.ledger.deliveries import Delivery, DeliveryBook, DeliveryKey, DeliveryStanding, DeliveryState
 from archive.ledger.commitments import Commitment, CommitmentItem, Commitments
+from archive.ledger.deliveries import Delivery, DeliveryBook, DeliveryKey, DeliveryStanding, DeliveryState
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
 from archive.ledger.orders import Order, Orders
@@ -65,7 +65,10 @@ __all__ = [
 ]
 
 
-class Ledger(Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes, DeliveryBook, Commitments):
+class Ledger(
+    Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes,
+    DeliveryBook, Commitments,
+):
     """An open ledger."""
 
     @classmethod

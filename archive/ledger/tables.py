@@ -251,7 +251,7 @@ commitment = Table(
     _key("id"),
     *_columns(Characters(), "role", "device", "transaction_uid", "state", "last_error"),
     *_columns(BigInteger, "asked_us", "settled_us", "ended_us", "next_try_us"),
-    *_columns(Integer, "items", "failed", "tries"),
+    *_columns(Integer, "instances", "failed", "tries"),
 )
 Index(
     "commitment_transaction",
