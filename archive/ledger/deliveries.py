@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, and_, case, delete, func, insert, literal, or_, select, tuple_, update
 
 from archive.database import storable
 from archive.errors import InvalidInput, OutOfResources
@@ -130,7 +130,7 @@ class DeliveryBook(Subject):
         some UIDs."""
         query = select(delivery).where(delivery.c.state == DeliveryState.AWAITED.value).order_by(*_KEY)
         if after is not None:
-            query = query.where(tuple_(*_KEY) > tuple_(*_values(after)))
+            query = query.where(tuple_(*_KEY) > tuple_(*map(literal, _values(after))))
         if uids is not None:
             query = query.where(delivery.c.sop_instance_uid.in_(sorted(uids)[:PAGE_MAX]))
         return self._deliveries(query.limit(min(limit, PAGE_MAX)))
