@@ -10,7 +10,6 @@ waits in the outbox.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import logging
 import time
@@ -26,6 +25,7 @@ from archive.archive import Archive
 from archive.errors import Corrupt, Evicted, MissError, NotFound, Unavailable
 from archive.model import PendingInstance
 from federation import serde, status
+from federation.reading import raise_if_passing, read_chunks
 from federation.replicator import Idle, Offer, Record, Refill, Replicator, Step, Verdict
 from protos import uplink_pb2
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CHUNK_BYTES = 1 << 20
 GROUP_BYTES_MAX = 1 << 20
 GROUP_OBJECTS_MAX = 128
 OFFER_TIMEOUT_S = 30.0
@@ -49,9 +48,6 @@ LINE_CODES = frozenset({
     grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.ABORTED, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DATA_LOSS,
 })  # fmt: skip
-
-
-_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Delivery:
@@ -271,7 +267,7 @@ class Delivery:
             try:
                 await self._write_large(line, batch[0])
             except (Corrupt, Evicted, NotFound, OSError) as error:  # it is cut short: so is the stream
-                _raise_if_passing(error)
+                raise_if_passing(error)
                 self._replicator.damaged(stream, batch[0], self._clock())
                 raise Unavailable("an instance can't be read here any more") from error
             return
@@ -289,7 +285,7 @@ class Delivery:
             try:
                 dataset = b"".join(self._chunks(row))
             except (MissError, OSError) as error:
-                _raise_if_passing(error)
+                raise_if_passing(error)
                 _say("an instance can't be read", error)
                 unreadable.append(row)
                 continue
@@ -310,20 +306,7 @@ class Delivery:
         await line.write(uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=row.digest)))
 
     def _chunks(self, row: PendingInstance) -> Iterator[bytes]:
-        """Its data set, from where it lies now: since the outbox was read its pack may have gone."""
-        chunks = iter(self._archive.dataset_chunks(row.location, chunk_bytes=CHUNK_BYTES))
-        try:
-            first = next(chunks, b"")
-        except (NotFound, Evicted):
-            content = (row.head.sop_instance_uid, row.digest)
-            place = self._archive.index.places([content[0]]).get(content)
-            if place is None or place.evicted or place.location == row.location:
-                raise
-            chunks = iter(self._archive.dataset_chunks(place.location, chunk_bytes=CHUNK_BYTES))
-            first = next(chunks, b"")
-        if first:
-            yield first
-        yield from chunks
+        return read_chunks(self._archive, row.head.sop_instance_uid, row.digest, row.location)
 
     async def _hear(self, stream: int, call: Any) -> None:
         async for reply in call:
@@ -355,7 +338,7 @@ class Delivery:
             for chunk in self._chunks(row):
                 digest.update(chunk)
         except (MissError, OSError) as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             return False
         return digest.digest() == row.digest
 
@@ -384,14 +367,6 @@ class _Line:
             writing.result()
         finally:
             writing.cancel()
-
-
-def _raise_if_passing(error: Exception) -> None:
-    """What says nothing of the bytes: the index does not answer, or there are no descriptors. Tried again."""
-    if isinstance(error, Unavailable) and not isinstance(error, Evicted):
-        raise error
-    if isinstance(error, OSError) and error.errno in _PASSING:
-        raise Unavailable(f"no pack can be opened now (errno {error.errno})") from error
 
 
 async def _until(event: asyncio.Event, timeout_s: float | None) -> None:
