@@ -1,6 +1,6 @@
 """A node's answers to what the hub asks of it on behalf of a reader. The node verifies who asks and decides
 for itself, by the same function as the portal: a hub that asks for more than the reader may see gets no
-more.
+more. Who was answered is in the node's own audit log first, under the question's correlation id.
 
 Bounds: 16 questions at once; an answer lists at most 1,000 pending instances, in messages of about 256 KB.
 """
@@ -8,8 +8,9 @@ Bounds: 16 questions at once; an answer lists at most 1,000 pending instances, i
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ import grpc.aio
 
 from archive.archive import Archive
 from archive.errors import Forbidden, MissError, OutOfResources
+from archive.ledger import AuditRow
 from archive.model import Level, Match, Query, Scope
 from certs.identity import Identity
 from federation import serde
@@ -36,10 +38,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ASKS_MAX = 16
+SUBJECT_CHARS_MAX = 2_000
 PAGE_BYTES = 256 << 10
 
 MakeReport = Callable[[], Awaitable[Report]]
 Fail = Callable[[str, str], None]
+Audit = Callable[[AuditRow], None]
 
 
 class Asks:
@@ -55,6 +59,7 @@ class Asks:
         hub_clock: Callable[[], int],
         report: MakeReport,
         on_urgent: Callable[[], None],
+        audit: Audit | None = None,
     ) -> None:
         self._archive = archive
         self._identity = identity
@@ -62,6 +67,7 @@ class Asks:
         self._hub_clock = hub_clock
         self._report = report
         self._on_urgent = on_urgent
+        self._audit = audit
         self._open: dict[str, asyncio.Task[None]] = {}
 
     def search(self, ask: uplink_pb2.SearchAsk, stub: UplinkAsyncStub, fail: Fail) -> None:
@@ -101,7 +107,8 @@ class Asks:
 
     async def _answer_search(self, ask: uplink_pb2.SearchAsk, stub: UplinkAsyncStub) -> None:
         query = serde.query_from(ask.query)
-        scope = await self._in_pool(self._scope, ask.assertion, Act.SEARCH)
+        criteria = {"level": query.level.value} | {keyword: value for keyword, value in query.keys if value}
+        scope = await self._in_pool(self._scope, ask.assertion, Act.SEARCH, criteria)
         own = Scope(frozenset({self._identity.ward}))
         asked = replace(
             query,
@@ -113,7 +120,10 @@ class Asks:
         await self._answer(ask.ask_id, await self._in_pool(self._archive.search, asked), stub)
 
     async def _answer_promote(self, ask: uplink_pb2.PromoteAsk, stub: UplinkAsyncStub) -> None:
-        await self._in_pool(self._scope, ask.assertion, Act.READ)
+        subject = {"StudyInstanceUID": ask.study_uid} | (
+            {"SOPInstanceUID": ask.sop_instance_uid} if ask.sop_instance_uid else {}
+        )
+        await self._in_pool(self._scope, ask.assertion, Act.READ, subject)
         keys = [("StudyInstanceUID", ask.study_uid)]
         level = Level.STUDY
         if ask.sop_instance_uid:
@@ -128,14 +138,28 @@ class Asks:
         query = Query(level, tuple(keys), pending_only=True, limit=PENDING_UIDS_MAX)
         await self._answer(ask.ask_id, await self._in_pool(self._archive.search, query), stub)
 
-    def _scope(self, assertion: common_pb2.Assertion, act: Act) -> Scope:
-        """What the person who asks may see here, by an assertion that holds."""
+    def _scope(self, assertion: common_pb2.Assertion, act: Act, subject: Mapping[str, str]) -> Scope:
+        """What the person or device that asks may see here, by an assertion that holds; audited, or it is
+        not answered."""
         signed = serde.assertion_from(assertion)
         now_us = self._hub_clock()
         principal = verify(signed, self._identity.roots_pem, self._identity.region, now_us)
         decision = decide(principal, act)
         if not decision.allowed or not decision.scope.allows(self._identity.ward):
             raise Forbidden("this reader may not see what this ward holds")
+        if self._audit is not None:
+            self._audit(
+                AuditRow(
+                    at_us=now_us,
+                    who=principal.user,
+                    role=principal.role.value,
+                    ward=principal.ward or "",
+                    act=act.value,
+                    subject=json.dumps(subject, ensure_ascii=True)[:SUBJECT_CHARS_MAX],
+                    outcome="ok",
+                    correlation=signed.correlation,
+                )
+            )
         return decision.scope
 
     async def _answer(self, ask_id: str, matches: Sequence[Match], stub: UplinkAsyncStub) -> None:

@@ -42,7 +42,8 @@ from federation.region_service import RegionService
 from federation.settings import HubSettings
 from federation.uplink_service import UplinkService
 from federation.version import software_version
-from protos import region_pb2_grpc, uplink_pb2_grpc
+from federation.window_service import WindowService
+from protos import region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Hub:
             settings, attachments, Receiver(archive, self._clock), arrivals, pools, version
         )
         asking = WardAsking(settings, attachments, arrivals, archive, pools)
+        windows = WindowService(settings, asking, archive, ledger, identity, pools)
         regions = RegionService(asking, attachments, ledger, identity.roots_pem, pools, version)
         certificates = CertificatesServicer(
             authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
@@ -162,11 +164,13 @@ class Hub:
         server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
         uplink_pb2_grpc.add_UplinkServicer_to_server(uplinks, server)
         region_pb2_grpc.add_RegionServicer_to_server(regions, server)
+        window_pb2_grpc.add_WindowServicer_to_server(windows, server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, server)
         self.port = self._bind(server, identity)
         async with AsyncExitStack() as parts:
             await gate.start()
             parts.push_async_callback(gate.stop)
+            parts.callback(windows.stop)
             await server.start()
             parts.push_async_callback(self._stop_serving, server, attachments, uplinks)
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)

@@ -122,6 +122,9 @@ def _errors_restored() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        if isinstance(error, grpc.Call):
-            raise status.restored(error) from error
-        raise MissError(type(error).__name__) from error
+        raise restored(error) from error
+
+
+def restored(error: Exception) -> MissError:
+    """The error of a call that failed, as the same class as if it had been raised here."""
+    return status.restored(error) if isinstance(error, grpc.Call) else MissError(type(error).__name__)

@@ -75,10 +75,29 @@ class HubSettings:
     promote_deadline_s: float = setting(
         60.0, "How long a reader waits for what only a ward holds.", "s", minimum=1.0, maximum=600.0
     )
+    devices_see_region: tuple[str, ...] = setting(
+        (), "The wards whose devices may search and retrieve in the whole region, where their own node lets "
+        'them (`miss device add --reach region`): ids such as "san-martino/radiology"; "*" is every ward.',
+    )
+    window_questions_max: int = setting(
+        32, "Searches and listings at once of wards' devices that look into the region, of all wards.",
+        minimum=1, maximum=256,
+    )
+    window_fetches_max: int = setting(
+        64, "Instances at once on their way to wards' devices, of all wards.", minimum=1, maximum=1024
+    )
+    window_per_ward_max: int = setting(
+        8, "At most so many of the former, and of the latter, are one ward's.", minimum=1, maximum=256
+    )
     pushes_max: int = setting(32, "Push streams at once, of all wards.", minimum=1, maximum=1024)
     pushes_per_ward_max: int = setting(8, "Push streams at once, of one ward.", minimum=1, maximum=64)
     workers: int = setting(8, "Threads that work on the archive.", minimum=1, maximum=256)
     stop_grace_s: float = setting(5.0, "What open calls get to end when the hub stops.", "s", minimum=0.0)
+    deliveries: tuple[str, ...] = setting(
+        ("* > *",),
+        'Which ward may hand its images to which: "FROM > TO", each a ward (hospital/ward) or "*". Without any '
+        "none may.",
+    )
     enrolment: EnrolmentSettings = setting(EnrolmentSettings)
     archive: StoreSettings = setting(StoreSettings)
 
@@ -90,6 +109,20 @@ class HubSettings:
     def archive_settings(self) -> ArchiveSettings:
         """The regional archive's settings."""
         return ArchiveSettings(state=self.state, index_url=self.index_url, **self.archive.bounds())
+
+
+@dataclass(frozen=True)
+class DeliverySettings:
+    """What other wards of the region hand to a node."""
+
+    accept_from: tuple[str, ...] = setting(
+        ("*",), 'The wards (hospital/ward) whose deliveries are taken; "*" is every ward of the region.'
+    )
+    on_conflict: str = setting(
+        "keep", "What becomes of a delivered instance whose SOP Instance UID is here with another content: "
+        "kept apart for people to decide, or refused.", choices=("keep", "refuse"),
+    )
+    streams: int = setting(2, "Deliveries fetched at once.", minimum=1, maximum=4)
 
 
 @dataclass(frozen=True)

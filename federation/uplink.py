@@ -31,7 +31,7 @@ from certs.credentials import channel
 from certs.identity import Identity
 from certs.renewal import RenewalThread, renew
 from federation import serde
-from federation.asks import Asks
+from federation.asks import Asks, Audit
 from federation.coverage import REPORT_INTERVAL_S, Report
 from federation.delivery import Delivery, raise_if_ours
 from federation.replicator import Limits, Replicator
@@ -80,8 +80,11 @@ class Uplink:
         *,
         clock: Callable[[], int] = clock_us,
         ae_title: str = "",
+        audit: Audit | None = None,
     ) -> None:
+        """`audit` writes who was answered from here into the node's own log."""
         self.settings = settings
+        self._audit = audit
         self._archive = archive
         self._identity = identity
         self._clock = clock
@@ -129,6 +132,15 @@ class Uplink:
     def status(self) -> UplinkStatus:
         """How it stands now. Any thread may ask."""
         return replace(self._status, rate_bytes_per_s=self._rate.bytes_per_s)
+
+    @property
+    def identity(self) -> Identity:
+        """Who this node is, by the certificate that is in use now."""
+        return self._identity
+
+    def hub_clock_us(self) -> int:
+        """The hub's time, as far as it is known here."""
+        return self._clock() + self._hub_ahead_us
 
     def _run(self) -> None:
         try:
@@ -224,7 +236,13 @@ class Uplink:
                     await call.write(uplink_pb2.NodeMessage(hello=self._hello()))
                     welcome = await self._welcome(call)
                 asks = Asks(
-                    self._archive, identity, self._pool, self._hub_clock, self._make_report, self._urgent
+                    self._archive,
+                    identity,
+                    self._pool,
+                    self.hub_clock_us,
+                    self._make_report,
+                    self._urgent,
+                    self._audit,
                 )
                 self._begin(address, welcome, stub)
                 try:
@@ -393,9 +411,6 @@ class Uplink:
         self._attach_anew.set()
 
     # Small things.
-
-    def _hub_clock(self) -> int:
-        return self._clock() + self._hub_ahead_us
 
     def _address(self, attempt: int) -> str:
         """The hub to dial: the settings' own, else those of the invite in turn."""
