@@ -17,6 +17,7 @@ from typing import Protocol
 from archive.errors import MissError
 from bench import programs
 from bench.crowds import CROWD_ROWS
+from bench.finding import FIND_ROWS, GROWTH_ROWS
 from bench.lag import LAG_ROWS
 from bench.programs_that_send import SENDING_ROWS
 from bench.rates import RATE_ROWS
@@ -33,27 +34,30 @@ class Row(Protocol):
     def measure(self, bench: Bench) -> list[Result]: ...
 
 
-ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS)
+ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS)
+LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 
 def chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names, or whose names begin with one and a hyphen; all when there is none."""
+    """The rows of these names, or whose names begin with one and a hyphen; when there is none, all but the
+    long ones."""
+    every = (*ROWS, *LONG_ROWS)
     for name in names:
-        if not any(_named(row, name) for row in ROWS):
-            raise SystemExit(f"there is no row {name}: {', '.join(row.key for row in ROWS)}")
-    return [row for row in ROWS if not names or any(_named(row, name) for name in names)]
+        if not any(_named(row, name) for row in every):
+            raise SystemExit(f"there is no row {name}: {', '.join(row.key for row in every)}")
+    return [row for row in every if any(_named(row, name) for name in names)] if names else list(ROWS)
 
 
 def _named(row: Row, name: str) -> bool:
     return row.key == name or row.key.startswith(f"{name}-")
 
 
-def run(rows: Sequence[Row], scale: Scale, folder: Path) -> Report:
+def run(rows: Sequence[Row], scale: Scale, folder: Path, kept: Path | None = None) -> Report:
     """Measures `rows` on the disk of `folder`, and says on the way what comes of them."""
     report = Report(machine(folder), programs.versions(), options(scale), [])
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="miss-bench-", dir=folder) as place:
-        bench = Bench(Path(place), scale)
+        bench = Bench(Path(place), scale, kept)
         for row in rows:
             bench.say(row.key)
             start = time.monotonic()
@@ -93,7 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="What MISS does beside other archives on this machine, as one table.",
-        epilog="rows: " + ", ".join(row.key for row in ROWS) + "; a name's beginning stands for all of them "
+        epilog="rows: " + ", ".join(row.key for row in ROWS) + ", and when named "
+               + ", ".join(row.key for row in LONG_ROWS) + "; a name's beginning stands for all of them "
                "(small, tls). `python -m bench.table FILE` prints the table of a JSON file again.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="which rows; all when none is named")
     parser.add_argument("--rounds", type=int, help=f"runs of each figure ({Scale().rounds})")
@@ -101,6 +106,8 @@ def main() -> None:
                         help=f"how long a run of small instances sends ({Scale().seconds:g})")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
                         help="a folder on the disk that is to be used (needs 16 GB of room)")
+    parser.add_argument("--kept", type=Path, metavar="DIR",
+                        help="keep there what is loaded for searches, and take it from there the next time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
     parser.add_argument("--tiny", action="store_true", help="only show that every row runs")
     given = parser.parse_args()
@@ -111,7 +118,7 @@ def main() -> None:
         scale = replace(scale, rounds=given.rounds, mammogram_rounds=given.rounds)
     if given.seconds:
         scale = replace(scale, seconds=given.seconds)
-    report = run(chosen(given.rows), scale, given.data)
+    report = run(chosen(given.rows), scale, given.data, given.kept)
     if given.json:
         given.json.write_text(report.to_json())
     print(report.to_markdown(), end="")

@@ -47,12 +47,15 @@ class Scale:
     silent: int = 200
     silent_tls: int = 50
     echoes: int = 20
+    studies: int = 10_000          # to search in
+    many_studies: int = 100_000    # and for the growth
+    questions: int = 100           # of each kind, in each round
     quiet_s_max: float = 15.0
 
 
 TINY = Scale(rounds=1, more_rounds=0, mammogram_rounds=1, seconds=0.3, mammograms=2, native_frames=8,
              fragments=8, files=12, large_files=6, files_for_slow_peers=6, lag_seconds=1.5, idle=20,
-             silent=10, silent_tls=5, echoes=3, quiet_s_max=0.0)
+             silent=10, silent_tls=5, echoes=3, studies=30, many_studies=60, questions=5, quiet_s_max=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Bench:
 
     folder: Path
     scale: Scale
+    kept: Path | None = None  # where loaded servers' data are kept for the next time
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     _runs: dict[tuple[str, str, int, bool], list[Run]] = field(default_factory=dict)
 

@@ -5,10 +5,12 @@ acknowledged."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.request
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -16,7 +18,9 @@ from archive.errors import Unavailable
 from archive.settings import describe
 from bench import programs
 from bench.certificates import Certificates
-from miss.load.instances import Corpus
+from miss.device import make_device
+from miss.ledgers import open_ledger
+from miss.load.instances import Numbered
 from miss.load.measure import check, statuses
 from miss.load.sender import Tally, Target
 from miss.load.temporary_node import HOST, TemporaryNode
@@ -27,18 +31,22 @@ START_S_MAX = 60.0
 STOP_S_MAX = 30.0
 ANSWER_S_MAX = 30.0
 PDU_BYTES = str(128 << 10)  # the most that DCMTK takes
+OWN = ("identity", "node.toml", "ledger.db*", "writer.lock")  # a node's own, whatever it holds
 
 
 class Server(ABC):
     """A server for the time of one run. `tls` makes it listen with TLS, on `target`'s port; `nagle` leaves
-    programs of DCMTK's family as they come."""
+    programs of DCMTK's family as they come; `destinations` are AE titles that it may move to, and their ports
+    here."""
 
     name: ClassVar[str]
 
-    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False) -> None:
+    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False,
+                 destinations: Mapping[str, int] | None = None) -> None:
         self.folder = folder
         self.tls = tls
         self.nagle = nagle
+        self.destinations = destinations or {}
 
     @classmethod
     @abstractmethod
@@ -60,8 +68,24 @@ class Server(ABC):
     def __exit__(self, *_: object) -> None: ...
 
     @abstractmethod
-    def problem(self, corpus: Corpus, tally: Tally) -> str:
+    def problem(self, corpus: Numbered, tally: Tally) -> str:
         """What is wrong with the answers that it gave to the only load it had; empty when nothing is."""
+
+    @property
+    @abstractmethod
+    def held_in(self) -> Path:
+        """The folder with what it holds, and with nothing else but OWN."""
+
+    def keep(self, template: Path) -> None:
+        """Copies what it holds, once it is stopped."""
+        partial = template.with_name(f"{template.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.held_in, partial, ignore=shutil.ignore_patterns(*OWN))
+        partial.rename(template)
+
+    def take(self, template: Path) -> None:
+        """Holds what another of its kind kept, before it is started."""
+        shutil.copytree(template, self.held_in, dirs_exist_ok=True)
 
 
 class Miss(Server):
@@ -69,8 +93,9 @@ class Miss(Server):
 
     name = "MISS"
 
-    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False) -> None:
-        super().__init__(folder, tls, nagle=nagle)
+    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False,
+                 destinations: Mapping[str, int] | None = None) -> None:
+        super().__init__(folder, tls, nagle=nagle, destinations=destinations)
         overrides: list[str] = []
         self._tls_port = 0
         if tls is not None:
@@ -79,6 +104,9 @@ class Miss(Server):
                 ("port", self._tls_port), ("certificate", tls.server), ("key", tls.server_key),
                 ("trust", tls.trust), ("client_certificates", "require"))]
         self.node = TemporaryNode(folder, overrides)
+        with open_ledger(self.node.place.state) as ledger:
+            for ae_title, port in self.destinations.items():
+                ledger.add_device(make_device(ae_title, HOST, port=port))
 
     @classmethod
     def missing(cls, *, tls: bool) -> str:
@@ -107,8 +135,12 @@ class Miss(Server):
     def __exit__(self, *_: object) -> None:
         self.node.__exit__()
 
-    def problem(self, corpus: Corpus, tally: Tally) -> str:
+    def problem(self, corpus: Numbered, tally: Tally) -> str:
         return check(self.node.place, corpus, tally)
+
+    @property
+    def held_in(self) -> Path:
+        return self.node.place.state
 
 
 class Peer(Server):
@@ -116,8 +148,9 @@ class Peer(Server):
 
     called_ae: ClassVar[str]
 
-    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False) -> None:
-        super().__init__(folder, tls, nagle=nagle)
+    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False,
+                 destinations: Mapping[str, int] | None = None) -> None:
+        super().__init__(folder, tls, nagle=nagle, destinations=destinations)
         self.data = folder / "data"
         self.data.mkdir(parents=True)
         [self._port] = free_ports(1, HOST)
@@ -168,7 +201,11 @@ class Peer(Server):
             self._process.kill()
             self._process.wait()
 
-    def problem(self, corpus: Corpus, tally: Tally) -> str:
+    @property
+    def held_in(self) -> Path:
+        return self.data
+
+    def problem(self, corpus: Numbered, tally: Tally) -> str:
         if tally.failures:
             return f"answered other than 0000: {statuses(tally.failures)}"
         held = self.held()
@@ -181,8 +218,9 @@ class Orthanc(Peer):
     name = "Orthanc"
     called_ae = "ORTHANC"
 
-    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False) -> None:
-        super().__init__(folder, tls, nagle=nagle)
+    def __init__(self, folder: Path, tls: Certificates | None = None, *, nagle: bool = False,
+                 destinations: Mapping[str, int] | None = None) -> None:
+        super().__init__(folder, tls, nagle=nagle, destinations=destinations)
         [self._http_port] = free_ports(1, HOST)
 
     @classmethod
@@ -194,6 +232,9 @@ class Orthanc(Peer):
             "Name": "bench", "StorageDirectory": str(self.data), "IndexDirectory": str(self.data),
             "DicomAet": self.called_ae, "DicomPort": self._port, "HttpPort": self._http_port,
             "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "DicomAlwaysAllowStore": True,
+            "DicomAlwaysAllowFind": True, "DicomAlwaysAllowGet": True, "DicomAlwaysAllowMove": True,
+            "DicomModalities": {ae_title: [ae_title, HOST, port]
+                                for ae_title, port in self.destinations.items()},
             "Plugins": [],
         }
         if self.tls is not None:
@@ -256,7 +297,7 @@ class IgnoringStorescp(Storescp):
         return [programs.find("storescp") or "storescp", "--ignore", "--fork", "-pdu", PDU_BYTES,
                 "-aet", self.called_ae, str(self._port)]
 
-    def problem(self, corpus: Corpus, tally: Tally) -> str:
+    def problem(self, corpus: Numbered, tally: Tally) -> str:
         return ""
 
 

@@ -28,7 +28,7 @@ SCALE = replace(TINY, seconds=0.2, lag_seconds=0.8)
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path, SCALE, lambda text: None)
+    return Bench(tmp_path, SCALE, say=lambda text: None)
 
 
 def row(key: str) -> Row:

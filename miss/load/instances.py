@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -69,14 +70,32 @@ class Instance:
         return b"\0" * 128 + b"DICM" + buffer.getvalue()
 
 
+class Numbered(Protocol):
+    """Instances by number, 0 and on, of one SOP class in one transfer syntax."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sop_class_uid(self) -> str: ...
+
+    @property
+    def transfer_syntax_uid(self) -> str: ...
+
+    def instance(self, number: int) -> Instance: ...
+
+
 class Corpus:
     """All instances of one kind, by number."""
 
     def __init__(self, name: str, kind: int, template: Dataset, before_pixels: bytes,
-                 pixels: Sequence[Buffer], *, transfer_syntax_uid: str = ExplicitVRLittleEndian) -> None:
+                 pixels: Sequence[Buffer], *, transfer_syntax_uid: str = ExplicitVRLittleEndian,
+                 each_study: int = INSTANCES_EACH_STUDY) -> None:
         """A data set is `template`, `before_pixels`, then all of `pixels`, or when the template is of a
-        single frame one of them by turns. `kind` keeps the UIDs of two corpora apart."""
+        single frame one of them by turns. `kind` keeps the UIDs of two corpora apart; `each_study` is how
+        many make a study."""
         self.name = name
+        self._each_study = each_study
         self.sop_class_uid = str(template.SOPClassUID)
         self.transfer_syntax_uid = str(transfer_syntax_uid)
         self._root = f"{ROOT}.{kind}"
@@ -90,10 +109,10 @@ class Corpus:
         self._pixel_bytes = sum(map(len, pixels)) if self._multiframe else len(pixels[0])
 
     def instance(self, number: int) -> Instance:
-        """Number 0 and on; 20 make a study of two series."""
+        """Number 0 and on; ten make a series."""
         if not 0 <= number < NUMBERS_MAX:
             raise ValueError(f"instances are numbered from 0 to {NUMBERS_MAX - 1}")
-        study = b"1%09d" % (number // INSTANCES_EACH_STUDY)
+        study = b"1%09d" % (number // self._each_study)
         series = b"1%09d" % (number // INSTANCES_EACH_SERIES)
         values = (study, series, b"1%09d" % number)
         head = self._template % tuple([values[which] for which in self._order])
@@ -111,6 +130,12 @@ def small() -> Corpus:
 def ct() -> Corpus:
     """A CT slice of 512 x 512: 0.5 MB."""
     return Corpus("CT", 3, _ct(512, 512), _native(512 * 512), _frames(512, 512))
+
+
+def ct_studies(each_study: int) -> Corpus:
+    """The same slices, in studies of that many."""
+    return Corpus("CT studies", 7, _ct(512, 512), _native(512 * 512), _frames(512, 512),
+                  each_study=each_study)
 
 
 def mammogram() -> Corpus:

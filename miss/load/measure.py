@@ -10,7 +10,7 @@ from pathlib import Path
 
 from archive.errors import Corrupt, NotFound
 from miss.load import usage
-from miss.load.instances import Corpus
+from miss.load.instances import Numbered
 from miss.load.sender import Plan, Tally, send
 from miss.load.temporary_node import Place, TemporaryNode
 
@@ -37,7 +37,7 @@ class Measurement:
     problem: str
 
 
-def measure_node(folder: Path, corpus: Corpus, associations: int, seconds: float) -> Measurement:
+def measure_node(folder: Path, corpus: Numbered, associations: int, seconds: float) -> Measurement:
     """Load a node in `folder`, which is left as the node left it."""
     with TemporaryNode(folder) as node:
         pids = usage.tree(node.child.pid)
@@ -52,7 +52,7 @@ def measure_node(folder: Path, corpus: Corpus, associations: int, seconds: float
         tally.latency_s(0.5), tally.latency_s(0.95), 1000 * cpu / max(tally.stored, 1), busy, problem)
 
 
-def check(place: Place, corpus: Corpus, tally: Tally) -> str:
+def check(place: Place, corpus: Numbered, tally: Tally) -> str:
     """What is wrong with the answers; empty when nothing is. Every 0000 is in the index, every other answer
     is named, and the bytes of a few are what was sent."""
     if tally.failures:
@@ -70,7 +70,7 @@ def statuses(failures: Counter[int]) -> str:
                      for status, count in failures.most_common())
 
 
-def _check_bytes(place: Place, corpus: Corpus) -> str:
+def _check_bytes(place: Place, corpus: Numbered) -> str:
     archive = place.open_archive()
     try:
         for number in range(SAMPLE_MAX):

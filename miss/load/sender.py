@@ -27,7 +27,7 @@ from multiprocessing.synchronize import Barrier
 from typing import Self
 
 from archive.errors import Unavailable
-from miss.load.instances import Buffer, Corpus, Instance
+from miss.load.instances import Buffer, Instance, Numbered
 from node.dimse import messages
 from node.dimse.pdu import (
     COMMAND_FRAGMENT,
@@ -119,7 +119,7 @@ class Load:
     """Senders that are ready: forked, waiting for `begin`. `stored` may be asked at any time from then on.
     Whoever is still there when its `with` block ends is killed."""
 
-    def __init__(self, target: Target, corpus: Corpus, plan: Plan) -> None:
+    def __init__(self, target: Target, corpus: Numbered, plan: Plan) -> None:
         context = multiprocessing.get_context("fork")  # what they send is ours, and shared
         self._counts = context.RawArray(c_ulonglong, plan.associations)
         self._gate: Barrier = context.Barrier(plan.associations + 1)
@@ -171,7 +171,7 @@ class Load:
         total.ended = max(tally.ended for tally in tallies)
         return total
 
-def send(target: Target, corpus: Corpus, plan: Plan) -> Tally:
+def send(target: Target, corpus: Numbered, plan: Plan) -> Tally:
     """All of `plan`, from beginning to end."""
     with Load(target, corpus, plan) as load:
         load.begin()
@@ -306,11 +306,11 @@ def _tls_context(files: TlsFiles) -> ssl.SSLContext:
     return made
 
 
-def store_context(corpus: Corpus) -> ProposedContext:
+def store_context(corpus: Numbered) -> ProposedContext:
     return ProposedContext(CONTEXT_ID, corpus.sop_class_uid, (corpus.transfer_syntax_uid,))
 
 
-def _send(target: Target, corpus: Corpus, plan: Plan, place: int, gate: Barrier,
+def _send(target: Target, corpus: Numbered, plan: Plan, place: int, gate: Barrier,
           counts: Sequence[int], report: Connection) -> None:
     """One association's process."""
     gc.disable()  # it makes no cycles, and lives for seconds
@@ -330,8 +330,8 @@ def _send(target: Target, corpus: Corpus, plan: Plan, place: int, gate: Barrier,
     report.close()
 
 
-def _send_all(target: Target, corpus: Corpus, numbers: Iterator[int], until: float, tally: Tally, place: int,
-              counts: Sequence[int]) -> None:
+def _send_all(target: Target, corpus: Numbered, numbers: Iterator[int], until: float, tally: Tally,
+              place: int, counts: Sequence[int]) -> None:
     line = Line(target, [store_context(corpus)])
     clock = time.perf_counter
     message_id = 0
