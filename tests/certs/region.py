@@ -29,7 +29,16 @@ from certs.invites import create_invite
 from certs.profiles import Profile
 from certs.reissue import CertificatesServicer
 from certs.settings import EnrolmentSettings
-from protos import delivery_pb2, delivery_pb2_grpc, region_pb2, region_pb2_grpc, uplink_pb2, uplink_pb2_grpc, window_pb2_grpc
+from protos import (
+    delivery_pb2,
+    delivery_pb2_grpc,
+    region_pb2,
+    region_pb2_grpc,
+    uplink_pb2,
+    uplink_pb2_grpc,
+    window_pb2,
+    window_pb2_grpc,
+)
 
 WAIT_S_MAX = 20.0
 HOLD_S = 600.0  # how long a held call would last: far beyond every test
@@ -81,6 +90,19 @@ class Deliveries(delivery_pb2_grpc.DeliveriesServicer):
 
     async def Standing(self, request: Any, context: Any) -> delivery_pb2.DeliveryStandingReply:
         return delivery_pb2.DeliveryStandingReply()
+
+
+class Window(window_pb2_grpc.WindowServicer):
+    """A window that shows nothing."""
+
+    async def Search(self, request: Any, context: Any) -> AsyncIterator[window_pb2.WindowSearchPage]:
+        yield window_pb2.WindowSearchPage(last=True)
+
+    async def Instances(self, request: Any, context: Any) -> AsyncIterator[window_pb2.WindowInstancesPage]:
+        yield window_pb2.WindowInstancesPage()
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[window_pb2.WindowChunk]:
+        yield window_pb2.WindowChunk()
 
 
 class Region(region_pb2_grpc.RegionServicer):
@@ -153,7 +175,7 @@ class RunningHub:
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         uplink_pb2_grpc.add_UplinkServicer_to_server(self.uplink, self.server)
         region_pb2_grpc.add_RegionServicer_to_server(Region(), self.server)
-        window_pb2_grpc.add_WindowServicer_to_server(Region(), self.server)
+        window_pb2_grpc.add_WindowServicer_to_server(Window(), self.server)
         delivery_pb2_grpc.add_DeliveriesServicer_to_server(Deliveries(), self.server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(
             CertificatesServicer(self.authority, self.ledger, life_s=self.life_s, clock=self.clock),
