@@ -65,6 +65,16 @@ def clean_integer(value: str) -> str:
         return value
 
 
+def first_moment(time: str) -> str:
+    """The shortest text of the moment at which a time begins: no stored text of it, or of a later one, is
+    less."""
+    if "." in time:
+        time = time.rstrip("0").rstrip(".")
+    while len(time) in (4, 6) and time.endswith("00"):
+        time = time[:-2]
+    return time
+
+
 _WITH_OFFSET = re.compile(r"(\d{10})(\d\d)?(\d\d)?(\.\d+)?([+-])(\d\d)(\d\d)", re.ASCII)
 
 

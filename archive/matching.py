@@ -1,9 +1,8 @@
-"""Attribute matching (PS3.4 C.2.2.2), the one engine of C-FIND, worklist and QIDO-RS: keys to predicates,
-and what they mean.
+"""Attribute matching (PS3.4 C.2.2.2), the one engine of C-FIND, worklist and QIDO-RS: keys to predicates.
 
 A key's value becomes a predicate by its VR (`predicate_of`, which knows no catalogue): universal, single
-value, list of UIDs (and of codes), wildcard, range, person's name. `matches` says in Python what each means,
-of values in the form that `folding.comparable` gives them; `conditions.py` says the same in SQL, and a test
+value, list of UIDs (and of codes), wildcard, range, person's name. `predicates.py` says what each means, of
+values in the form that `folding.comparable` gives them; `conditions.py` says the same in SQL, and a test
 holds the two equal. What the standard leaves open:
 
 - Names (PN) match without case and accents, by component group: a key without `=` matches any group, in a
@@ -11,16 +10,21 @@ holds the two equal. What the standard leaves open:
 - A time in a key stands for all it includes: 10 is 10:00:00.000000 to 10:59:60.999999. A stored time is its
   first moment. Dates with dots and times with colons (ACR-NEMA) are understood. A date and time (DT) with an
   offset is compared in UTC, one without as it stands.
-- Of an attribute with several values, or in a sequence, any value may match. An unknown value matches only
-  universal keys. A code may be given as a list, which matches when one of it does.
+- Of an attribute with several values, or in a sequence, any value may match; keys into one sequence are met
+  by one of its items. An unknown value matches only universal keys. A code may be given as a list, which
+  matches when one of it does, or, where multiple values were agreed on and the attribute may have several,
+  when all do.
+- Fuzzy, where that was agreed on: each word of the key begins a word of the name, in whatever order and
+  group, without case and accents; and whatever matches literally matches. There is no phonetic code in it:
+  they are made for one language each.
+- Empty values are asked for by two quotation marks, where that was agreed on.
 - Modality and SOP Class UID asked of studies are Modalities in Study and SOP Classes in Study.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from archive.catalog import BY_KEYWORD, COMPUTED, Indexed
 from archive.errors import InvalidQuery
@@ -30,13 +34,35 @@ from archive.folding import (
     clean_datetime,
     clean_integer,
     clean_time,
+    first_moment,
+    fold,
     fold_group,
-    folded_name,
 )
-from archive.model import Level, Query
+from archive.model import LITERAL, Level, Query, Rules
+from archive.predicates import (
+    WORD_ENDS,
+    AllOf,
+    Between,
+    Empty,
+    Like,
+    Moment,
+    Named,
+    OneOf,
+    Predicate,
+    SameItem,
+    Worded,
+    fits,
+    has_wildcard,
+    matches,
+)
+from archive.zoning import ADJUSTED, zoned
+
+__all__ = ["Predicate", "fits", "matches", "parse", "predicate_of"]
 
 KEY_CHARS_MAX = 1024
 LIST_VALUES_MAX = 10_000
+LIST_VALUES_EACH_MAX = 100
+NAME_WORDS_MAX = 16
 KEYS_MAX = 100
 
 _DEPTH = {Level.PATIENT: 0, Level.STUDY: 1, Level.SERIES: 2, Level.IMAGE: 3}
@@ -46,6 +72,8 @@ _WILDCARD_VRS = frozenset({"AE", "CS", "LO", "LT", "SH", "ST", "UC", "UR", "UT"}
 _LIST_VRS = frozenset({"UI", "CS"})
 _TEXT_VRS = frozenset({"LT", "ST", "UR", "UT"})  # a backslash is a character in them (PS3.5 6.2)
 _INTEGER_VRS = frozenset({"IS", "US", "SS", "UL", "SL"})
+_EACH_VRS = frozenset({"AE", "AS", "CS", "LO", "PN", "SH", "UC"})  # PS3.4 C.2.2.2.8
+_EMPTY = '""'
 _DATE = re.compile(r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", re.ASCII)
 _TIME = re.compile(r"([01]\d|2[0-3])([0-5]\d(([0-5]\d|60)(\.\d{1,6})?)?)?", re.ASCII)
 _INSTANT = (
@@ -53,63 +81,7 @@ _INSTANT = (
     r"([+-](0\d|1[0-4])[0-5]\d)?"  # four digits after a hyphen are an offset where they can be one
 )
 _DATETIME_RANGE = re.compile(rf"(?P<lower>{_INSTANT})?((?P<dash>-)(?P<upper>{_INSTANT})?)?", re.ASCII)
-_DATED = {
-    "StudyDate": "StudyTime",
-    "SeriesDate": "SeriesTime",
-    "ContentDate": "ContentTime",
-    "AcquisitionDate": "AcquisitionTime",
-    "PatientBirthDate": "PatientBirthTime",
-    "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """The value is one of these, exactly."""
-
-    keyword: str
-    values: tuple[str, ...]
-    multiple: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Like:
-    """The value fits a pattern of `*` (any characters) and `?` (one), or one of several."""
-
-    keyword: str
-    patterns: tuple[str, ...]
-    multiple: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A person's name; for each of the folded patterns one of its component groups fits."""
-
-    keyword: str
-    groups: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Between:
-    """The value's text lies between two texts, both included; an empty one is open. The bounds are such
-    that the order of texts is that of the dates or times they stand for, whatever the precision."""
-
-    keyword: str
-    lower: str
-    upper: str
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Date and time together lie between two moments (PS3.18 8.3.4.1.1); an empty date is open."""
-
-    date: str
-    time: str
-    lower: tuple[str, str]
-    upper: tuple[str, str]
-
-
-Predicate = OneOf | Like | Named | Between | Moment
+_DATED = {**ADJUSTED, "PatientBirthDate": "PatientBirthTime"}
 
 
 def parse(query: Query) -> tuple[Predicate, ...]:
@@ -119,19 +91,29 @@ def parse(query: Query) -> tuple[Predicate, ...]:
         raise InvalidQuery(f"more than {KEYS_MAX} keys")
     predicates: list[Predicate] = []
     for keyword, value in query.keys:
-        predicate = _predicate(query.level, keyword, value)
+        predicate = _predicate(query.level, keyword, value, query.rules)
         if predicate is not None:
             predicates.append(predicate)
-    return tuple(_combined(predicates) if query.combine_datetime else predicates)
+    predicates = _by_item(predicates)
+    if query.combine_datetime:
+        predicates = _combined(predicates)
+    return tuple(zoned(predicates, query.rules.timezone) if query.rules.timezone else predicates)
 
 
-def predicate_of(keyword: str, vr: str, value: str, *, multiple: bool = False) -> Predicate | None:
+def predicate_of(
+    keyword: str, vr: str, value: str, *, multiple: bool = False, rules: Rules = LITERAL
+) -> Predicate | None:
     """What a key with this value asks of an attribute of this VR; None for a universal key. `multiple` says
     that the attribute may hold several values, joined by backslashes. InvalidQuery for what the VR does not
-    allow; `keyword` is what the predicate calls the attribute, and need be in no catalogue."""
+    allow; `keyword` is what the predicate calls the attribute, and need be in no catalogue. The timezone of
+    `rules` is not looked at: it takes more than one attribute."""
     value = _stripped(value)
     if _is_universal(value):
         return None
+    if rules.empty_values and value == _EMPTY:
+        return Empty(keyword, "." in keyword)
+    if rules.multiple_values and multiple and vr in _EACH_VRS and "\\" in value:
+        return _each(keyword, vr, value, rules)
     values = [one.strip() for one in value.split("\\")] if vr not in _TEXT_VRS else [value]
     values = [one for one in values if one]
     if not values or len(values) > (LIST_VALUES_MAX if vr in _LIST_VRS else 1):
@@ -141,7 +123,8 @@ def predicate_of(keyword: str, vr: str, value: str, *, multiple: bool = False) -
     if max(map(len, values)) > KEY_CHARS_MAX:
         raise InvalidQuery(f"{keyword}: a value is longer than {KEY_CHARS_MAX} characters")
     if vr == "PN":
-        return _name(keyword, values[0])
+        name = _name(keyword, values[0])
+        return _worded(name, values[0]) if rules.fuzzy_names else name
     if vr == "DA":
         return _date(keyword, values[0])
     if vr == "TM":
@@ -159,47 +142,7 @@ def predicate_of(keyword: str, vr: str, value: str, *, multiple: bool = False) -
     return OneOf(keyword, tuple(values), multiple)
 
 
-def matches(predicate: Predicate, value_of: Callable[[str], str]) -> bool:
-    """Whether a row fits, whose stored values `value_of` gives by keyword ("" when unknown)."""
-    if isinstance(predicate, Moment):
-        return _in_moments(predicate, value_of(predicate.date), value_of(predicate.time))
-    value = value_of(predicate.keyword)
-    if not value:
-        return False
-    if isinstance(predicate, Between):
-        return predicate.lower <= value and (not predicate.upper or value <= predicate.upper)
-    if isinstance(predicate, Named):
-        groups = folded_name(value).strip(SEPARATOR).split(SEPARATOR)
-        return all(any(fits(pattern, group) for group in groups) for pattern in predicate.groups)
-    values = value.split("\\") if predicate.multiple else [value]
-    if isinstance(predicate, OneOf):
-        return any(one in predicate.values for one in values)
-    return any(fits(pattern, one) for pattern in predicate.patterns for one in values)
-
-
-def fits(pattern: str, value: str) -> bool:
-    """Whether the whole value fits a pattern of `*` and `?`, in a time that grows with their product at
-    most."""
-    at = place = 0
-    star = resume = -1
-    while place < len(value):
-        if at < len(pattern) and pattern[at] != "*" and pattern[at] in ("?", value[place]):
-            at, place = at + 1, place + 1
-        elif at < len(pattern) and pattern[at] == "*":
-            star, resume, at = at, place, at + 1
-        elif star >= 0:
-            resume += 1
-            at, place = star + 1, resume
-        else:
-            return False
-    return pattern[at:].strip("*") == ""
-
-
-def has_wildcard(text: str) -> bool:
-    return "*" in text or "?" in text
-
-
-def _predicate(level: Level, keyword: str, value: str) -> Predicate | None:
+def _predicate(level: Level, keyword: str, value: str, rules: Rules) -> Predicate | None:
     entry = BY_KEYWORD.get(keyword)
     if entry is None and keyword not in COMPUTED:
         raise InvalidQuery(f"{keyword[:64]!r} is not a key that is indexed here")
@@ -214,8 +157,10 @@ def _predicate(level: Level, keyword: str, value: str) -> Predicate | None:
         vr = _IN_STUDY_VR.get(keyword)
         if vr is None:
             raise InvalidQuery(f"{keyword} can be asked for, not matched on")
-        return predicate_of(keyword, vr, value, multiple=True)
-    return predicate_of(keyword, entry.vr, value, multiple=_several(entry))
+        return predicate_of(keyword, vr, value, multiple=True, rules=rules)
+    if len(entry.path) > 1:
+        rules = replace(rules, multiple_values=False)  # the attribute has one, its items make them many
+    return predicate_of(keyword, entry.vr, value, multiple=_several(entry), rules=rules)
 
 
 def _stripped(value: str) -> str:
@@ -231,7 +176,38 @@ def _several(entry: Indexed) -> bool:
     return entry.multiple and entry.vr not in _TEXT_VRS
 
 
-def _name(keyword: str, value: str) -> Predicate:
+def _each(keyword: str, vr: str, value: str, rules: Rules) -> Predicate | None:
+    values = [one.strip() for one in value.split("\\") if one.strip()]
+    if any(map(has_wildcard, values)) or len(values) > LIST_VALUES_EACH_MAX:
+        raise InvalidQuery(f"{keyword}: several values, up to {LIST_VALUES_EACH_MAX}, have no wildcards")
+    each = (predicate_of(keyword, vr, one, multiple=True, rules=rules) for one in values)
+    return AllOf(tuple(predicate for predicate in each if predicate is not None))
+
+
+def _worded(name: Named, value: str) -> Predicate:
+    text = fold(value)
+    for end in (*WORD_ENDS, ","):
+        text = text.replace(end, " ")
+    words = tuple(re.sub(r"\*+", "*", word) for word in text.split() if word.strip("*"))
+    if not words or len(words) > NAME_WORDS_MAX:
+        raise InvalidQuery(f"{name.keyword}: a name has up to {NAME_WORDS_MAX} words")
+    return Worded(name.keyword, words, name)
+
+
+def _by_item(predicates: list[Predicate]) -> list[Predicate]:
+    """Keys into the same sequence are met by the same item of it (PS3.4 C.2.2.2.6)."""
+    of_sequence: dict[str, list[OneOf | Like]] = {}
+    others: list[Predicate] = []
+    for predicate in predicates:
+        if isinstance(predicate, OneOf | Like) and "." in predicate.keyword:
+            of_sequence.setdefault(predicate.keyword.rpartition(".")[0], []).append(predicate)
+        else:
+            others.append(predicate)
+    together = [each[0] if len(each) == 1 else SameItem(tuple(each)) for each in of_sequence.values()]
+    return [*others, *together]
+
+
+def _name(keyword: str, value: str) -> Named:
     groups = (re.sub(r"\*+", "*", fold_group(group)) for group in value.split(SEPARATOR))
     asked = tuple(group for group in groups if group.strip("*"))
     if not asked:
@@ -254,7 +230,7 @@ def _time(keyword: str, value: str) -> Predicate:
     for time in (lower, upper):
         if time and not _TIME.fullmatch(time):
             raise InvalidQuery(f"{keyword}: a time is HH, HHMM, HHMMSS or HHMMSS.FFFFFF, or a range of them")
-    return Between(keyword, _first_moment(lower), _last_moment(upper))
+    return Between(keyword, first_moment(lower), _last_moment(upper))
 
 
 def _datetime(keyword: str, value: str) -> Predicate:
@@ -276,15 +252,6 @@ def _ends(keyword: str, value: str) -> tuple[str, str]:
     return lower, upper
 
 
-def _first_moment(time: str) -> str:
-    """The shortest text of the same moment: no stored text of it, or of a later one, is less."""
-    if "." in time:
-        time = time.rstrip("0").rstrip(".")
-    while len(time) in (4, 6) and time.endswith("00"):
-        time = time[:-2]
-    return time
-
-
 def _last_moment(time: str) -> str:
     """The last moment that `time` includes; a stored text of less precision is its beginning, and so not
     greater."""
@@ -298,7 +265,7 @@ def _last_moment(time: str) -> str:
 def _first_instant(moment: str) -> str:
     """The shortest text of the moment at which a date and time begins."""
     if len(moment) > 8:
-        moment = moment[:8] + _first_moment(moment[8:])
+        moment = moment[:8] + first_moment(moment[8:])
         moment = moment[:8] if moment[8:] == "00" else moment
     while len(moment) in (6, 8) and moment.endswith("01"):
         moment = moment[:-2]
@@ -323,15 +290,3 @@ def _combined(predicates: list[Predicate]) -> list[Predicate]:
         moment = Moment(date_keyword, time_keyword, (lower, time.lower), (upper, time.upper))
         predicates = [p for p in predicates if p is not date and p is not time] + [moment]
     return predicates
-
-
-def _in_moments(predicate: Moment, date: str, time: str) -> bool:
-    if not date:
-        return False
-    first_date, first_time = predicate.lower
-    last_date, last_time = predicate.upper
-    if first_date and (date < first_date or (date == first_date and time < first_time)):
-        return False
-    if not last_date or date < last_date or (date == last_date and not last_time):
-        return True
-    return date == last_date and time != "" and time <= last_time

@@ -1,4 +1,4 @@
-"""Predicates of `matching.py` as SQL conditions, for SQLite and PostgreSQL. It knows no table, only
+"""Predicates (`archive/predicates.py`) as SQL conditions, for SQLite and PostgreSQL. It knows no table, only
 columns.
 
 Every value is a bound parameter. Patterns become LIKE with `%`, `_` and the escape character escaped; a
@@ -14,7 +14,22 @@ from typing import Protocol
 from sqlalchemy import ColumnElement, and_, literal, or_, true
 
 from archive.folding import SEPARATOR
-from archive.matching import Between, Like, Moment, Named, OneOf, Predicate
+from archive.predicates import (
+    ITEMS_MAX,
+    WORD_ENDS,
+    AllOf,
+    AnyOf,
+    Between,
+    Empty,
+    Like,
+    Moment,
+    Named,
+    OneOf,
+    Predicate,
+    SameItem,
+    Worded,
+    Zoned,
+)
 
 ESCAPE = "/"
 TRIGRAM_CHARS_MIN = 3
@@ -30,27 +45,45 @@ class Columns(Protocol):
 
 def condition(predicate: Predicate, columns: Columns, *, sqlite: bool) -> ColumnElement[bool]:
     """`predicate` in SQL."""
-    if isinstance(predicate, Moment):
-        return _moment(predicate, columns)
-    if isinstance(predicate, Named):
-        column = columns.folded(predicate.keyword)
-        return and_(*(_within(column, SEPARATOR, pattern, sqlite) for pattern in predicate.groups))
+    match predicate:
+        case Moment():
+            return _moment(predicate, columns)
+        case AllOf():
+            return and_(*(condition(each, columns, sqlite=sqlite) for each in predicate.predicates))
+        case AnyOf():
+            return or_(*(condition(each, columns, sqlite=sqlite) for each in predicate.predicates))
+        case SameItem():
+            return _same_item(predicate, columns, sqlite)
+        case Zoned():
+            return _zoned(predicate, columns, sqlite)
+        case Named():
+            return _named(predicate, columns, sqlite)
+        case Worded():
+            return _worded(predicate, columns, sqlite)
     column = columns.plain(predicate.keyword)
-    if isinstance(predicate, Between):
-        ends = [column >= predicate.lower] if predicate.lower else [column != ""]
-        return and_(*ends, *([column <= predicate.upper] if predicate.upper else []))
-    if isinstance(predicate, Like):
-        if predicate.multiple:
-            whole = literal("\\") + column + literal("\\")
-            return or_(*(_within(whole, "\\", pattern, sqlite) for pattern in predicate.patterns))
-        return or_(*(_like(column, pattern) for pattern in predicate.patterns))
-    return _one_of(predicate, column)
+    match predicate:
+        case Empty():
+            none = column == ""
+            among = _whole(column).contains("\\\\", autoescape=True, escape=ESCAPE)
+            return or_(none, among) if predicate.within else none
+        case Between():
+            ends = [column >= predicate.lower] if predicate.lower else [column != ""]
+            return and_(*ends, *([column <= predicate.upper] if predicate.upper else []))
+        case Like():
+            if predicate.multiple:
+                whole = _whole(column)
+                return or_(*(_within(whole, "\\", pattern, sqlite) for pattern in predicate.patterns))
+            return or_(*(_like(column, pattern) for pattern in predicate.patterns))
+        case OneOf():
+            return _one_of(predicate, column)
 
 
 def literal_run(predicate: Predicate) -> str | None:
     """The longest run of characters that every match contains, if it is long enough for trigrams: a
     question to a trigram index can begin with it."""
-    if isinstance(predicate, Named):
+    if isinstance(predicate, Worded):
+        runs = [run for word in predicate.words for run in re.split(r"[*?]", word)]
+    elif isinstance(predicate, Named):
         patterns = [f"{SEPARATOR}{group}{SEPARATOR}" for group in predicate.groups]
         # Where a group's pattern is open at an end, the separator is no neighbour of its text.
         runs = [run for pattern in patterns for run in re.split(r"[*?]", _trimmed(pattern))]
@@ -67,10 +100,63 @@ def _trimmed(pattern: str) -> str:
     return pattern[:-1] if pattern.endswith("*" + SEPARATOR) else pattern
 
 
+def _whole(column: ColumnElement[str]) -> ColumnElement[str]:
+    """Several values, each between two backslashes."""
+    return literal("\\") + column + literal("\\")
+
+
+def _named(predicate: Named, columns: Columns, sqlite: bool) -> ColumnElement[bool]:
+    column = columns.folded(predicate.keyword)
+    return and_(*(_within(column, SEPARATOR, pattern, sqlite) for pattern in predicate.groups))
+
+
+def _worded(predicate: Worded, columns: Columns, sqlite: bool) -> ColumnElement[bool]:
+    column = columns.folded(predicate.keyword)
+    words = and_(*(_begins(column, word, sqlite) for word in predicate.words))
+    return or_(words, _named(predicate.literally, columns, sqlite))
+
+
+def _begins(column: ColumnElement[str], word: str, sqlite: bool) -> ColumnElement[bool]:
+    """A word of the folded name begins like this; its wildcards do not run into the next."""
+    if not re.search(r"[*?]", word):
+        like = (f"%{_escaped(end)}{_escaped(word)}%" for end in WORD_ENDS)
+        return or_(*(column.like(pattern, escape=ESCAPE) for pattern in like))
+    return column.regexp_match(_regex(f"{word}*", WORD_ENDS, sqlite))
+
+
+def _same_item(predicate: SameItem, columns: Columns, sqlite: bool) -> ColumnElement[bool]:
+    """Each of the conditions by itself, which is soon decided, and all of them at one place in the lists."""
+    apart = [condition(each, columns, sqlite=sqlite) for each in predicate.predicates]
+
+    def at(place: int, each: OneOf | Like) -> ColumnElement[bool]:
+        whole = _whole(columns.plain(each.keyword))
+        if isinstance(each, OneOf):
+            ways = [f"\\\\{re.escape(value)}\\\\" for value in each.values]
+        else:
+            ways = [_regex(pattern, ("\\",), sqlite) for pattern in each.patterns]
+        before = rf"^(?:\\[^\\]*){{{place}}}"
+        return or_(*(whole.regexp_match(before + way) for way in ways))
+
+    together = (and_(*(at(place, each) for each in predicate.predicates)) for place in range(ITEMS_MAX))
+    return and_(*apart, or_(*together))
+
+
+def _zoned(predicate: Zoned, columns: Columns, sqlite: bool) -> ColumnElement[bool]:
+    offset = columns.plain(predicate.keyword)
+    known = [there for there, _ in predicate.by_offset]
+    ways = [
+        and_(offset == there, condition(each, columns, sqlite=sqlite)) for there, each in predicate.by_offset
+    ]
+    ways.append(and_(offset.not_in(known), condition(predicate.otherwise, columns, sqlite=sqlite)))
+    if predicate.within is None:
+        return or_(*ways)
+    return and_(condition(predicate.within, columns, sqlite=sqlite), or_(*ways))
+
+
 def _one_of(predicate: OneOf, column: ColumnElement[str]) -> ColumnElement[bool]:
     if not predicate.multiple:
         return column == predicate.values[0] if len(predicate.values) == 1 else column.in_(predicate.values)
-    whole = literal("\\") + column + literal("\\")
+    whole = _whole(column)
     return or_(
         *(whole.contains(f"\\{value}\\", autoescape=True, escape=ESCAPE) for value in predicate.values)
     )
@@ -93,14 +179,14 @@ def _within(column: ColumnElement[str], separator: str, pattern: str, sqlite: bo
     like = column.like(head + _like_text(pattern.strip("*")) + tail, escape=ESCAPE)
     if not re.search(r"[*?]", pattern.strip("*")):
         return like
-    return and_(like, column.regexp_match(_regex(pattern, separator, sqlite)))
+    return and_(like, column.regexp_match(_regex(pattern, (separator,), sqlite)))
 
 
-def _regex(pattern: str, separator: str, sqlite: bool) -> str:
+def _regex(pattern: str, separators: tuple[str, ...], sqlite: bool) -> str:
     """The pattern between separators. In Python, which answers for SQLite, each run of text is taken where
     it is found first and for good: without that a key of many stars would take exponential time."""
-    end = re.escape(separator)
-    one = f"[^{end}]"
+    ends = "".join(map(re.escape, separators))
+    end, one = f"[{ends}]", f"[^{ends}]"
     runs = ["".join(one if char == "?" else re.escape(char) for char in run) for run in pattern.split("*")]
     if len(runs) == 1:
         return f"{end}{runs[0]}{end}"

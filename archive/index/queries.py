@@ -23,6 +23,7 @@ from sqlalchemy import (
     exists,
     func,
     literal_column,
+    not_,
     or_,
     select,
     table,
@@ -45,8 +46,9 @@ from archive.index.schema import (
 )
 from archive.index.stored import instance_of
 from archive.index.tallies import Tally, Unit, holders, tallies, uid_lists
-from archive.matching import Like, Named, OneOf, Predicate, parse
+from archive.matching import parse
 from archive.model import EVERYTHING, Level, Match, Query, Scope, StoredInstance
+from archive.predicates import AllOf, Empty, Like, Named, OneOf, Predicate, Worded
 
 COMMON_MIN = 20_000
 
@@ -196,24 +198,30 @@ class _Question:
         return _TABLES[self._level]
 
     def _condition(self, predicate: Predicate) -> ColumnElement[bool]:
-        if self._wards is not None and isinstance(predicate, OneOf | Like):
+        if isinstance(predicate, AllOf):
+            return and_(*(self._condition(each) for each in predicate.predicates))
+        if self._wards is not None and isinstance(predicate, OneOf | Like | Empty):
             if predicate.keyword == "ModalitiesInStudy":
                 return self._in_series_of_wards(predicate, series.c.modality)
             if predicate.keyword == "SOPClassesInStudy":
                 return self._in_series_of_wards(predicate, series_ward.c.sop_classes)
         found = condition(predicate, self, sqlite=self._sqlite)
         run = literal_run(predicate) if self._sqlite and self._level is not Level.PATIENT else None
-        if run is None or not isinstance(predicate, Like | Named):
+        if run is None or not isinstance(predicate, Like | Named | Worded):
             return found
-        named = isinstance(predicate, Named)
+        named = isinstance(predicate, Named | Worded)
         name = (self.folded if named else self.plain)(predicate.keyword).name
         if name not in SEARCHED or not self._hints.rare(name, run):
             return found
         return and_(study.c.text_id.in_(_trigrams(name, run)), found)
 
-    def _in_series_of_wards(self, predicate: Predicate, values: ColumnElement[str]) -> ColumnElement[bool]:
+    def _in_series_of_wards(
+        self, predicate: OneOf | Like | Empty, values: ColumnElement[str]
+    ) -> ColumnElement[bool]:
         """A list of the study's, as far as the scope's wards have it."""
         assert self._wards is not None
+        if isinstance(predicate, Empty):
+            return not_(self._in_series_of_wards(Like(predicate.keyword, ("?*",)), values))
         source = series_ward.join(series, _same_series(series_ward))
         return (
             exists()

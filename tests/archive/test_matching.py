@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from archive.index.conditions import literal_run
 from archive.index.index import Index
 from archive.index.rows import fields_of, row_of
 from archive.matching import fits, matches, parse, predicate_of
-from archive.model import Level, Position, Query
+from archive.model import LITERAL, Level, Position, Query, Rules
 from tests.archive.entries import empty, entry
 
 
@@ -252,6 +253,97 @@ def test_date_and_time_are_one_range_only_when_asked(
         assert all(matches(predicate, row.__getitem__) for predicate in predicates) is expected
 
 
+@pytest.mark.parametrize(
+    ("key", "stored", "expected"),
+    [
+        ("maria rossi", "Rossi^Maria", True),
+        ("rossi^maria", "Rossi^Anna Maria", True),
+        ("Mar Ros", "Rossi^Maria", True),
+        ("rossi,m", "Rossi^Maria", True),
+        ("muller", "Müller^Jörg", True),
+        ("weiss jorg", "Weiß^Jörg", True),
+        ("taro", "Yamada^Tarou=山田^太郎=やまだ^たろう", True),
+        ("太 yamada", "Yamada^Tarou=山田^太郎=やまだ^たろう", True),
+        ("marie", "Curie^Anne-Marie", True),
+        ("ossi", "Rossi^Maria", False),
+        ("*ossi", "Rossi^Maria", True),
+        ("*ossi mar*", "Rossi^Maria", True),
+        ("r?ssi", "Rossi^Maria", True),
+        ("ros*ia", "Rossi^Maria", True),  # as it matches literally
+        ("rossi bianchi", "Rossi^Maria", False),
+        ("rossi", "", False),
+    ],
+)
+def test_fuzzy_names(key: str, stored: str, expected: bool) -> None:
+    query = Query(Level.STUDY, (("PatientName", key),), rules=Rules(fuzzy_names=True))
+    assert all(matches(predicate, lambda _: stored) for predicate in parse(query)) is expected
+
+
+def test_two_quotation_marks_ask_for_what_has_no_value() -> None:
+    """PS3.4 C.2.2.2.7, and only where that was agreed on."""
+    agreed = predicate_of("AccessionNumber", "SH", '""', rules=Rules(empty_values=True))
+    literal = predicate_of("AccessionNumber", "SH", '""')
+    assert agreed is not None and literal is not None
+    assert [matches(agreed, lambda _, v=value: v) for value in ("", "A")] == [True, False]  # type: ignore[misc]
+    assert [matches(literal, lambda _, v=value: v) for value in ("", '""')] == [False, True]  # type: ignore[misc]
+
+
+def test_each_of_several_values_is_to_be_there() -> None:
+    """PS3.4 C.2.2.2.8: of an attribute that may have several; else a list of codes is a choice."""
+    keys = (("ModalitiesInStudy", "CT\\PT"),)
+    expectations = ((LITERAL, [True, True, False]), (Rules(multiple_values=True), [False, True, False]))
+    for rules, expected in expectations:
+        predicates = parse(Query(Level.STUDY, keys, rules=rules))
+        stored = ["CT", "CT\\MR\\PT", "MR"]
+        assert [all(matches(p, lambda _, v=v: v) for p in predicates) for v in stored] == expected  # type: ignore[misc]
+    for key in ("CT\\P*", "CT\\P?"):
+        with pytest.raises(InvalidQuery):
+            parse(Query(Level.STUDY, (("ModalitiesInStudy", key),), rules=Rules(multiple_values=True)))
+
+
+def test_keys_into_a_sequence_are_met_by_one_item() -> None:
+    """PS3.4 C.2.2.2.6"""
+    step = "RequestAttributesSequence.ScheduledProcedureStepID"
+    procedure = "RequestAttributesSequence.RequestedProcedureID"
+    row = {step: "S1\\S2\\S3", procedure: "R1\\R2\\"}
+    for first, second, expected in (
+        ("S1", "R1", True), ("S2", "R*", True), ("S1", "R2", False), ("S3", "R*", False),
+    ):  # fmt: skip
+        predicates = parse(Query(Level.SERIES, ((step, first), (procedure, second))))
+        assert all(matches(predicate, row.__getitem__) for predicate in predicates) is expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "stored", "expected"),
+    [
+        # asked in +0100; what is stored in +0900 has clocks that are 8 hours ahead
+        ({"StudyDate": "20260101"}, ("20260102", "0759", "+0900"), True),
+        ({"StudyDate": "20260101"}, ("20260102", "0800", "+0900"), False),
+        ({"StudyDate": "20260101"}, ("20260101", "0759", "+0900"), False),
+        ({"StudyDate": "20260101"}, ("20260101", "08", "+0900"), True),
+        ({"StudyDate": "20260101-20260102"}, ("20260103", "07", "+0900"), True),
+        ({"StudyDate": "20260102-"}, ("20260102", "07", "+0900"), False),
+        ({"StudyDate": "20260101"}, ("20260101", "2300", "+0100"), True),
+        ({"StudyDate": "20260101"}, ("20260101", "", "+0100"), True),
+        ({"StudyDate": "20260101"}, ("20260101", "0100", ""), True),
+        ({"StudyDate": "20260101"}, ("20260101", "0100", "nonsense"), True),
+        ({"StudyTime": "20-23"}, ("20260101", "05", "+0900"), True),
+        ({"StudyTime": "20-23"}, ("20260101", "20", "+0900"), False),
+        ({"StudyTime": "12-20"}, ("20260101", "21", "+0900"), True),
+        ({"StudyTime": "12-20"}, ("20260101", "0430", "+0900"), True),
+        ({"StudyTime": "12-20"}, ("20260101", "0530", "+0900"), False),
+        ({"StudyTime": "12-20"}, ("20260101", "", "+0900"), False),
+        ({"StudyTime": "1015"}, ("20260101", "1445", "+0530"), True),
+    ],
+)  # fmt: skip
+def test_dates_and_times_in_a_zone(
+    keys: dict[str, str], stored: tuple[str, str, str], expected: bool
+) -> None:
+    row = dict(zip(("StudyDate", "StudyTime", "TimezoneOffsetFromUTC"), stored, strict=True))
+    predicates = parse(Query(Level.STUDY, tuple(keys.items()), rules=Rules(timezone="+0100")))
+    assert all(matches(predicate, row.__getitem__) for predicate in predicates) is expected
+
+
 def test_folding() -> None:
     assert fold("ÀÉÎÕÜ Ñç ŁódŹ") == "aeiou nc lodz"
     assert fold("ﾔﾏﾀﾞ") == fold("ヤマダ")
@@ -307,6 +399,7 @@ STORED: dict[str, st.SearchStrategy[str]] = {
     "ContentTime": TIME,
     "Rows": NUMBER,
     "RequestAttributesSequence.ScheduledProcedureStepID": MANY,
+    "RequestAttributesSequence.RequestedProcedureID": MANY,
 }
 LEVELS = {attribute.keyword: attribute.level for attribute in CATALOG}
 
@@ -368,16 +461,21 @@ def filled_sqlite(
 def questions(draw: st.DrawFn) -> tuple[Query, list[dict[str, str]]]:
     """A few rows, and keys made from what is stored in them, so that many match and as many nearly do."""
     level = draw(st.sampled_from([Level.IMAGE, Level.STUDY]))
+    agreed = Rules(fuzzy_names=True, empty_values=True, multiple_values=True)
+    rules = draw(st.sampled_from([LITERAL, LITERAL, agreed, replace(agreed, timezone="-0530")]))
     usable = [k for k in STORED if level is Level.IMAGE or LEVELS[k] in (Level.PATIENT, Level.STUDY)]
     names = draw(st.lists(st.sampled_from([*usable, "Modality"]), min_size=1, max_size=2, unique=True))
     dated = draw(st.sampled_from([None, None, ("StudyDate", "StudyTime"), ("ContentDate", "ContentTime")]))
     if dated is not None and (level is Level.IMAGE or dated[0] == "StudyDate"):
         names = list(dated)
-    rows = draw(
-        st.lists(st.fixed_dictionaries({name: STORED[name] for name in names}), min_size=1, max_size=4)
-    )
+    if level is Level.IMAGE and draw(st.integers(0, 7)) == 0:
+        names = [keyword for keyword in STORED if keyword.startswith("Request")]
+    kept = {name: STORED[name] for name in names}
+    if rules.timezone:
+        kept["TimezoneOffsetFromUTC"] = st.sampled_from(["", "+0100", "-0530", "+1400", "-1200", "0100"])
+    rows = draw(st.lists(st.fixed_dictionaries(kept), min_size=1, max_size=4))
     keys = tuple((name, draw(keys_near(name, [row[name] for row in rows]))) for name in names)
-    return Query(level, keys, combine_datetime=draw(st.booleans())), rows
+    return Query(level, keys, combine_datetime=draw(st.booleans()), rules=rules), rows
 
 
 @st.composite
@@ -388,6 +486,8 @@ def keys_near(draw: st.DrawFn, keyword: str, stored: list[str]) -> str:
         return draw(st.sampled_from(["{0}", "{0}-{1}", "{0}-", "-{1}"])).format(value, draw(STORED[keyword]))
     if vr in ("UI", "IS", "US"):
         return value
+    if draw(st.integers(0, 9)) == 0:
+        return '""'
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(value)))
         end = draw(st.integers(start, len(value)))
@@ -447,10 +547,11 @@ def test_postgresql_matches_as_python_does(postgresql_url: str) -> None:
         every_question()
 
 
-@given(st.text("abAÉ^=*?", min_size=1, max_size=8), NAME)
-def test_what_trigrams_look_for_is_in_every_match(pattern: str, stored: str) -> None:
+@given(st.text("abAÉ^= *?", min_size=1, max_size=8), NAME, st.booleans())
+def test_what_trigrams_look_for_is_in_every_match(pattern: str, stored: str, fuzzy: bool) -> None:
     try:
-        predicates = parse(Query(Level.STUDY, (("PatientName", pattern),)))
+        rules = Rules(fuzzy_names=fuzzy)
+        predicates = parse(Query(Level.STUDY, (("PatientName", pattern),), rules=rules))
     except InvalidQuery:
         return
     folded = row_of(Level.PATIENT, {"PatientName": stored})["patient_name_folded"]
