@@ -11,10 +11,10 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from archive.budget import ByteBudget
 from archive.conflicts.sorting import Sorter
@@ -36,7 +36,7 @@ from archive.model import (
 )
 from archive.packs.facts import FactLog
 from archive.packs.logfiles import LogLimits
-from archive.packs.packs import LAYOUT, Packs
+from archive.packs.packs import LAYOUT, Packs, StoredDataset
 from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
 from archive.recent import Recent
@@ -45,6 +45,8 @@ from archive.space.eviction import Eviction
 from archive.space.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INDEX_FILE = "index.db"
 _WATERMARK_FILE = "watermark"
@@ -297,17 +299,25 @@ class Archive:
     def open_instance(self, instance: StoredInstance) -> BinaryIO:
         """The same of an instance that was found here; when its pack went since, its place is asked once
         more. Raises Evicted when its bytes were given up."""
+        return self._open_at(self.packs.open_payload, instance)
+
+    def open_dataset(self, instance: StoredInstance) -> StoredDataset:
+        """Its data set alone, to be read into the reader's own memory; found again and refused as by
+        `open_instance`."""
+        return self._open_at(self.packs.open_dataset, instance)
+
+    def _open_at(self, opened: Callable[[Location], T], instance: StoredInstance) -> T:
         if instance.evicted:
             raise Evicted(EVICTED)
         try:
-            return self.packs.open_payload(instance.location)
+            return opened(instance.location)
         except (NotFound, Evicted):
             uid = instance.head.sop_instance_uid
             for now in self.index.instances(instance.study_uid, instance.series_uid, uid):
                 if now.evicted:
                     raise Evicted(EVICTED) from None
                 if now.digest == instance.digest and now.location != instance.location:
-                    return self.packs.open_payload(now.location)
+                    return opened(now.location)
             raise
 
     def dataset_chunks(

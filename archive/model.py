@@ -423,6 +423,18 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How safe a live instance is: `receipt_us` is when the region confirmed exactly this content (0: not
+    yet), `contested_by` are the AE titles that sent another content under its UID, of which nobody has
+    decided yet."""
+
+    instance: StoredInstance
+    receipt_us: int
+    damaged: bool
+    contested_by: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class PendingStudy:
     """The part of a node's backlog that belongs to one study."""
 

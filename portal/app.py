@@ -46,9 +46,8 @@ from portal.retrieve import Retrieve
 from portal.security import SecurityHeaders
 from portal.settings import ListenSettings, PortalSettings
 from portal.signin import SignIn
-from portal.transcode import AT_ONCE
 from portal.viewer import Viewer
-from portal.workers import Workers
+from portal.workers import DECODING_AT_ONCE, Workers
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def create_app(
         search=Workers("search", settings.threads, settings.waiting_max),
         fetch=Workers("fetch", settings.threads, settings.waiting_max),
         read=Workers("read", settings.threads, settings.waiting_max),
-        decode=Workers("decode", AT_ONCE, settings.waiting_max),
+        decode=Workers("decode", DECODING_AT_ONCE, settings.waiting_max),
         clock=clock,
         zone=local_zone(),
         site=site,

@@ -11,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from archive.dataset import frames
+from archive.dataset import frames, recoding
+from archive.dataset.encoding import EXPLICIT_LITTLE as EXPLICIT
 from archive.errors import CannotUnderstand, InvalidQuery, NotFound, TooLarge
 from archive.model import StoredInstance
-from portal import multipart, pixels, transcode
+from portal import multipart, pixels
 from portal.context import Context
 from portal.dicomweb import accept_of, locate
 from portal.negotiate import OCTETS, MediaRange, NotAcceptable, forbid_mixture
-from portal.transcode import EXPLICIT
 
 PATH = "/studies/{study}/series/{series}/instances/{instance}/frames/{frames}"
 FRAMES_MAX = 1_000
@@ -139,7 +139,7 @@ class Frames:
 
     def _decoded(self, stored: StoredInstance, numbers: Sequence[int]) -> Encoded | None:
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max
-        if not transcode.can_be_explicit(stored, bytes_max):
+        if not recoding.can_be_explicit(stored, bytes_max):
             return None
         with self._context.source.open_payload(stored) as payload:
             try:

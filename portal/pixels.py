@@ -23,9 +23,9 @@ from pydicom.pixels.processing import (
 )
 from pydicom.pixels.utils import pixel_array
 
+from archive.dataset.recoding import read
 from archive.errors import CannotUnderstand, NotFound
 from archive.model import StoredInstance
-from portal.transcode import read
 
 SIDE_MAX = 4_096
 

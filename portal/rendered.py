@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from archive.dataset import recoding
 from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
 from archive.model import StoredInstance
-from portal import pixels, transcode
+from portal import pixels
 from portal.context import Context
 from portal.dicomweb import accept_of, base_url, locate
 from portal.frames import frame_numbers
@@ -65,7 +66,7 @@ class Rendered:
 
     def _render(self, stored: StoredInstance, number: int, view: View, media_type: str) -> bytes:
         bytes_max = self._context.settings.dicomweb.decoded_bytes_max
-        if not transcode.can_be_explicit(stored, bytes_max):
+        if not recoding.can_be_explicit(stored, bytes_max):
             raise NotAcceptable(f"{stored.head.transfer_syntax_uid} can't be decoded here, or is too large")
         with self._context.source.open_payload(stored) as payload:
             try:

@@ -12,13 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from archive.dataset import recoding
+from archive.dataset.encoding import EXPLICIT_LITTLE as EXPLICIT
 from archive.errors import EVICTED, CannotUnderstand, Evicted, TooLarge
 from archive.model import StoredInstance
-from portal import multipart, transcode
+from portal import multipart
 from portal.context import Context
 from portal.dicomweb import accept_of, locate
 from portal.negotiate import DICOM, MediaRange, NotAcceptable, forbid_mixture
-from portal.transcode import EXPLICIT
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Retrieve:
             bytes_max = self._context.settings.dicomweb.decoded_bytes_max
             try:
                 with self._context.source.open_payload(stored) as payload:
-                    written = transcode.explicit_part10(payload, stored, bytes_max)
+                    written = recoding.explicit_part10(payload, stored, bytes_max)
                 return multipart.Part(content_type(EXPLICIT), [written])
             except (CannotUnderstand, TooLarge) as error:
                 log.info("instance %s leaves as it is stored: %s", stored.head.sop_instance_uid, error)
@@ -130,8 +131,8 @@ def form_of(
             return Form.STORED
         if wanted not in ("", EXPLICIT):
             continue
-        if transcode.can_be_explicit(stored, bytes_max) and (
-            wanted or syntax in transcode.NATIVE or syntax in transcode.LOSSLESS
+        if recoding.can_be_explicit(stored, bytes_max) and (
+            wanted or syntax in recoding.NATIVE or syntax in recoding.LOSSLESS
         ):
             return Form.STORED if syntax == EXPLICIT else Form.EXPLICIT
         if not wanted:

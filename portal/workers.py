@@ -14,6 +14,8 @@ from archive.errors import OutOfResources
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DECODING_AT_ONCE = 2  # threads that decode: each may hold a whole instance, more than once
+
 
 class Workers:
     """`threads` calls at a time, `waiting_max` more in line, then OutOfResources."""

@@ -34,6 +34,7 @@ def instance_of(row: Any) -> StoredInstance:
         location=location_of(row),
         instance=fields_of(Level.IMAGE, row._mapping),
         evicted=bool(row.evicted),
+        damaged=bool(row.damaged),
     )
 
 

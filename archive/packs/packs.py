@@ -189,6 +189,13 @@ class Packs:
             yield chunk
             place += len(chunk)
 
+    def open_dataset(self, location: Location) -> StoredDataset:
+        """The data set to be read into the reader's own memory. Raises NotFound when the pack is gone,
+        Evicted when the bytes were given up."""
+        opened = StoredDataset(self._reader(location), location)
+        opened.confirm()
+        return opened
+
     @contextlib.contextmanager
     def dataset(self, location: Location) -> Iterator[Buffer]:
         """The data set as one buffer, to read its header: mapped when it is large."""
@@ -227,6 +234,36 @@ class Packs:
             return self.storage.reader(location.pack)  # it got its lasting name between the two
         except FileNotFoundError as error:
             raise NotFound("no such pack") from error
+
+
+class StoredDataset:
+    """A data set where it lies, without what stands before it in the Part 10 stream. It keeps no place: the
+    next piece may be read while an earlier one is used. What was read counts once `confirm` was asked."""
+
+    def __init__(self, reader: AppendFile, location: Location) -> None:
+        self._reader = reader
+        self._location = location
+        self._start = location.offset + location.dataset_offset
+        self.length = location.length - location.dataset_offset
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        """Fill `views` from a place of the data set on, which they do not reach beyond; how many bytes, fewer
+        for no reason. Raises Corrupt when the pack can't be read or ends early."""
+        try:
+            done = self._reader.read_into(views, self._start + offset)
+        except OSError as error:
+            raise Corrupt(f"a pack can't be read (errno {error.errno})") from error
+        if not done:
+            raise Corrupt("a pack is shorter than it was")
+        return done
+
+    def confirm(self) -> None:
+        """Raises Evicted when the bytes were given back: what was read until now may be zeros. Asked after
+        the last read and before its bytes are used, it lets none pass."""
+        _require_bytes(self._reader, self._location)
+
+    def close(self) -> None:
+        """Nothing is held but the pack's shared handle."""
 
 
 class _PayloadReader(io.RawIOBase):

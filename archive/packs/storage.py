@@ -56,6 +56,10 @@ class AppendFile(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer only at the end of the object."""
 
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        """Fill the reader's own memory, at most 1,024 views of it; how many bytes, fewer than fit where the
+        object ends or for no reason."""
+
     def map(self) -> Buffer:
         """The whole object as it is now. Only for objects that do not shrink meanwhile."""
 
@@ -185,6 +189,9 @@ class FileHandle:
             parts.append(data)
             read += len(data)
         return b"".join(parts)
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(self._fd, views, offset)
 
     def map(self) -> Buffer:
         if not self.size():

@@ -429,12 +429,12 @@ class Association:
         self.wire.send_vector(vector)
 
     def outbox(self) -> Outbox:
-        """A buffer for files that are sent here."""
+        """A buffer for data sets that are sent here."""
         return Outbox(self._fragment_bytes)
 
     def send_outbox(self, context: Context, command: bytes, outbox: Outbox) -> None:
-        """A message whose data set comes from an outbox, of which the first part is loaded. OSError when the
-        file can't be read to its end: then the association is to be aborted."""
+        """A message whose data set comes from an outbox, of which the first part is loaded. Raises what its
+        source does when the rest can't be read: then the association is to be aborted."""
         octets = self.encode(context, command)
         if len(octets) <= COMMAND_BYTES_MAX:
             outbox.put_before(octets)

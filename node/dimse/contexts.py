@@ -254,6 +254,27 @@ def plan(pairs: Iterable[tuple[str, str]]) -> list[tuple[ProposedContext, ...]]:
     return sets
 
 
+def plan_classes(
+    classes: Iterable[tuple[str, Sequence[str], Sequence[str]]],
+) -> list[tuple[ProposedContext, ...]]:
+    """Presentation contexts for (SOP class, syntaxes that its objects are stored in, others that they can be
+    recoded to): one for each of the former, one for all of the latter, so that what is taken as it is stored
+    goes so. The contexts of a class stay in one set, but where they fill one."""
+    wanted: list[list[tuple[str, tuple[str, ...]]]] = [[]]
+    for sop_class, stored, others in classes:
+        room = CONTEXTS_MAX - bool(others)
+        for at in range(0, len(stored), room):
+            contexts: list[tuple[str, tuple[str, ...]]] = [
+                (sop_class, (syntax,)) for syntax in stored[at:at + room]]
+            if others:
+                contexts.append((sop_class, tuple(others)))
+            if len(wanted[-1]) + len(contexts) > CONTEXTS_MAX:
+                wanted.append([])
+            wanted[-1] += contexts
+    return [tuple(ProposedContext(2 * number + 1, sop_class, syntaxes)
+                  for number, (sop_class, syntaxes) in enumerate(each)) for each in wanted if each]
+
+
 def agreed(proposed: Sequence[ProposedContext], answers: Sequence[AnsweredContext],
            roles: Sequence[Role] = ()) -> Mapping[int, Context]:
     """The contexts that the acceptor took, and the roles that it answered. An answer with a syntax that was

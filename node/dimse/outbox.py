@@ -1,11 +1,14 @@
-"""Owns the octets of a data set on their way from a file to the peer: a buffer in which PDU headers stand
-ready, and into whose gaps the file is read, so that one read and one send move up to a mebibyte. It never
+"""Owns the octets of a data set on their way from where they lie to the peer: a buffer in which PDU headers
+stand ready, and into whose gaps they are read, so that one read and one send move up to a mebibyte. It never
 touches a socket."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from node.dimse.pdu import DATA_HEADER_BYTES, LAST_FRAGMENT, data_header
 
@@ -14,10 +17,48 @@ VECTOR_MAX = 1024       # IOV_MAX of Linux: fragments of one read
 COMMAND_BYTES_MAX = 2048
 
 
+class Source(Protocol):
+    """A data set that lies somewhere. What can't be read raises an OSError or a MissError."""
+
+    @property
+    def length(self) -> int: ...
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        """Fill `views`, at most 1,024, from a place on that leaves enough for them; how many octets, at least
+        one, fewer for no reason."""
+
+    def confirm(self) -> None:
+        """Raises where what was read until now may not be what lay there. Asked before the last fragment
+        goes out."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A part of an open file, which is closed with it."""
+
+    fd: int
+    offset: int
+    length: int
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        done = os.preadv(self.fd, views, self.offset + offset)
+        if not done:
+            raise OSError("the file ends early")
+        return done
+
+    def confirm(self) -> None:
+        """What was read was there."""
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Outbox:
     """Holds a part of one data set, cut into fragments of `fragment_bytes` with their headers between them.
 
-    `begin` takes a file, `load` reads the next part and says how the PDUs lie; `octets` are then to be sent
+    `begin` takes a source, `load` reads the next part and says how the PDUs lie; `octets` are then to be sent
     whole before the next `load`.
     """
 
@@ -31,20 +72,20 @@ class Outbox:
                       for at in range(COMMAND_BYTES_MAX, len(self._buffer), pitch)]
         self._context_id = 0
         self._patched = -1  # where a header is not that of a whole fragment with more to come
-        self._fd = -1
+        self._source: Source | None = None
         self._offset = 0
         self._left = 0
         self._start = self._end = COMMAND_BYTES_MAX
 
-    def begin(self, fd: int, offset: int, length: int, context_id: int) -> None:
-        """The data set is `length` octets of `fd` from `offset` on."""
+    def begin(self, source: Source, context_id: int) -> None:
+        """Take the next data set; whoever opened it closes it."""
         if context_id != self._context_id:
             self._context_id = context_id
             self._patched = -1
             header = data_header(context_id, 0, self._step)
             for at in range(COMMAND_BYTES_MAX, len(self._buffer), self._pitch):
                 self._buffer[at:at + DATA_HEADER_BYTES] = header
-        self._fd, self._offset, self._left = fd, offset, length
+        self._source, self._offset, self._left = source, 0, source.length
 
     @property
     def left(self) -> int:
@@ -57,8 +98,8 @@ class Outbox:
         return self._buffer[self._start:self._end]
 
     def load(self) -> None:
-        """Read the next part; the last one is marked as that. OSError when the file is shorter than it
-        was."""
+        """Read the next part; the last one is marked as that, once the source has confirmed it. Raises what
+        the source raises: then the rest is not to be sent."""
         count = min(self._left, self._whole * self._step)
         whole, rest = divmod(count, self._step)
         gaps = list(islice(self._gaps, whole))
@@ -67,6 +108,9 @@ class Outbox:
         self._read(gaps, count)
         self._offset += count
         self._left -= count
+        if not self._left and self._source is not None:
+            self._source.confirm()
+            self._source = None
         self._start = COMMAND_BYTES_MAX
         self._end = COMMAND_BYTES_MAX + count + DATA_HEADER_BYTES * max(len(gaps), 1)
         if self._patched >= 0:
@@ -86,8 +130,11 @@ class Outbox:
         at = COMMAND_BYTES_MAX + number * self._pitch
         self._buffer[at:at + DATA_HEADER_BYTES] = data_header(self._context_id, control, length)
 
-    def _read(self, gaps: list[memoryview], count: int) -> None:
-        done = os.preadv(self._fd, gaps, self._offset) if count else 0
+    def _read(self, gaps: Sequence[memoryview], count: int) -> None:
+        if not count:
+            return
+        assert self._source is not None
+        done = self._source.read_into(gaps, self._offset)
         while done < count:  # a read may stop early, though it hardly ever does on a disk
             skipped = 0
             rest: list[memoryview] = []
@@ -95,7 +142,4 @@ class Outbox:
                 if skipped + len(gap) > done:
                     rest.append(gap[max(done - skipped, 0):])
                 skipped += len(gap)
-            more = os.preadv(self._fd, rest, self._offset + done)
-            if not more:
-                raise OSError("the file ends early")
-            done += more
+            done += self._source.read_into(rest, self._offset + done)

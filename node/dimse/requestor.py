@@ -136,20 +136,22 @@ class Requestor:
         self.association.send_stream(context, request, chunks)
         return self._response().status
 
-    def post(self, context: Context, sop_instance_uid: str, outbox: Outbox) -> int:
+    def post(self, context: Context, sop_instance_uid: str, outbox: Outbox, *,
+             originator: tuple[str, int] | None = None) -> int:
         """C-STORE of what an outbox has begun, without waiting for the response; its message ID. At most
-        `window` may be open. OSError when the file can't be read to its end: then only abort is left."""
+        `window` may be open. What its source raises when it can't be read to its end leaves only abort."""
         if len(self._open) >= self.window:
             raise ValueError("the window is full")
         message_id = self.next_message_id()
-        request = messages.store_request(message_id, context.abstract_syntax, sop_instance_uid)
+        request = messages.store_request(message_id, context.abstract_syntax, sop_instance_uid,
+                                         originator=originator)
         self._open.add(message_id)
         self.association.send_outbox(context, request, outbox)
         return message_id
 
-    def outcome(self) -> tuple[int, int]:
-        """Wait for the response to something that was posted: its message ID and status. With a window they
-        come in any order."""
+    def answer(self) -> tuple[int, Command]:
+        """Wait for the response to something that was posted: that one's message ID, and the response. With a
+        window they come in any order."""
         answer = self.association.receive_response()
         message_id = answer.short(messages.MESSAGE_ID_RESPONDED_TO, -1)
         if message_id not in self._open:
@@ -157,7 +159,7 @@ class Requestor:
         if answer.field != Field.C_STORE | RESPONSE:
             raise Violation("a response of another kind", 0, AbortSource.SERVICE_USER)
         self._open.discard(message_id)
-        return message_id, answer.status
+        return message_id, answer
 
     def find(self, identifier: bytes, sop_class_uid: str = contexts.STUDY_ROOT_FIND, *,
              cancel_after: int | None = None) -> Iterator[tuple[Command, bytes | None]]:

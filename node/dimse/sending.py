@@ -1,11 +1,9 @@
-"""Owns sending files by C-STORE: it groups them by presentation context, opens as many associations as that
-takes, and says of every file what became of it. It never changes a data set and never transcodes."""
+"""Owns sending files by C-STORE: it reads what they are, ships them and says of every file what became of it.
+It never changes a data set and never transcodes."""
 
 from __future__ import annotations
 
-import logging
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +12,15 @@ from pathlib import Path
 from typing import Protocol
 
 from archive.dataset.part10 import read_head
-from archive.errors import CannotUnderstand, InvalidInstance
-from node.dimse import contexts
-from node.dimse.association import Context, Limits
-from node.dimse.errors import AssociationEnded
-from node.dimse.outbox import BUFFER_BYTES, Outbox
+from archive.errors import CannotUnderstand, InvalidInstance, MissError
+from node.dimse.association import Limits
+from node.dimse.outbox import BUFFER_BYTES, FileSource
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
-from node.dimse.status import CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, is_stored
+from node.dimse.shipping import Shipment
+from node.dimse.status import is_stored
 
-log = logging.getLogger(__name__)
-
-BATCH_FILES_MAX = 5_000       # whose headers are known ahead: they decide which contexts are proposed
-FAILURES_IN_A_ROW_MAX = 3     # associations that end before one file was stored: then the peer is given up
+BATCH_FILES_MAX = 5_000  # whose headers are known ahead: they decide which contexts are proposed
 
 
 class Sendable(Protocol):
@@ -91,19 +85,15 @@ def send_files(target: Peer, calling_ae: str, files: Iterable[Path | Sendable],
     """Send every file once. `window` asks the peer for that many open operations on each association. Raises
     what `Requestor.connect` raises when the first association can't be had; a later end of an association
     costs the files that it had not answered, and the rest goes on over another."""
+
+    def connect(proposed: Sequence[ProposedContext]) -> Requestor:
+        return Requestor.connect(target, calling_ae, proposed, limits=limits, window=window)
+
     report = _Report(on_progress)
+    shipment = Shipment(connect, associations=associations, on_ended=report.end)
     iterator = iter(files)
     while batch := list(islice(iterator, BATCH_FILES_MAX)):
-        ready = list(_readable(batch, report))
-        pairs = [(file.sop_class_uid, file.transfer_syntax_uid) for file in ready]
-        for proposed in contexts.plan(pairs):
-            wanted = {(context.abstract_syntax, context.transfer_syntaxes[0]) for context in proposed}
-            chosen = [file for file, pair in zip(ready, pairs, strict=True) if pair in wanted]
-
-            def connect(proposed: Sequence[ProposedContext] = proposed) -> Requestor:
-                return Requestor.connect(target, calling_ae, proposed, limits=limits, window=window)
-
-            _send_group(connect, chosen, report, associations)
+        shipment.send([_FileParcel(file, report) for file in _readable(batch, report)])
     return report.result
 
 
@@ -151,134 +141,42 @@ def _readable(batch: Sequence[Path | Sendable], report: _Report) -> Iterator[Sen
             report.skip(entry, "the file can't be read")
 
 
-def _send_group(connect: Callable[[], Requestor], files: Sequence[Sendable], report: _Report,
-                associations: int) -> None:
-    """Send files that share one set of contexts, over one or several associations at once."""
-    waiting: queue.SimpleQueue[Sendable] = queue.SimpleQueue()
-    for file in files:
-        waiting.put(file)
-    first = connect()
-    others = [threading.Thread(target=_send_waiting, args=(connect, None, waiting, report), name="send",
-                               daemon=True)
-              for _ in range(min(associations, len(files)) - 1)]
-    for thread in others:
-        thread.start()
-    _send_waiting(connect, first, waiting, report)
-    for thread in others:
-        thread.join()
-    while not waiting.empty():
-        report.done(waiting.get().path, PROCESSING_FAILURE, 0)
-
-
-def _send_waiting(connect: Callable[[], Requestor], requestor: Requestor | None,
-                  waiting: queue.SimpleQueue[Sendable], report: _Report) -> None:
-    failures = 0
-    while failures < FAILURES_IN_A_ROW_MAX and (requestor is not None or not waiting.empty()):
-        try:
-            requestor = requestor or connect()
-        except AssociationEnded as ended:
-            report.end(0, ended)
-            failures += 1
-            continue
-        stream = _Stream(requestor, waiting, report)
-        try:
-            stream.run()
-            requestor.release()
-        except (AssociationEnded, OSError) as error:
-            stream.give_up(error)
-            requestor.abort()
-            failures = 0 if stream.answered else failures + 1
-        requestor = None
-
-
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """A file whose first part is in the outbox."""
+class _FileParcel:
+    """A file on its way."""
 
     file: Sendable
-    context: Context
-    fd: int
-    size: int
+    report: _Report
 
+    @property
+    def sop_class_uid(self) -> str:
+        return self.file.sop_class_uid
 
-class _Stream:
-    """Files on their way over one association: the next one is read while those before it await their
-    responses."""
+    @property
+    def sop_instance_uid(self) -> str:
+        return self.file.sop_instance_uid
 
-    def __init__(self, requestor: Requestor, waiting: queue.SimpleQueue[Sendable], report: _Report) -> None:
-        self._requestor = requestor
-        self._waiting = waiting
-        self._report = report
-        self._outbox: Outbox = requestor.association.outbox()
-        self._open: dict[int, tuple[Path, int]] = {}
-        self._ready: _Ready | None = None
-        self.answered = 0
+    @property
+    def syntaxes(self) -> tuple[str, ...]:
+        return (self.file.transfer_syntax_uid,)
 
-    def run(self) -> None:
-        """Send what is waiting. AssociationEnded, and OSError when a file can't be read to its end: then
-        `give_up`."""
-        requestor, report = self._requestor, self._report
-        self._ready = self._next()
-        while (ready := self._ready) is not None:
-            if len(self._open) >= requestor.window:
-                self._collect()
-            self._ready = None
-            try:
-                message_id = requestor.post(ready.context, ready.file.sop_instance_uid, self._outbox)
-            except OSError:
-                report.skip(ready.file.path, "the file can't be read")
-                raise
-            except AssociationEnded:
-                report.done(ready.file.path, PROCESSING_FAILURE, 0)
-                raise
-            finally:
-                os.close(ready.fd)
-            self._open[message_id] = ready.file.path, ready.size
-            self._ready = self._next()
-        while self._open:
-            self._collect()
+    def expect(self) -> None:
+        """A file is opened at once."""
 
-    def give_up(self, error: Exception) -> None:
-        """What was not answered has failed; what was only read goes back to those that wait."""
-        self._report.end(self.answered, error)
-        log.info("an association ended early: %s", error)
-        for path, _ in self._open.values():
-            self._report.done(path, PROCESSING_FAILURE, 0)
-        if self._ready is not None:
-            os.close(self._ready.fd)
-            self._waiting.put(self._ready.file)
-
-    def _collect(self) -> None:
-        message_id, status = self._requestor.outcome()
-        path, size = self._open.pop(message_id)
-        self.answered += 1
-        self._report.done(path, status, size)
-
-    def _next(self) -> _Ready | None:
-        """Read the beginning of the next file that the peer takes."""
-        while True:
-            try:
-                file = self._waiting.get_nowait()
-            except queue.Empty:
-                return None
-            context = self._requestor.context(file.sop_class_uid, file.transfer_syntax_uid)
-            if context is None:
-                self._report.done(file.path, CLASS_NOT_SUPPORTED, 0)
-                continue
-            try:
-                return self._read(file, context)
-            except OSError:
-                self._report.skip(file.path, "the file can't be read")
-
-    def _read(self, file: Sendable, context: Context) -> _Ready:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    def open(self, transfer_syntax_uid: str) -> FileSource:
+        fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size = max(os.fstat(fd).st_size - file.dataset_offset, 0)
+            offset = self.file.dataset_offset
+            size = max(os.fstat(fd).st_size - offset, 0)
             if size > BUFFER_BYTES:
-                os.posix_fadvise(fd, file.dataset_offset, 0, os.POSIX_FADV_SEQUENTIAL)
-            self._outbox.begin(fd, file.dataset_offset, size, context.id)
-            self._outbox.load()
+                os.posix_fadvise(fd, offset, 0, os.POSIX_FADV_SEQUENTIAL)
         except BaseException:
             os.close(fd)
             raise
-        return _Ready(file, context, fd, size)
+        return FileSource(fd, offset, size)
+
+    def done(self, status: int, comment: str, size: int) -> None:
+        self.report.done(self.file.path, status, size)
+
+    def unreadable(self, error: OSError | MissError) -> None:
+        self.report.skip(self.file.path, "the file can't be read")

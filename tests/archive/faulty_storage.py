@@ -88,6 +88,14 @@ class FaultyFile:
         with self._storage.lock:
             return bytes(self._blob.written[offset : offset + length])
 
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        done = 0
+        for view in views:
+            data = self.read(offset + done, len(view))
+            view[: len(data)] = data
+            done += len(data)
+        return done
+
     def map(self) -> Buffer:
         return self.read(0, self.size())
 

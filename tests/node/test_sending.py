@@ -29,7 +29,7 @@ from node.dimse import contexts, messages, pdu
 from node.dimse.association import Limits
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE
 from node.dimse.errors import ConnectionLost, Rejected
-from node.dimse.outbox import Outbox
+from node.dimse.outbox import FileSource, Outbox
 from node.dimse.pdu import PduType, ProposedContext
 from node.dimse.requestor import ECHO_CONTEXT, Peer, Requestor
 from node.dimse.sending import Progress, SendReport, read_meta, send_files
@@ -591,7 +591,7 @@ def test_an_outbox_cuts_a_file_into_fragments(size: int, fragment: int, offset: 
             file.truncate()
             file.write(bytes(offset) + content)
             file.flush()
-            outbox.begin(file.fileno(), offset, length, context_id)
+            outbox.begin(FileSource(file.fileno(), offset, length), context_id)
             octets = b""
             while not octets or outbox.left:
                 outbox.load()

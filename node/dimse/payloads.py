@@ -1,0 +1,184 @@
+"""Owns where the data set of an instance comes from when it is sent: read where it is stored, fetched from
+the region where it is not here (M10), recoded where the peer does not take it as it is stored (M8). It never
+sends anything and never decides who may have it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from threading import Semaphore
+from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
+
+from archive.dataset import recoding
+from archive.errors import EVICTED, Corrupt, Evicted, TooLarge
+from archive.model import StoredInstance
+from archive.packs.records import part10_prefix
+from federation.policy import Principal
+from node.dimse.outbox import FileSource, Source
+
+if TYPE_CHECKING:
+    from archive.archive import Archive
+
+RECODING_AT_ONCE = 2  # instances of all retrieves: each may take several times its bound of memory
+FETCHES_AT_ONCE = 4   # from the region, of all retrieves
+DECODED_BYTES_MAX = 512 << 20
+
+
+class Fetcher(Protocol):
+    """A node's window on the region."""
+
+    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
+        """Its data set in an open file, positioned at its beginning. Raises Unavailable, NotFound."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """Octets, and then perhaps the rest of another source from a place on."""
+
+    octets: memoryview
+    rest: Source | None = None
+    rest_from: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.octets) + (self.rest.length - self.rest_from if self.rest is not None else 0)
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        done, size = 0, len(self.octets)
+        for number, view in enumerate(views):
+            if offset + done >= size:
+                if done:
+                    return done
+                assert self.rest is not None
+                return self.rest.read_into(views[number:], self.rest_from + offset - size)
+            piece = self.octets[offset + done:offset + done + len(view)]
+            view[:len(piece)] = piece
+            done += len(piece)
+            if len(piece) < len(view):
+                return done
+        return done
+
+    def confirm(self) -> None:
+        if self.rest is not None:
+            self.rest.confirm()
+
+    def close(self) -> None:
+        if self.rest is not None:
+            self.rest.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Payloads:
+    """The data sets of a node's instances. Safe to use from any thread; `decoded_bytes_max` bounds one that
+    is held in memory to be recoded."""
+
+    archive: Archive
+    window: Fetcher | None = None
+    decoded_bytes_max: int = DECODED_BYTES_MAX
+    recoding: Semaphore = field(default_factory=lambda: Semaphore(RECODING_AT_ONCE))
+    fetching: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch"))
+
+    def close(self) -> None:
+        self.fetching.shutdown(wait=True, cancel_futures=True)
+
+    def syntaxes(self, instance: StoredInstance) -> tuple[str, ...]:
+        """The transfer syntaxes that it can be had in, as it is stored first."""
+        stored = instance.head.transfer_syntax_uid
+        targets = recoding.TARGETS if recoding.can_decode(stored) else ()
+        return (stored, *(uid for uid in targets if uid != stored))
+
+    def supply(self, principal: Principal) -> Supply:
+        """For one retrieve, in the name of whom it is for."""
+        return Supply(self, principal)
+
+
+class Supply:
+    """The data sets of one retrieve. What has to be fetched is fetched ahead; leaving its `with` block lets
+    go what nobody took."""
+
+    def __init__(self, payloads: Payloads, principal: Principal) -> None:
+        self._payloads = payloads
+        self._principal = principal
+        self._ahead: dict[str, Future[BinaryIO]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self._ahead.values():
+            if not future.cancel():
+                future.add_done_callback(_close_fetched)
+        self._ahead.clear()
+
+    def expect(self, instance: StoredInstance) -> None:
+        """It is to be opened soon. Waits for nothing."""
+        window, uid = self._payloads.window, instance.head.sop_instance_uid
+        if instance.evicted and window is not None and uid not in self._ahead:
+            with suppress(RuntimeError):  # the node is being stopped
+                self._ahead[uid] = self._payloads.fetching.submit(window.fetch, self._principal, instance)
+
+    def open(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
+        """Its data set in one of its syntaxes. Raises Corrupt for what is known to be damaged, NotFound and
+        Unavailable when it can't be had, CannotUnderstand or TooLarge when it can't be recoded. What is sent
+        as it is stored is not hashed again here: the scrub and the peer's own checks are for that."""
+        if instance.damaged:
+            raise Corrupt("its bytes here are known to be damaged")
+        if transfer_syntax_uid == instance.head.transfer_syntax_uid:
+            return self._stored(instance)
+        with self._payloads.recoding:
+            return self._recoded(instance, transfer_syntax_uid)
+
+    def _stored(self, instance: StoredInstance) -> Source:
+        try:
+            return self._payloads.archive.open_dataset(instance)
+        except Evicted:
+            return _whole(self._fetched(instance))
+
+    def _recoded(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
+        bytes_max = self._payloads.decoded_bytes_max
+        head = instance.head
+        try:
+            payload = self._payloads.archive.open_instance(instance)
+        except Evicted:
+            source = _whole(self._fetched(instance))
+            prefix = part10_prefix(head)
+            try:
+                if source.length > bytes_max:
+                    raise TooLarge(f"instances of more than {bytes_max} bytes are not recoded") from None
+                payload = BytesIO(prefix + os.pread(source.fd, source.length, 0))
+            finally:
+                source.close()
+            return MemorySource(memoryview(recoding.recoded(payload, instance, transfer_syntax_uid,
+                                                            bytes_max)))
+        with payload:
+            spliced = recoding.spliced(payload, instance, transfer_syntax_uid, bytes_max)
+            if spliced is not None:
+                return MemorySource(memoryview(spliced.octets), self._stored(instance), spliced.rest_from)
+            return MemorySource(memoryview(recoding.recoded(payload, instance, transfer_syntax_uid,
+                                                            bytes_max)))
+
+    def _fetched(self, instance: StoredInstance) -> BinaryIO:
+        """From the region, which has what is not here."""
+        window = self._payloads.window
+        future = self._ahead.pop(instance.head.sop_instance_uid, None)
+        if future is not None:
+            return future.result()
+        if window is None:
+            raise Evicted(EVICTED)
+        return window.fetch(self._principal, instance)
+
+
+def _whole(file: BinaryIO) -> FileSource:
+    """A fetched file, which is this source's from now on."""
+    with file:
+        return FileSource(fd := os.dup(file.fileno()), 0, os.fstat(fd).st_size)
+
+
+def _close_fetched(future: Future[BinaryIO]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()

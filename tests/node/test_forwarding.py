@@ -1,0 +1,192 @@
+"""Forwarding: instances to a device of the list by C-STORE, each with one outcome (PS3.4 C.4.2.3.1)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from archive.archive import Archive
+from archive.errors import NotFound
+from archive.ledger import Device
+from archive.model import Location, StoredInstance
+from node.destinations import Destinations
+from node.dimse.errors import AssociationEnded
+from node.forwarding import Forwarder
+from node.settings import TlsSettings
+from tests.datasets import CR, CT, EXPLICIT, IMPLICIT, MR, RLE, Instance, make_instance
+from tests.node.receiving import Receiver, receiver
+from tests.node.storing import Storing, storing
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Storing]:
+    with storing(tmp_path) as running:
+        yield running
+
+
+class Outcomes:
+    """What became of each instance."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, int] = {}
+        self.comments: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, instance: StoredInstance, status: int, comment: str) -> None:
+        uid = instance.head.sop_instance_uid
+        with self._lock:
+            assert uid not in self.statuses, "a second outcome"
+            self.statuses[uid], self.comments[uid] = status, comment
+
+
+def forwarder(served: Storing, peer: Receiver, **options: int) -> Forwarder:
+    served.ledger.add_device(Device("OTHER", "127.0.0.1", "another", port=peer.port))
+    return Forwarder(served.archive, Destinations(served.ledger, TlsSettings()), "MISS", **options)
+
+
+def stored(archive: Archive, *instances: Instance) -> list[StoredInstance]:
+    archive.wait_indexed()
+    return [archive.instances(one.study_uid, one.series_uid, one.sop_instance_uid)[0] for one in instances]
+
+
+@pytest.mark.parametrize("associations", [1, 3])
+def test_each_arrives_as_it_is_stored(served: Storing, associations: int) -> None:
+    sent = [make_instance(number=n, transfer_syntax=syntax, rows=8, columns=8, padding=n * 30_000)
+            for n, syntax in enumerate((EXPLICIT, IMPLICIT, RLE) * 4)]
+    assert served.send(*sent) == [0] * 12
+    outcomes = Outcomes()
+    with receiver() as peer:
+        forwarder(served, peer, associations=associations).send(
+            "OTHER", stored(served.archive, *sent), outcomes, originator=("WS1", 7))
+    assert outcomes.statuses == {one.sop_instance_uid: 0 for one in sent}
+    assert {uid: got.dataset for uid, got in peer.received.items()} == {
+        one.sop_instance_uid: one.dataset for one in sent}
+    assert {(got.originator, got.originator_message_id) for got in peer.received.values()} == {("WS1", 7)}
+    assert peer.associations == associations
+
+
+def test_an_unknown_destination_and_one_that_is_away(served: Storing) -> None:
+    one = make_instance()
+    served.send(one)
+    with receiver() as peer:
+        sender = forwarder(served, peer)
+        with pytest.raises(NotFound):
+            sender.send("NOBODY", stored(served.archive, one), Outcomes())
+    with pytest.raises(AssociationEnded):
+        sender.send("OTHER", stored(served.archive, one), Outcomes())
+
+
+def test_statuses_and_comments_are_the_peers(served: Storing) -> None:
+    sent = [make_instance(number=n) for n in range(3)]
+    served.send(*sent)
+    outcomes = Outcomes()
+    answers = {one.sop_instance_uid: status for one, status in zip(sent, (0, 0xB000, 0xA700), strict=True)}
+    with receiver(status=lambda uid: answers[uid], comment="its own words") as peer:
+        forwarder(served, peer).send("OTHER", stored(served.archive, *sent), outcomes)
+    assert outcomes.statuses == answers
+    assert set(outcomes.comments.values()) == {"its own words"}
+
+
+def test_what_it_does_not_take_is_recoded_or_fails(served: Storing) -> None:
+    """MR is not taken at all, CR only in Implicit VR Little Endian."""
+    ct, mr, cr = (make_instance(sop_class=uid, transfer_syntax=RLE, rows=16, columns=16) for uid in (CT, MR, CR))
+    served.send(ct, mr, cr)
+    outcomes = Outcomes()
+    takes = {CT: (RLE, EXPLICIT), CR: (IMPLICIT,)}
+    with receiver(takes=takes) as peer:
+        forwarder(served, peer).send("OTHER", stored(served.archive, ct, mr, cr), outcomes)
+    assert outcomes.statuses == {ct.sop_instance_uid: 0, mr.sop_instance_uid: 0x0122, cr.sop_instance_uid: 0}
+    assert peer.received[ct.sop_instance_uid].dataset == ct.dataset
+    got = peer.received[cr.sop_instance_uid]
+    assert got.transfer_syntax_uid == IMPLICIT
+    assert (got.read().pixel_array == cr.read().pixel_array).all()
+
+
+def test_a_window_keeps_several_open(served: Storing) -> None:
+    sent = [make_instance(number=n) for n in range(8)]
+    served.send(*sent)
+    outcomes = Outcomes()
+    with receiver(window=4, hold=4) as peer:  # answers when four have come, or no more come
+        forwarder(served, peer, window=4).send("OTHER", stored(served.archive, *sent), outcomes)
+    assert set(outcomes.statuses.values()) == {0} and len(outcomes.statuses) == 8
+    assert peer.open_at_once == 4
+
+
+def test_an_association_that_breaks_costs_what_it_had_not_answered(served: Storing) -> None:
+    sent = [make_instance(number=n) for n in range(6)]
+    served.send(*sent)
+    outcomes = Outcomes()
+    with receiver(abort_at={3}) as peer:
+        forwarder(served, peer).send("OTHER", stored(served.archive, *sent), outcomes)
+    assert sorted(outcomes.statuses.values()) == [0] * 5 + [0x0110]
+    assert peer.associations == 2
+
+
+def test_evicted_and_damaged_ones_fail_and_the_rest_arrive(served: Storing) -> None:
+    sent = [make_instance(number=n) for n in range(3)]
+    served.send(*sent)
+    found = stored(served.archive, *sent)
+    object.__setattr__(found[0], "evicted", True)
+    object.__setattr__(found[1], "damaged", True)
+    outcomes = Outcomes()
+    with receiver() as peer:
+        forwarder(served, peer).send("OTHER", found, outcomes)
+    assert [outcomes.statuses[one.sop_instance_uid] for one in sent] == [0xA700, 0x0110, 0]
+    assert set(peer.received) == {sent[2].sop_instance_uid}
+
+
+@pytest.mark.parametrize("padding", [20_000, 3 << 20])
+def test_zeros_of_a_hole_are_never_sent(served: Storing, padding: int,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks go between the read and the send: the last fragment does not leave."""
+    first, second = make_instance(number=1, padding=padding), make_instance(number=2)
+    served.send(first, second)
+    found = stored(served.archive, first, second)
+    place = found[0].location
+    punched = _punch_after_read(served, place, monkeypatch)
+    outcomes = Outcomes()
+    with receiver() as peer:
+        forwarder(served, peer).send("OTHER", found, outcomes)
+    assert punched.is_set()
+    assert outcomes.statuses == {first.sop_instance_uid: 0xA700, second.sop_instance_uid: 0}
+    assert set(peer.received) == {second.sop_instance_uid}
+
+
+def _punch_after_read(served: Storing, place: Location, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    from archive.packs import holes
+    from archive.packs.packs import StoredDataset
+
+    if not holes.can_punch(served.archive.settings.state):
+        pytest.skip("the file system makes no holes")
+    read_into, punched = StoredDataset.read_into, threading.Event()
+
+    def punching(self: StoredDataset, views: list[memoryview], offset: int) -> int:
+        done = read_into(self, views, offset)
+        if self._location == place and not punched.is_set():
+            punched.set()
+            start, end = holes.span_of(place)
+            with (served.archive.settings.state / place.pack).open("r+b") as file:
+                holes.punch(file.fileno(), start, end - start)
+        return done
+
+    monkeypatch.setattr(StoredDataset, "read_into", punching)
+    return punched
+
+
+def test_more_kinds_than_an_association_has_contexts(served: Storing) -> None:
+    """70 classes in two syntaxes are 210 contexts."""
+    from node.dimse.contexts import STORAGE_CLASSES
+
+    classes = sorted(STORAGE_CLASSES)[:70]
+    sent = [make_instance(sop_class=uid, transfer_syntax=syntax, number=n)
+            for n, uid in enumerate(classes) for syntax in (EXPLICIT, IMPLICIT)]
+    for at in range(0, len(sent), 100):
+        assert served.send(*sent[at:at + 100]) == [0] * len(sent[at:at + 100])
+    outcomes = Outcomes()
+    with receiver() as peer:
+        forwarder(served, peer).send("OTHER", stored(served.archive, *sent), outcomes)
+    assert outcomes.statuses == {one.sop_instance_uid: 0 for one in sent}
+    assert peer.associations == 2
