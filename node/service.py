@@ -23,6 +23,8 @@ from certs.identity import Identity
 from certs.profiles import Profile
 from federation.uplink import Uplink
 from node.admission import Admission
+from node.availability import AvailabilityScu
+from node.destinations import Destinations
 from node.dimse.acceptor import Services
 from node.dimse.contexts import Offer, ServiceName
 from node.dimse.messages import Field
@@ -31,6 +33,10 @@ from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
 from node.dimse.services.store import Store
 from node.dimse.tls import ClientCertificates, Listener, TlsFiles
+from node.forwarding import Forwarder
+from node.routing.orders import RouteOrders
+from node.routing.senders import Senders
+from node.routing.service import Routing
 from node.settings import NodeSettings, TlsSettings
 from node.users import UserCheck, UserPolicy
 
@@ -56,6 +62,7 @@ class Node:
         self.ledger: Ledger
         self.identity: Identity
         self.uplink: Uplink | None = None
+        self.routing: Routing
 
     @property
     def dicom_tls_port(self) -> int | None:
@@ -80,7 +87,10 @@ class Node:
             parts.callback(self.ledger.close)
             self.archive = Archive.open(settings.archive_settings(), outbox=True)
             parts.callback(self.archive.close)
-            desk = OrderDesk(self.ledger, handlers_of(self.archive))
+            self.routing = self._routing(ae_title)
+            self.routing.start()
+            parts.callback(self.routing.stop)
+            desk = OrderDesk(self.ledger, handlers_of(self.archive) | self._route_orders().handlers())
             desk.start()
             parts.callback(desk.stop)
             gate = self._gate(ae_title)
@@ -130,6 +140,19 @@ class Node:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _routing(self, ae_title: str) -> Routing:
+        settings, ward = self.settings, self.identity.ward
+        destinations = Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path)
+        senders = Senders(
+            self.archive, Forwarder(self.archive, destinations, ae_title, ward=ward),
+            AvailabilityScu(destinations, ae_title))
+        return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders)
+
+    def _route_orders(self) -> RouteOrders:
+        settings = self.settings
+        return RouteOrders(self.archive, self.ledger, self.identity.ward, settings.routes_path,
+                           settings.routing.queue_max, self.routing.changed)
 
     def _gate(self, ae_title: str) -> Admission:
         dimse = self.settings.dimse

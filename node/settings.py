@@ -98,6 +98,31 @@ class DimseSettings:
 
 
 @dataclass(frozen=True)
+class RoutingSettings:
+    """What goes by itself to whom."""
+
+    rules: Path | None = setting(
+        None, "The file of routing rules (TOML), read again when it changes; routes.toml in the node's state "
+        "when not set. No file is no rules.")
+    queue_max: int = setting(
+        100_000, "What may wait for one destination; its rules go on when there is room again.",
+        minimum=1, maximum=10_000_000)
+    destinations_at_once: int = setting(
+        4, "Destinations that are sent to beside each other.", minimum=1, maximum=64)
+    tries_max: int = setting(
+        10, "After so many refusals an instance is set aside, with the reason.", minimum=1, maximum=1000)
+    backoff_first_s: float = setting(
+        10.0, "The first pause after a failure; it doubles.", "s", minimum=0.01, maximum=3600.0)
+    backoff_cap_s: float = setting(
+        3600.0, "The longest pause after failures.", "s", minimum=0.01, maximum=86_400.0)
+    poll_s: float = setting(
+        0.25, "How often the rules look whether something was stored.", "s", minimum=0.01, maximum=60.0)
+    remember_days: float = setting(
+        400.0, "How long it is remembered what was sent, so that it is not sent again.", "days",
+        minimum=1.0, maximum=36_500.0)
+
+
+@dataclass(frozen=True)
 class NodeSettings:
     """A ward's node: archive, DICOM services, uplink."""
 
@@ -108,6 +133,12 @@ class NodeSettings:
     dimse: DimseSettings = setting(DimseSettings)
     archive: StoreSettings = setting(StoreSettings)
     uplink: UplinkSettings = setting(UplinkSettings)
+    routing: RoutingSettings = setting(RoutingSettings)
+
+    @property
+    def routes_path(self) -> Path:
+        """The file of routing rules."""
+        return self.routing.rules or self.state / "routes.toml"
 
     @property
     def ledger_url(self) -> str:

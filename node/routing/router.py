@@ -1,0 +1,309 @@
+"""How what is queued gets to its destinations. Decides what goes next, and what becomes of it; it does no I/O
+of its own: clock, queue and sender are given to it, real ones by `service.py`, pretended ones by a
+simulation.
+
+**A turn** is one round for one destination: a batch of what is due, what ranks first and then the oldest, is
+given to the sender, and what became of each row is written to the queue. Destinations have turns beside each
+other, each one at a time, so that one that hangs delays nobody else.
+
+**At least once.** A row leaves the queue when the destination has said that it has the instance. A process
+that ends in between sends those again whose answer it had not written: at most a batch.
+
+**Failures.** A destination that can't be reached, or that has no room, is left alone: 10 s at first, then
+longer and longer up to an hour, with jitter, however much waits for it. Its rows are not touched, and count
+no try. A row that the destination refuses is tried again alone, on the same schedule, while the others pass;
+after `tries_max` refusals, or at once where trying again can't help, it is set aside with the reason, until a
+person retries or drops it. What could not be delivered within its days is set aside as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Protocol
+
+from archive.errors import MissError
+from archive.ledger import Destination, DestinationState, Routed, RouteState, Settlement
+from node.routing.hours import Hours
+
+log = logging.getLogger(__name__)
+
+SECOND_US = 1_000_000
+LOOK_AGAIN_US = 60 * SECOND_US  # the queue is looked at at least so often, whatever it said
+
+
+class Verdict(Enum):
+    """What a destination said to one row."""
+
+    SENT = "sent"    # it has the instance
+    AGAIN = "again"  # not this time
+    BUSY = "busy"    # not now, whatever it is
+    NEVER = "never"  # trying again can't help
+
+
+class Committed(Enum):
+    """What is known of a commitment that was asked for."""
+
+    YES = "yes"
+    NO = "no"
+    NOT_YET = "not yet"
+
+
+Tell = Callable[[Routed, Verdict, int, str], None]  # row, what was said, DIMSE status (0: none), in words
+
+
+class Queue(Protocol):
+    """What waits, on disk. `archive/ledger/routes.py` is one."""
+
+    def due_routes(
+        self, to: Destination, now_us: int, limit: int, state: RouteState = RouteState.WAITING
+    ) -> list[Routed]: ...
+    def next_route_us(self, to: Destination) -> int | None: ...
+    def postpone_routes(self, to: Destination, rule: str, until_us: int) -> None: ...
+    def settle_routes(self, settlement: Settlement, now_us: int) -> None: ...
+    def note_destination(self, state: DestinationState) -> None: ...
+
+
+class Sender(Protocol):
+    """Who sends."""
+
+    def send(self, to: Destination, rows: Sequence[Routed], tell: Tell) -> None:
+        """Send each row, and tell what became of it once. Raises MissError when the destination can't be had:
+        what was not told of was not sent."""
+
+    def ask_to_commit(self, to: Destination, rows: Sequence[Routed]) -> str:
+        """Ask a destination to commit what was sent (PS3.4 J): the transaction. Raises MissError."""
+
+    def committed(self, row: Routed) -> tuple[Committed, str]:
+        """What is known of a row's transaction, and why not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """The bounds of a router."""
+
+    batch: int = 200
+    settle_rows: int = 50      # what became of so many is written together
+    settle_us: int = SECOND_US  # and after so long
+    tries_max: int = 10
+    backoff_first_s: float = 10.0
+    backoff_cap_s: float = 3600.0
+    commit_poll_s: float = 30.0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What is remembered of a destination while the process lives."""
+
+    failures: int = 0
+    resume_us: int = 0
+    error: str = ""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What became of rows in one turn, as far as it is not written yet."""
+
+    done: list[Routed] = field(default_factory=list)
+    changed: list[Routed] = field(default_factory=list)
+    since_us: int = 0
+    stored: int = 0
+    busy: str = ""
+    told: set[bytes] = field(default_factory=set)
+
+
+class Router:
+    """See the module's docstring. Turns of different destinations may be had in different threads; `wake` and
+    `is_due` are asked in any."""
+
+    def __init__(
+        self, queue: Queue, sender: Sender, clock: Callable[[], int], limits: RouterLimits,
+        chance: random.Random,
+    ) -> None:  # fmt: skip
+        self._queue = queue
+        self._sender = sender
+        self._clock = clock
+        self._limits = limits
+        self._chance = chance
+        self._hours: Mapping[str, Hours] = {}
+        self._lanes: dict[Destination, _Lane] = {}
+
+    def use_hours(self, hours: Mapping[str, Hours]) -> None:
+        """In which hours what each rule queued may be sent; a rule that is not named has no window."""
+        self._hours = hours
+
+    def is_due(self, to: Destination) -> bool:
+        """Whether a turn may have something to do."""
+        return self._clock() >= self._lane(to).resume_us
+
+    def wake(self, to: Destination, *, at_once: bool = False) -> None:
+        """Something was queued. A destination that fails is left alone all the same, unless a person wants it
+        tried `at_once`."""
+        lane = self._lane(to)
+        if at_once:
+            lane.failures = 0
+        if not lane.failures:
+            lane.resume_us = 0
+
+    def turn(self, to: Destination) -> bool:
+        """One round for a destination. Whether anything was sent or settled."""
+        lane, now_us = self._lane(to), self._clock()
+        if now_us < lane.resume_us:
+            return False
+        lane.resume_us = now_us + LOOK_AGAIN_US  # what is queued from here on wakes it again
+        turn = _Turn(since_us=now_us)
+        rows = self._open(to, self._queue.due_routes(to, now_us, self._limits.batch), turn, now_us)
+        error = self._send(to, rows, turn) if rows else None
+        self._write(turn)
+        if error is None:
+            error = self._look_after_commitments(to, turn)
+            self._write(turn)
+        if error is not None or (turn.busy and not turn.stored):
+            self._rest(to, lane, str(error) if error is not None else turn.busy, progress=turn.stored > 0)
+        else:
+            self._go_on(to, lane, more=len(rows) >= self._limits.batch)
+        return bool(turn.told)
+
+    # Which rows
+
+    def _open(self, to: Destination, rows: list[Routed], turn: _Turn, now_us: int) -> list[Routed]:
+        """Those that may be sent now: their window is open, their days are not over."""
+        lane, closed = self._lane(to), dict[str, int]()
+        chosen = []
+        for row in rows:
+            hours = self._hours.get(row.rule)
+            if row.expires_us <= now_us and (row.tries or lane.failures):  # else it gets its one try
+                words = row.comment or lane.error
+                self._set_aside(turn, row, row.status, f"not delivered in time: {words}")
+            elif hours is not None and not hours.holds(now_us):
+                closed[row.rule] = hours.opens_us(now_us)
+            else:
+                chosen.append(row)
+        for rule, until_us in closed.items():
+            self._queue.postpone_routes(to, rule, until_us)
+        return chosen
+
+    # Sending
+
+    def _send(self, to: Destination, rows: Sequence[Routed], turn: _Turn) -> MissError | None:
+        limits, one_at_a_time = self._limits, threading.Lock()
+
+        def tell(row: Routed, verdict: Verdict, status: int, words: str) -> None:
+            with one_at_a_time:
+                if row.key in turn.told:
+                    return
+                turn.told.add(row.key)
+                self._judge(turn, row, verdict, status, words)
+                unwritten = len(turn.done) + len(turn.changed)
+                if unwritten >= limits.settle_rows or self._clock() - turn.since_us >= limits.settle_us:
+                    self._write(turn)
+
+        try:
+            self._sender.send(to, rows, tell)
+        except MissError as error:
+            return error
+        return None
+
+    def _judge(self, turn: _Turn, row: Routed, verdict: Verdict, status: int, words: str) -> None:
+        if verdict is Verdict.SENT:
+            turn.stored += 1
+            if row.commit:
+                turn.changed.append(replace(
+                    row, state=RouteState.COMMITTING, tries=0, status=status, comment="",
+                    next_try_us=self._clock(), transaction_uid=""))  # fmt: skip
+            else:
+                turn.done.append(row)
+        elif verdict is Verdict.NEVER:
+            self._set_aside(turn, row, status, words)
+        else:
+            if verdict is Verdict.BUSY:
+                turn.busy = words or "it has no room"
+            self._try_later(turn, row, status, words, give_up=verdict is Verdict.AGAIN)
+
+    def _try_later(self, turn: _Turn, row: Routed, status: int, words: str, *, give_up: bool) -> None:
+        tries = row.tries + 1
+        if give_up and tries >= self._limits.tries_max:
+            self._set_aside(turn, replace(row, tries=tries - 1), status, f"{words} ({tries} times)")
+            return
+        turn.changed.append(replace(
+            row, state=RouteState.WAITING, tries=tries, status=status, comment=words, transaction_uid="",
+            next_try_us=self._clock() + self._pause_us(tries)))  # fmt: skip
+
+    def _set_aside(self, turn: _Turn, row: Routed, status: int, words: str) -> None:
+        turn.told.add(row.key)
+        turn.changed.append(replace(
+            row, state=RouteState.SET_ASIDE, tries=row.tries + 1, status=status, comment=words))  # fmt: skip
+        log.warning("set aside for %s by rule %r: %s %s", row.to, row.rule,
+                    row.sop_instance_uid or row.study_uid, words)  # fmt: skip
+
+    def _write(self, turn: _Turn) -> None:
+        """A row keeps its place in the queue until this has returned for it."""
+        if turn.done or turn.changed:
+            self._queue.settle_routes(Settlement(tuple(turn.done), tuple(turn.changed)), self._clock())
+            turn.done.clear()
+            turn.changed.clear()
+        turn.since_us = self._clock()
+
+    # Commitments
+
+    def _look_after_commitments(self, to: Destination, turn: _Turn) -> MissError | None:
+        now_us = self._clock()
+        rows = self._queue.due_routes(to, now_us, self._limits.batch, RouteState.COMMITTING)
+        unasked = [row for row in rows if not row.transaction_uid]
+        later_us = now_us + int(self._limits.commit_poll_s * 1e6)
+        try:
+            if unasked:
+                uid = self._sender.ask_to_commit(to, unasked)
+                turn.changed += [replace(row, transaction_uid=uid, next_try_us=later_us) for row in unasked]
+            for row in rows:
+                if not row.transaction_uid:
+                    continue
+                answer, words = self._sender.committed(row)
+                if answer is Committed.YES:
+                    turn.told.add(row.key)
+                    turn.done.append(row)
+                elif answer is Committed.NO:
+                    self._try_later(turn, row, row.status, f"not committed: {words}", give_up=True)
+                elif row.expires_us <= now_us:
+                    self._set_aside(turn, row, row.status, "sent, and not committed in time")
+                else:
+                    turn.changed.append(replace(row, next_try_us=later_us))
+        except MissError as error:
+            turn.changed += [replace(row, next_try_us=now_us + self._pause_us(1)) for row in unasked]
+            return error
+        return None
+
+    # What comes next
+
+    def _rest(self, to: Destination, lane: _Lane, words: str, *, progress: bool) -> None:
+        lane.failures, lane.error = 1 if progress else lane.failures + 1, words
+        lane.resume_us = self._clock() + self._pause_us(lane.failures)
+        level = logging.WARNING if lane.failures == 1 else logging.DEBUG
+        log.log(level, "%s: %s; trying again", to, words)
+        self._queue.note_destination(
+            DestinationState(to, lane.failures, lane.resume_us, words, self._clock())
+        )
+
+    def _go_on(self, to: Destination, lane: _Lane, *, more: bool) -> None:
+        if lane.failures:
+            log.info("%s takes instances again", to)
+            lane.failures, lane.error = 0, ""
+            self._queue.note_destination(DestinationState(to, 0, 0, "", self._clock()))
+        if more:
+            lane.resume_us = 0
+            return
+        next_us = self._queue.next_route_us(to)
+        if next_us is not None:
+            lane.resume_us = min(lane.resume_us, next_us)
+
+    def _pause_us(self, failures: int) -> int:
+        limits = self._limits
+        whole_s = min(limits.backoff_cap_s, limits.backoff_first_s * 2.0 ** min(failures - 1, 32))
+        return int(whole_s * (0.5 + self._chance.random() / 2) * 1e6)
+
+    def _lane(self, to: Destination) -> _Lane:
+        return self._lanes.setdefault(to, _Lane())
