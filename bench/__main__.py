@@ -21,6 +21,7 @@ from bench.finding import FIND_ROWS, GROWTH_ROWS
 from bench.lag import LAG_ROWS
 from bench.programs_that_send import SENDING_ROWS
 from bench.rates import RATE_ROWS
+from bench.retrieving import RETRIEVE_ROWS
 from bench.runs import TINY, Bench, Scale
 from bench.table import Report, Result, line
 
@@ -34,7 +35,7 @@ class Row(Protocol):
     def measure(self, bench: Bench) -> list[Result]: ...
 
 
-ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS)
+ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS)
 LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 
