@@ -27,6 +27,7 @@ from archive.model import (
     EVERYTHING,
     START,
     Fact,
+    IndexEntry,
     Location,
     Match,
     Position,
@@ -274,6 +275,11 @@ class Archive:
         """The live instances of a study, a series, or one of them."""
         self.wait_indexed()
         return self.index.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
+
+    def watch(self, watcher: Callable[[Sequence[IndexEntry]], None]) -> None:
+        """Have `watcher` told what came into the index, in the indexer's own thread: it never waits and never
+        raises."""
+        self._writer().indexer.watchers.append(watcher)
 
     def wait_indexed(self, timeout_s: float = _INDEX_WAIT_S) -> None:
         """Return when everything acknowledged so far is in the index; Unavailable when that takes too

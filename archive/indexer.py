@@ -61,6 +61,7 @@ class Indexer:
         self._closing = False
         self._failing = False
         self._facts_behind = False  # facts are in their log and not in the index
+        self.watchers: list[Callable[[Sequence[IndexEntry]], None]] = []  # told what came in; they never wait
         self._thread = threading.Thread(target=self._run, name="indexer", daemon=True)
 
     @property
@@ -208,6 +209,8 @@ class Indexer:
             damages += self._apply(found, position)
             if damages:
                 self._record_facts(damages)
+        for watcher in self.watchers:
+            watcher(found)
         return True
 
     def _apply(self, entries: Sequence[IndexEntry], position: Position) -> list[Fact]:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select
 
 from archive.database import Database
-from archive.index import contents, queries, space
+from archive.index import arrivals, contents, queries, space
 from archive.index import described as descriptions
 from archive.index import outbox as backlog
 from archive.index.acceptance import AttributeReader
@@ -42,6 +42,7 @@ from archive.model import (
     Query,
     Refusal,
     Scope,
+    Standing,
     StoredInstance,
     Totals,
 )
@@ -228,6 +229,19 @@ class Index:
         return self._database.read(
             lambda connection: descriptions.received_since(connection, since_us, after_uid, limit)
         )
+
+    def standings(self, uids: Iterable[str]) -> dict[str, Standing]:
+        """How safe the live contents of these UIDs are, by UID; those that are not here are left out."""
+        return self._database.read(lambda connection: contents.standings(connection, uids))
+
+    def instance_counts(self, study_uids: Iterable[str]) -> dict[str, int]:
+        """How many instances each of these studies has; those not here are left out."""
+        return self._database.read(lambda connection: arrivals.instance_counts(connection, study_uids))
+
+    def studies_received_since(self, since_us: int) -> list[str]:
+        """The studies of which something was received at `since_us` or later; reads through all that is
+        here."""
+        return self._database.read(lambda connection: arrivals.studies_received_since(connection, since_us))
 
     def places(self, uids: Iterable[str]) -> dict[tuple[str, bytes], Place]:
         """Where the contents of these UIDs lie, by UID and digest."""

@@ -12,10 +12,12 @@ from archive.database import Database
 from archive.ledger.audit import AuditLog, AuditRow
 from archive.ledger.certificates import CertificateRegister, CertificateRow
 from archive.ledger.commitments import Commitment, CommitmentItem, Commitments
+from archive.ledger.completions import Completions, StudyCompletion
 from archive.ledger.deliveries import Delivery, DeliveryBook, DeliveryKey, DeliveryStanding, DeliveryState
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
 from archive.ledger.orders import Order, Orders
+from archive.ledger.performed import PerformedStep, PerformedSteps, StepReference
 from archive.ledger.routes import (
     CompleteStudy,
     Destination,
@@ -32,6 +34,7 @@ from archive.ledger.routes import (
 from archive.ledger.tables import STEPS
 from archive.ledger.users import Session, Throttle, User, Users
 from archive.ledger.wards import Wards, WardState
+from archive.ledger.worklist import ScheduledStep, StepSearch, Worklist
 
 __all__ = [
     "AuditRow",
@@ -57,8 +60,13 @@ __all__ = [
     "RouteSummary",
     "Routed",
     "RuleMark",
+    "PerformedStep",
+    "ScheduledStep",
     "Session",
     "Settlement",
+    "StepReference",
+    "StepSearch",
+    "StudyCompletion",
     "Throttle",
     "User",
     "WardState",
@@ -67,7 +75,7 @@ __all__ = [
 
 class Ledger(
     Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes,
-    DeliveryBook, Commitments,
+    DeliveryBook, Commitments, Worklist, PerformedSteps, Completions,
 ):
     """An open ledger."""
 

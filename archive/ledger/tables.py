@@ -18,6 +18,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     Table,
     inspect,
     text,
@@ -274,6 +275,67 @@ commitment_item = Table(
     sqlite_with_rowid=False,
 )
 
+# The modality worklist (PS3.4 Annex K): the data set as DICOM JSON, and the keys that narrow a search. A step
+# has a row for each station that it names, or one of "" when it names none.
+scheduled_step = Table(
+    "scheduled_step",
+    metadata,
+    _key("id"),
+    *_columns(Characters(), "accession_number", "requested_procedure_id", "step_id", "study_uid"),
+    *_columns(Characters(), "patient_id", "modality", "start_date", "start_time", "status", "origin"),
+    *_columns(Characters(), "dataset"),
+    *_columns(BigInteger, "changed_us"),
+)
+Index("scheduled_step_date", scheduled_step.c.start_date, scheduled_step.c.start_time, scheduled_step.c.id)
+Index("scheduled_step_patient", scheduled_step.c.patient_id)
+Index("scheduled_step_accession", scheduled_step.c.accession_number)
+Index("scheduled_step_study", scheduled_step.c.study_uid)
+Index("scheduled_step_origin", scheduled_step.c.origin)
+
+scheduled_station = Table(
+    "scheduled_station",
+    metadata,
+    *_columns(Characters(), "ae_title", "start_date", "step"),
+    PrimaryKeyConstraint("ae_title", "start_date", "step"),
+    sqlite_with_rowid=False,
+)
+Index("scheduled_station_step", scheduled_station.c.step)
+
+# Modality performed procedure steps (PS3.4 F.7), and the scheduled steps that each says it performs.
+performed_step = Table(
+    "performed_step",
+    metadata,
+    _key("uid"),
+    *_columns(Characters(), "state", "device", "step_id", "station_ae_title", "modality", "patient_id"),
+    *_columns(Characters(), "start_date", "start_time", "dataset"),
+    *_columns(BigInteger, "created_us", "changed_us"),
+)
+Index("performed_step_created", performed_step.c.created_us)
+Index("performed_step_state", performed_step.c.state)
+
+performed_reference = Table(
+    "performed_reference",
+    metadata,
+    *_columns(Characters(), "step", "study_uid", "accession_number", "requested_procedure_id"),
+    *_columns(Characters(), "scheduled_step_id"),
+    PrimaryKeyConstraint(
+        "step", "study_uid", "accession_number", "requested_procedure_id", "scheduled_step_id"
+    ),
+    sqlite_with_rowid=False,
+)
+Index("performed_reference_study", performed_reference.c.study_uid)
+
+# Studies that were said to be complete, and with how many instances.
+study_completion = Table(
+    "study_completion",
+    metadata,
+    _key("study_uid"),
+    *_columns(Characters(), "why"),
+    *_columns(Integer, "instances"),
+    *_columns(BigInteger, "at_us"),
+)
+Index("study_completion_at", study_completion.c.at_us)
+
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
@@ -341,6 +403,12 @@ def _sixth(connection: Connection) -> None:
     commitment_item.create(connection, checkfirst=True)
 
 
+def _seventh(connection: Connection) -> None:
+    """Worklist, performed steps, and which studies are complete."""
+    for table in (scheduled_step, scheduled_station, performed_step, performed_reference, study_completion):
+        table.create(connection, checkfirst=True)
+
+
 def _ninth(connection: Connection) -> None:
     """How far a device looks, and what becomes of an answer that lacks a ward."""
     _add_columns(
@@ -376,7 +444,9 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _ninth, _eighth, _tenth, _sixth)
+STEPS: tuple[Step, ...] = (
+    _first, _second, _third, _fourth, _fifth, _ninth, _eighth, _tenth, _sixth, _seventh,
+)  # fmt: skip
 
 
 def log_key(at_us: int) -> str:
