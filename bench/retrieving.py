@@ -103,7 +103,7 @@ class Study:
 
     def _check(self, kind: str, server: Server, place: Path) -> None:
         """A file of each instance, which ends with the data set that was stored."""
-        files = {path.name.partition(".")[2].removesuffix(".dcm"): path for path in place.iterdir()}
+        files = {path.name.removeprefix("CT."): path for path in place.iterdir()}
         for sent in map(self.corpus.instance, range(self.count)):
             path = files.pop(sent.sop_instance_uid, None)
             if path is None or not path.read_bytes().endswith(b"".join(sent.chunks())):
