@@ -1,0 +1,385 @@
+"""Routing rules over a real archive, with devices that receive by C-STORE: what goes where, what waits, and
+what becomes of it when a destination is away, refuses, or the node is killed."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from archive.database import sqlite_url
+from archive.ledger import Destination, Device, Ledger, RouteKind, RouteState
+from node.routing.following import BATCH_RECORDS, Following
+from node.routing.rulefile import parse_rules
+from tests.datasets import CT, MR, Instance, make_instance
+from tests.node.receiving import Receiver, receiver
+from tests.node.routed import device, routing
+from tests.node.storing import WARD, Storing, storing
+from tests.waiting import wait_for
+
+PLANNING = """
+[[rule]]
+name = "planning"
+to = "ONCO"
+[rule.match]
+Modality = "CT"
+StudyDescription = ["*RT*PLAN*", "*planning*"]
+[rule.not]
+PatientID = "TEST*"
+"""
+ALL = '[[rule]]\nname = "all"\nto = "ONCO"\n'
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Storing]:
+    with storing(tmp_path) as running:
+        yield running
+
+
+def have(peer: Receiver, *instances: Instance) -> None:
+    """Returns when the peer has these."""
+    uids = {one.sop_instance_uid for one in instances}
+    wait_for(lambda: uids <= set(peer.received), f"{len(uids)} instances at the destination")
+
+
+def test_what_meets_all_conditions_and_no_exception_goes(served: Storing) -> None:
+    wanted = [make_instance(StudyDescription=words) for words in ("CT RT - PLAN 2", "planning")]
+    others = [
+        make_instance(StudyDescription="Thorax"),
+        make_instance(StudyDescription="planning", modality="MR", sop_class=MR),
+        make_instance(StudyDescription="planning", patient_id="TEST7"),
+    ]
+    with receiver() as peer:
+        device(served, "ONCO", peer.port)
+        with routing(served, PLANNING) as running:
+            assert served.send(*wanted, *others) == [0] * 5
+            have(peer, *wanted)
+            last = make_instance(StudyDescription="planning")
+            served.send(last)
+            have(peer, last)
+            wait_for(lambda: not running.queue(), "an empty queue")
+    assert set(peer.received) == {one.sop_instance_uid for one in (*wanted, last)}
+    assert {uid: got.dataset for uid, got in peer.received.items()} == {
+        one.sop_instance_uid: one.dataset for one in (*wanted, last)}
+
+
+@pytest.mark.parametrize(("condition", "goes"), [
+    ('device = "CT*"', True),
+    ('calling_ae = ["MR1", "CT1"]', True),
+    ('calling_ae = "MR1"', False),
+    ('sop_class = "CTImageStorage"', True),
+    (f'sop_class = "{MR}"', False),
+    ('transfer_syntax = "ExplicitVRLittleEndian"', True),
+    ('transfer_syntax = "JPEG2000Lossless"', False),
+    ('PatientName = "rossi*"', True),
+    ('StudyDate = "20260101-20260131"', True),
+    ('StudyDate = "-20251231"', False),
+    ('StudyTime = "10-11"', True),
+    ('ModalitiesInStudy = "CT"', True),
+    ('SOPClassUID = "CTImageStorage"', True),
+    ('Rows = 16', True),
+    ('Rows = 512', False),
+    ('PatientComments = "x*"', False),  # what is unknown meets nothing
+])  # fmt: skip
+def test_conditions(served: Storing, condition: str, goes: bool) -> None:
+    """Asked of what the index says of a stored instance."""
+    rule, = parse_rules(f'{ALL}[rule.match]\n{condition}\n')
+    one = make_instance()
+    served.send(one)
+    served.archive.wait_indexed()
+    described, = served.archive.index.described([one.sop_instance_uid])
+    assert rule.takes(described) is goes
+    assert bool(rule.may_take(described.stored.head) and rule.takes(described)) is goes
+
+
+def test_hours_of_arrival_and_of_sending(served: Storing) -> None:
+    now = datetime.now().astimezone()
+    open_now = f"{now.hour:02d}:00-{(now.hour + 2) % 24:02d}:00"
+    closed = f"{(now.hour + 3) % 24:02d}:00-{(now.hour + 4) % 24:02d}:00"
+    rules = f"""
+[[rule]]
+name = "came now"
+to = "ONCO"
+[rule.match]
+received = "{open_now}"
+[[rule]]
+name = "came at another time"
+to = "PACS"
+[rule.match]
+received = "{closed}"
+[[rule]]
+name = "later"
+to = "NIGHT"
+hours = "{closed}"
+"""
+    with receiver() as onco, receiver() as pacs, receiver() as night:
+        for ae_title, peer in (("ONCO", onco), ("PACS", pacs), ("NIGHT", night)):
+            device(served, ae_title, peer.port)
+        with routing(served, rules) as running:
+            one = make_instance()
+            served.send(one)
+            have(onco, one)
+            waiting = wait_for(running.queue, "the row of the closed window")
+            wait_for(lambda: len(running.queue()) == 1, "one row")
+    row, = waiting if len(waiting) == 1 else running.queue()
+    assert row.to.name == "NIGHT" and row.tries == 0
+    opens = datetime.fromtimestamp(row.next_try_us / 1e6).astimezone()
+    assert opens.hour == (now.hour + 3) % 24 and opens > now
+    assert not pacs.received and not night.received
+
+
+def test_nothing_goes_back_to_whom_it_came_from(served: Storing) -> None:
+    """The device that sends is one of the destinations."""
+    with receiver() as sender, receiver() as peer:
+        served.ledger.add_device(Device("CT1", "127.0.0.1", port=sender.port))
+        device(served, "ONCO", peer.port)
+        with routing(served, '[[rule]]\nname = "all"\nto = ["CT1", "ONCO"]\n') as running:
+            one = make_instance()
+            served.send(one)
+            have(peer, one)
+            wait_for(lambda: not running.queue(), "an empty queue")
+            rows = [state.to.name for state in served.ledger.destinations_of_routes()]
+    assert rows == ["ONCO"]
+    assert not sender.received
+
+
+def test_once_whichever_rules_and_orders_say_so(served: Storing) -> None:
+    two = ALL + '[[rule]]\nname = "also"\nto = "ONCO"\npriority = "high"\n'
+    with receiver() as peer:
+        device(served, "ONCO", peer.port)
+        with routing(served, two) as running:
+            one = make_instance()
+            served.send(one)
+            served.send(one)  # a duplicate: nothing new is stored
+            have(peer, one)
+            wait_for(lambda: not running.queue(), "an empty queue")
+            answer = running.orders.apply({"rule": "also", "since_us": "0"}, "anna")
+            assert answer == "0 queued; 1 were in the queue, or sent, before"
+            assert peer.arrived.acquire(timeout=0) and not peer.arrived.acquire(timeout=0)
+            answer = running.orders.apply({"rule": "also", "since_us": "0", "again": "yes"}, "anna")
+            assert answer == "1 queued; 0 were in the queue, or sent, before"
+            assert peer.arrived.acquire(timeout=20)
+            wait_for(lambda: not running.queue(), "an empty queue")
+
+
+def test_what_was_stored_before_goes_by_order_alone(served: Storing) -> None:
+    before, after = make_instance(), make_instance()
+    served.send(before)
+    with receiver() as peer:
+        device(served, "ONCO", peer.port)
+        with routing(served, ALL) as running:
+            served.send(after)
+            have(peer, after)
+            assert before.sop_instance_uid not in peer.received
+            running.orders.apply({"rule": "all", "since_us": "0"}, "anna")
+            have(peer, before)
+
+
+def test_what_waits_for_one_that_is_away_goes_when_it_is_back(served: Storing) -> None:
+    sent = [make_instance(number=n) for n in range(5)]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    device(served, "ONCO", port)
+    with routing(served, ALL) as running:
+        served.send(*sent)
+        wait_for(lambda: len(running.queue()) == 5, "five rows")
+        wait_for(lambda: (state := running.summary("ONCO").state) and state.failures >= 3, "three failures")
+        summary = running.summary("ONCO")
+        assert (summary.waiting, summary.set_aside, summary.tries) == (5, 0, 0)  # rows count no try
+        assert summary.state is not None and "no connection" in summary.state.error
+        with receiver() as peer:
+            device(served, "ONCO", peer.port)  # it listens elsewhere now: the list counts at once
+            have(peer, *sent)
+            wait_for(lambda: not running.queue(), "an empty queue")
+            wait_for(lambda: not served.ledger.route_summaries(), "nothing to show")
+
+
+def test_an_unknown_destination_waits_with_the_reason(served: Storing) -> None:
+    one = make_instance()
+    with routing(served, ALL) as running:
+        served.send(one)
+        state = wait_for(lambda: running.summary("ONCO").state if running.summary("ONCO").state
+                         and running.summary("ONCO").state.failures else None, "a failure")  # type: ignore[union-attr]
+        assert "no device has this AE title" in state.error
+        with receiver() as peer:
+            device(served, "ONCO", peer.port)
+            have(peer, one)
+
+
+def test_refusals_are_set_aside_while_the_others_pass(served: Storing) -> None:
+    """MR is not taken at all, one CT is refused for good, one as often as it is tried."""
+    good, bad, flaky = (make_instance(number=n) for n in range(3))
+    mr = make_instance(modality="MR", sop_class=MR)
+    answers = {bad.sop_instance_uid: 0xA900, flaky.sop_instance_uid: 0x0110}
+    with receiver(takes={CT: (good.transfer_syntax_uid,)}, status=lambda uid: answers.get(uid, 0),
+                  comment="its own words") as peer:
+        device(served, "ONCO", peer.port)
+        with routing(served, ALL, tries_max=3) as running:
+            served.send(bad, mr, flaky, good)
+            have(peer, good)
+            wait_for(lambda: running.summary("ONCO").set_aside == 3, "three set aside")
+            rows = {row.sop_instance_uid: row for row in running.queue()}
+            assert {uid: (row.status, row.tries) for uid, row in rows.items()} == {
+                bad.sop_instance_uid: (0xA900, 1), mr.sop_instance_uid: (0x0122, 1),
+                flaky.sop_instance_uid: (0x0110, 3)}
+            assert "its own words" in rows[bad.sop_instance_uid].comment
+            assert "3 times" in rows[flaky.sop_instance_uid].comment
+            answers.clear()
+            assert running.orders.retry({"state": "set aside"}, "anna") == "3 will be tried now"
+            wait_for(lambda: len(running.queue()) == 1, "what is not taken at all")
+            assert running.orders.drop({"rule": "all"}, "anna") == "1 dropped"
+            assert not running.queue()
+
+
+def test_one_that_has_no_room_is_left_alone(served: Storing) -> None:
+    one = make_instance()
+    full = [True]
+    with receiver(status=lambda uid: 0xA700 if full[0] else 0) as peer:
+        device(served, "ONCO", peer.port)
+        with routing(served, ALL, tries_max=2) as running:
+            served.send(one)
+            wait_for(lambda: running.queue() and running.queue()[0].tries >= 4, "more tries than are counted")
+            assert running.queue()[0].state is RouteState.WAITING
+            full[0] = False
+            wait_for(lambda: not running.queue(), "an empty queue")
+
+
+def test_urgent_first_then_the_oldest(served: Storing) -> None:
+    rules = """
+[[rule]]
+name = "urgent"
+to = "ONCO"
+priority = "high"
+match = { SeriesDescription = "STROKE" }
+[[rule]]
+name = "all"
+to = "ONCO"
+"""
+    slow = [make_instance(number=n) for n in range(3)]
+    urgent = make_instance(SeriesDescription="STROKE")
+    with routing(served, rules) as running:
+        served.send(*slow)
+        wait_for(lambda: len(running.queue()) == 3, "three rows")
+        served.send(urgent)
+        wait_for(lambda: len(running.queue()) == 4, "four rows")
+        to = Destination(RouteKind.DEVICE, "ONCO")
+        due = served.ledger.due_routes(to, 2**62, 10)
+    assert [row.sop_instance_uid for row in due][0] == urgent.sop_instance_uid
+    assert [row.queued_us for row in due[1:]] == sorted(row.queued_us for row in due[1:])
+
+
+def test_a_changed_file_counts_and_a_broken_one_does_not(
+    served: Storing, caplog: pytest.LogCaptureFixture
+) -> None:
+    with receiver() as onco, receiver() as pacs:
+        device(served, "ONCO", onco.port)
+        device(served, "PACS", pacs.port)
+        with routing(served, ALL) as running:
+            running.rewrite(ALL + "[rule.match]\nModalty = 'CT'\n")
+            wait_for(lambda: "did you mean 'Modality'" in caplog.text, "the mistake in the log")
+            assert "line 5, rule 1 'all': match.Modalty" in caplog.text
+            first, second = make_instance(), make_instance()
+            served.send(first)
+            have(onco, first)
+            running.rewrite('[[rule]]\nname = "other"\nto = "PACS"\n')
+            wait_for(lambda: "other" in served.ledger.rule_marks(), "the new rule")
+            served.send(second)
+            have(pacs, second)
+    assert set(onco.received) == {first.sop_instance_uid}
+    assert set(pacs.received) == {second.sop_instance_uid}
+
+
+def test_a_file_that_is_broken_at_the_start_misses_nothing_once_it_is_right(tmp_path: Path) -> None:
+    one = make_instance()
+    with receiver() as peer:
+        with storing(tmp_path) as served:
+            device(served, "ONCO", peer.port)
+            with routing(served, ALL):
+                pass
+        with storing(tmp_path) as served, routing(served, "[[rule]\n") as running:
+            served.send(one)
+            served.archive.wait_indexed()
+            assert not running.queue()
+            running.rewrite(ALL)
+            have(peer, one)
+
+
+def test_without_rules_nothing_is_kept(served: Storing) -> None:
+    with routing(served, None):
+        served.send(make_instance())
+        served.archive.wait_indexed()
+    assert served.ledger.rule_marks() == {} and served.ledger.destinations_of_routes() == []
+
+
+def test_a_ward_waits_for_an_uplink_with_the_reason(served: Storing) -> None:
+    with routing(served, '[[rule]]\nname = "ward"\nward = "galliera/oncology"\n') as running:
+        served.send(make_instance())
+        wait_for(lambda: served.ledger.route_summaries()
+                 and served.ledger.route_summaries()[0].state.failures, "a failure")  # type: ignore[union-attr]
+        summary, = served.ledger.route_summaries()
+    assert str(summary.to) == "ward galliera/oncology"
+    assert summary.waiting == 1 and summary.state is not None and "uplink" in summary.state.error
+
+
+def test_a_full_queue_stops_its_rules_and_misses_nothing(served: Storing) -> None:
+    rules = ALL + '[[rule]]\nname = "other"\nto = "PACS"\n'
+    sent = [make_instance(number=n) for n in range(6)]
+    with receiver() as onco, receiver() as pacs:
+        device(served, "PACS", pacs.port)
+        with routing(served, rules, queue_max=1) as running:
+            for one in sent:  # one at a time: each is a batch of its own
+                served.send(one)
+                have(pacs, one)
+            assert running.summary("ONCO").waiting < 6
+            device(served, "ONCO", onco.port)
+            have(onco, *sent)
+
+
+def test_following_in_batches(served: Storing) -> None:
+    """More records than one batch: each is queued once, and the marks move."""
+    following = Following(served.archive, served.ledger, WARD, queue_max=10**6, clock=lambda: 1)
+    following.use(parse_rules(ALL))
+    count = BATCH_RECORDS + 20
+    sent = [make_instance(rows=0, number=n) for n in range(count)]
+    served.send(*sent)
+    served.archive.wait_indexed()
+    while following.step():
+        pass
+    assert len(served.ledger.routes(10_000)) == count
+    assert served.ledger.rule_marks()["all"].position == served.archive.index.positions()[0]
+
+
+@pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK is not installed")
+def test_storescp_as_a_destination(served: Storing, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    process = subprocess.Popen(["storescp", "--accept-all", "-od", str(inbox), "-aet", "ONCO", str(port)])
+    try:
+        device(served, "ONCO", port)
+        sent = [make_instance(number=n) for n in range(20)]
+        with routing(served, ALL) as running:
+            served.send(*sent)
+            wait_for(lambda: len(list(inbox.iterdir())) == 20 and not running.queue(), "20 files")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_ledger_that_another_reads(tmp_path: Path) -> None:
+    """Rows of a node that does not run are seen as they stand."""
+    with storing(tmp_path) as served:
+        with routing(served, ALL) as running:
+            served.send(make_instance())
+            wait_for(running.queue, "a row")
+    ledger = Ledger.open(sqlite_url(tmp_path / "ledger.db"))
+    try:
+        assert [row.rule for row in ledger.routes(10)] == ["all"]
+    finally:
+        ledger.close()
