@@ -11,6 +11,7 @@ receipt. A ward that is away is covered as of then exactly when that report was 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from enum import Enum
@@ -217,6 +218,18 @@ def _standing(state: WardState, now_us: int, asked: Asked | None) -> tuple[Cover
         where = "not yet here" if present else "still at the ward, which is away"
         return CoverageState.INCOMPLETE, f"{_instances(state.pending)} {where}"
     return (CoverageState.UP_TO_DATE if present else CoverageState.AS_OF), ""
+
+
+def lacking(coverage: Iterable[WardCoverage], now_us: int, max_age_s: float) -> list[WardCoverage]:
+    """The wards that an answer lacks: something of them is known to be missing, or what is known of them is
+    older than `max_age_s`. One that is attached, or answered, is as of now."""
+    oldest_us = now_us - int(max_age_s * 1e6)
+
+    def is_lacking(one: WardCoverage) -> bool:
+        too_old = one.state is CoverageState.AS_OF and (one.complete_to_us or 0) < oldest_us
+        return not one.covered or too_old
+
+    return [one for one in coverage if is_lacking(one)]
 
 
 def plain_words(coverage: WardCoverage, now_us: int, zone: tzinfo = UTC) -> str:

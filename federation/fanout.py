@@ -95,6 +95,42 @@ def merge(
     return Page(ordered[offset : None if limit is None else offset + limit], added)
 
 
+def with_own(
+    level: Level, region: Sequence[Match], own: Sequence[Match], *, limit: int | None = None
+) -> list[Match]:
+    """The region's answer joined with what the ward that asked finds in its own archive. The region counts
+    what it has receipts for and what each ward listed as pending, this one too; so the two overlap, and no
+    count is their sum. What a ward lists is bounded and its archive is not: a count is the larger of the two.
+    Rows whose bytes are not all in the own archive are `nearline`.
+    """
+    rows = {_own_key(level, match): replace(match, nearline=True) for match in region}
+    for match in own:
+        key = _own_key(level, match)
+        row = rows.get(key)
+        rows[key] = match if row is None else _joined_with_own(row, match)
+    return in_order(level, rows.values())[:limit]
+
+
+def _own_key(level: Level, match: Match) -> tuple[str, ...]:
+    """A patient without an ID is told from another by all that is known of them."""
+    if level is Level.PATIENT and not match.patient.get("PatientID"):
+        return (*_key(level, match), *(part for item in sorted(match.patient.items()) for part in item))
+    return _key(level, match)
+
+
+def _joined_with_own(row: Match, own: Match) -> Match:
+    return replace(
+        row,
+        modalities=_union(row.modalities, own.modalities),
+        sop_classes=_union(row.sop_classes, own.sop_classes),
+        study_count=max(row.study_count, own.study_count),
+        series_count=max(row.series_count, own.series_count),
+        instance_count=max(row.instance_count, own.instance_count),
+        wards=_union(row.wards, own.wards),
+        nearline=own.nearline or row.instance_count > own.instance_count,
+    )
+
+
 def uids_of(wards: Iterable[WardMatches]) -> frozenset[str]:
     """Every SOP Instance UID that the wards list."""
     return frozenset(uid for holding in _holdings(wards) for uid in holding.sop_instance_uids)

@@ -95,8 +95,8 @@ class HubSettings:
     stop_grace_s: float = setting(5.0, "What open calls get to end when the hub stops.", "s", minimum=0.0)
     deliveries: tuple[str, ...] = setting(
         ("* > *",),
-        'Which ward may hand its images to which: "FROM > TO", each a ward (hospital/ward) or "*". Without any '
-        "none may.",
+        'Which ward may hand its images to which: "FROM > TO", each a ward (hospital/ward) or "*". None may '
+        "when the list is empty.",
     )
     enrolment: EnrolmentSettings = setting(EnrolmentSettings)
     archive: StoreSettings = setting(StoreSettings)
@@ -123,6 +123,16 @@ class DeliverySettings:
         "kept apart for people to decide, or refused.", choices=("keep", "refuse"),
     )
     streams: int = setting(2, "Deliveries fetched at once.", minimum=1, maximum=4)
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """What a node fetches from the region for its devices."""
+
+    spool_bytes_max: int = setting(
+        8 * GIB, "What is fetched from the region lies on the node's disk until it is passed on, at most so "
+        "much at once.", "bytes", minimum=MIB,
+    )
 
 
 @dataclass(frozen=True)

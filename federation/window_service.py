@@ -66,7 +66,7 @@ P = ParamSpec("P")
 
 CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 256 << 10
-MATCHES_MAX = 100_001  # of one search; C-FIND's own bound is lower
+MATCHES_MAX = 100_001  # of one search
 HUB_WAIT_S = 5.0  # for the hub's own loop, beyond the wards' deadline
 SAME_ACT_US = 300 * 1_000_000  # fetches of one study are one act for as long
 REMEMBERED_MAX = 20_000

@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from archive.archive import Archive, ArchiveSettings
-from archive.ledger import WardState
+from archive.ledger import AuditRow, WardState
 from archive.model import Provenance, Ward
 from certs.identity import Identity
 from certs.settings import EnrolmentSettings
@@ -58,12 +58,15 @@ class Node:
     settings: UplinkSettings = QUICK
     archive: Archive | None = None
     uplink: Uplink | None = None
+    audited: list[AuditRow] = field(default_factory=list)  # who was answered from here
 
     def start(self, **changes: Any) -> Node:
         self.settings = replace(self.settings, **changes)
         if self.archive is None:
             self.archive = open_archive(self.folder)
-        self.uplink = Uplink(self.archive, self.identity, self.settings, ae_title="WARD")
+        self.uplink = Uplink(
+            self.archive, self.identity, self.settings, ae_title="WARD", audit=self.audited.append
+        )
         self.uplink.start()
         return self
 
