@@ -45,7 +45,7 @@ from archive.index.schema import (
     study,
 )
 from archive.index.stored import instance_of
-from archive.index.tallies import Tally, Unit, holders, tallies, uid_lists
+from archive.index.tallies import Tally, Unit, evicted, holders, tallies, uid_lists
 from archive.matching import parse
 from archive.model import EVERYTHING, Level, Match, Query, Scope, StoredInstance
 from archive.predicates import AllOf, Empty, Like, Named, OneOf, Predicate, Worded
@@ -291,8 +291,9 @@ class _Page:
         lists: dict[Unit, Any] = {}
         if self._query.pending_only:
             lists = uid_lists(self._connection, self._level, units, self._query.scope)
+        away = evicted(self._connection, self._level, units)
         return [
-            self._match(by_level, counted[unit], lists.get(unit, ()))
+            self._match(by_level, counted[unit], lists.get(unit, ()), unit in away)
             for unit, by_level in zip(units, fields, strict=True)
         ]
 
@@ -333,7 +334,7 @@ class _Page:
             self._connection, self._level, units, self._query.scope, pending=self._query.pending_only
         )
 
-    def _match(self, by_level: list[dict[str, str]], tally: Tally, lists: Any) -> Match:
+    def _match(self, by_level: list[dict[str, str]], tally: Tally, lists: Any, nearline: bool) -> Match:
         empty: dict[str, str] = {}
         padded = by_level + [empty] * (4 - len(by_level))
         return Match(
@@ -351,6 +352,7 @@ class _Page:
             wards=tuple(sorted(tally.wards)),
             holdings=tuple(lists),
             truncated=bool(lists) and sum(len(one.sop_instance_uids) for one in lists) < tally.instances,
+            nearline=nearline,
         )
 
 

@@ -280,4 +280,14 @@ _ADDED_THIRD = {
     "accepted_us": "accepted_us BIGINT NOT NULL DEFAULT 0",
 }
 
-STEPS: tuple[Step, ...] = (_first, _second, _third)
+
+def _fourth(connection: Connection) -> None:
+    """What was evicted is found without looking at what was not: answers say what has to be fetched."""
+    evicted = "evicted = 1" if connection.dialect.name == "sqlite" else "evicted"
+    connection.execute(text(
+        "CREATE INDEX IF NOT EXISTS instance_evicted ON instance"
+        f" (study_instance_uid, series_instance_uid, sop_instance_uid) WHERE {evicted}"
+    ))  # fmt: skip
+
+
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth)

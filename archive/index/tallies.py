@@ -113,6 +113,18 @@ def holders(connection: Connection, units: Sequence[Unit], scope: Scope) -> dict
     return wards
 
 
+def evicted(connection: Connection, level: Level, units: Sequence[Unit]) -> set[Unit]:
+    """The studies, series or instances of which bytes were given up here; of patients nothing is said."""
+    if level is Level.PATIENT:
+        return set()
+    key = (instance.c.study_instance_uid, instance.c.series_instance_uid, instance.c.sop_instance_uid)
+    length = {Level.STUDY: 1, Level.SERIES: 2, Level.IMAGE: 3}[level]
+    query = select(*key[:length]).where(instance.c.evicted).distinct()
+    # By study: that is what the index of evicted instances begins with.
+    rows = by_uid(connection, query, instance.c.study_instance_uid, {unit[0] for unit in units})
+    return {tuple(row) for row in rows}
+
+
 def _studies(connection: Connection, level: Level, units: Sequence[Unit]) -> dict[str, Unit]:
     """The unit of each study behind the page; at series and image level the study itself."""
     if level is not Level.PATIENT:

@@ -97,7 +97,11 @@ def test_what_the_region_has_is_given_up_and_stays_listed(
     used = sum(archive.packs.storage.allocated(name) for name in archive.packs.storage.list("packs"))
     report = evict(archive, study_uid="1.2.1")
     assert (report.instances, report.kept, report.unreadable) == (6, 0, 0)
-    assert archive.index.totals() == totals and archive.search(Query(Level.STUDY)) == found
+    away = [changed(one, nearline=one.study["StudyInstanceUID"] == "1.2.1") for one in found]
+    assert archive.index.totals() == totals and archive.search(Query(Level.STUDY)) == away != found
+    for level in (Level.SERIES, Level.IMAGE):
+        rows = archive.search(Query(level))
+        assert all(one.nearline is (one.study["StudyInstanceUID"] == "1.2.1") for one in rows)
     assert len(archive.packs.storage.list("large")) == 1  # the other study's
     stored = archive.instances("1.2.1")
     assert len(stored) == 6 and all(each.evicted for each in stored)
