@@ -1,22 +1,24 @@
 """Owns what a service sees of the association that it serves: who calls, the responses that it owes the peer,
-in the order of the requests, and the book of what was answered. A response to something that was written
-goes out when that is on disk and not before. It never receives; `acceptor.py` does."""
+in the order of the requests, what it asked the peer itself, and the book of what was answered. A response to
+something that was written goes out when that is on disk and not before. It never receives; `acceptor.py`
+does."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from archive.errors import MissError
+from federation.policy import Principal, Role, reach_named
 from node.dimse import status as codes
 from node.dimse.association import Association, Context
 from node.dimse.contexts import ServiceName
 from node.dimse.errors import Violation
-from node.dimse.messages import Command, Field, response
+from node.dimse.messages import MESSAGE_ID_RESPONDED_TO, Command, Field, response
 from node.dimse.origin import PLAIN
 from node.dimse.pdu import AbortSource
 
@@ -45,6 +47,10 @@ class Caller:
     reach: str = "ward"
     on_incomplete: str = "succeed"
     max_age_s: int = 43_200
+
+    def principal(self, ward: str) -> Principal:
+        """Who asks, for `federation/policy.py`: this device, of the node's ward."""
+        return Principal(self.ae_title, Role.DEVICE, ward, reach=reach_named(self.reach))
 
 
 @dataclass(slots=True)
@@ -86,10 +92,14 @@ class _Owed:
     stored: Durable | None
 
 
+Heard = Callable[[Command | None], None]  # the peer's response; None when the association ended without it
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """What a service sees of the association it serves. `extended` is what was agreed on by SOP class (PS3.7
-    D.3.3.5); `owed` are final responses in the order of their requests."""
+    D.3.3.5); `owed` are final responses in the order of their requests, `asked` our own requests of the peer
+    by message ID."""
 
     association: Association
     caller: Caller
@@ -97,14 +107,42 @@ class Exchange:
     entry: Log
     extended: Mapping[str, bytes] = field(default_factory=dict)
     owed: list[_Owed] = field(default_factory=list)
+    asked: dict[int, Heard] = field(default_factory=dict)
+
+    def ask(self, context: Context, request: Callable[[int], bytes], dataset: bytes, heard: Heard) -> None:
+        """Send a request of our own, which `request` builds with a message ID, and go on: the peer may be
+        sending one itself just now. `heard` is told of its response, whenever that comes, by the thread that
+        serves the association then."""
+        message_id = next(number for number in range(1, 0x10000) if number not in self.asked)
+        self.asked[message_id] = heard
+        self.association.send(context, request(message_id), dataset)
+
+    def hear(self, context: Context, command: Command) -> None:
+        """A response of the peer: to something that we asked, or the association ends."""
+        heard = self.asked.pop(command.short(MESSAGE_ID_RESPONDED_TO, -1), None)
+        if heard is None:
+            raise Violation("a response to nothing", source=AbortSource.SERVICE_USER, reason=0)
+        self.association.drain(context)
+        heard(command)
+
+    def hear_no_more(self) -> None:
+        """The association is over: what was asked stays without a response."""
+        while self.asked:
+            self.asked.popitem()[1](None)
 
     def respond(self, context: Context, command: Command, status: int, *, comment: str = "",
-                dataset: bytes | None = None, more: bytes = b"", sop_instance_uid: str = "") -> None:
+                dataset: bytes | None = None, more: bytes = b"", sop_instance_uid: str = "",
+                error_id: int = 0) -> None:
         """Send a response and, when it is the last one, count it. `more` are further elements of the command
-        set, above (0000,1000); `sop_instance_uid` names what the request did not."""
+        set, above (0000,1000); `sop_instance_uid` names what the request did not, `error_id` goes into
+        (0000,0903)."""
         self.settle()
-        answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid)
+        answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid, error_id)
         self.association.send(context, answer, dataset)
+
+    def pending(self, context: Context, command: Command, more: bytes) -> bytes:
+        """A pending response as octets, to be sent together with what comes next."""
+        return self.association.encode(context, self._answer(command, codes.PENDING, "", False, more))
 
     def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
                stored: Durable | None = None) -> None:
@@ -159,11 +197,11 @@ class Exchange:
         return self._answer(owed.command, status, comment, False)
 
     def _answer(self, command: Command, status: int, comment: str, has_dataset: bool, more: bytes = b"",
-                sop_instance_uid: str = "") -> bytes:
+                sop_instance_uid: str = "", error_id: int = 0) -> bytes:
         if status not in (codes.PENDING, codes.PENDING_UNSUPPORTED_KEYS):
             self.entry.operations[f"{command.name} {status:04X}"] += 1
         return response(command, status, comment=comment, has_dataset=has_dataset, more=more,
-                        sop_instance_uid=sop_instance_uid)
+                        sop_instance_uid=sop_instance_uid, error_id=error_id)
 
 
 class Service(Protocol):

@@ -14,13 +14,14 @@ from archive.budget import ByteBudget
 from archive.catalog import BY_KEYWORD
 from archive.dataset import attributes
 from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
-from archive.model import Level, Match, Query
-from federation.policy import Act, Principal, Role, require
+from archive.model import Level, Query
+from federation.policy import Act, Principal, Reach, require
 from node.dimse.association import Context
 from node.dimse.contexts import PATIENT_ROOT_FIND
 from node.dimse.exchange import Caller, Exchange
 from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier, write_identifier
 from node.dimse.messages import Command
+from node.dimse.services.regional import SearchWindow, Widened, widened
 from node.dimse.status import CANCELLED, PENDING, PENDING_UNSUPPORTED_KEYS, SUCCESS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Find:
     ward: str
     ae_title: str
     responses_max: int
+    window: SearchWindow | None = None  # on the region, for devices that may look there
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
     searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
@@ -58,10 +60,11 @@ class Find:
         level, keys, wanted, unsupported = careful(
             lambda: attributes.query_from_dataset(identifier, patient_root=patient_root))
         refuse_foreign_keys(level, keys, patient_root=patient_root)
-        principal = Principal(exchange.caller.ae_title, Role.DEVICE, self.ward)
+        principal = exchange.caller.principal(self.ward)
         query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
         status = PENDING_UNSUPPORTED_KEYS if unsupported else PENDING
-        with self._matches(query) as matches:
+        with self._matches(query, principal, exchange.caller) as found:
+            matches = found.matches
             for match in matches[:self.responses_max]:
                 if association.cancelled(command.message_id):
                     exchange.respond(context, command, CANCELLED)
@@ -71,23 +74,26 @@ class Find:
                                  dataset=write_identifier(answer, context.transfer_syntax))
         if len(matches) > self.responses_max:
             raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
-        exchange.respond(context, command, SUCCESS)
+        exchange.respond(context, command, SUCCESS, comment=found.comment(exchange.caller))
 
     @contextmanager
-    def _matches(self, query: Query) -> Iterator[list[Match]]:
+    def _matches(self, query: Query, principal: Principal, caller: Caller) -> Iterator[Widened]:
         """The matches, held while they are sent: peers that ask and do not read must not fill the memory."""
         if not self.searching.acquire(timeout=SEARCH_WAIT_S):
             raise OutOfResources("too many searches at once")
         try:
-            matches = self.archive.search(query)
-            if not self.held.take(len(matches)):
-                raise OutOfResources("too many matches are on their way to other devices")
+            found = Widened(self.archive.search(query))
         finally:
             self.searching.release()
+        if self.window is not None and principal.reach is Reach.REGION:
+            found = widened(self.window, principal, caller, query, found.matches)
+        held = len(found.matches)
+        if not self.held.take(held):
+            raise OutOfResources("too many matches are on their way to other devices")
         try:
-            yield matches
+            yield found
         finally:
-            self.held.give_back(len(matches))
+            self.held.give_back(held)
 
 
 def refuse_foreign_keys(level: Level, keys: Sequence[tuple[str, str]], *, patient_root: bool) -> None:
