@@ -16,9 +16,11 @@ from typing import Protocol
 
 from archive.errors import MissError
 from bench import programs
+from bench.crowded import CROWDED_ROWS
 from bench.crowds import CROWD_ROWS
 from bench.finding import FIND_ROWS, GROWTH_ROWS
 from bench.lag import LAG_ROWS
+from bench.mixed import MIXED_ROWS
 from bench.programs_that_send import SENDING_ROWS
 from bench.rates import RATE_ROWS
 from bench.retrieving import RETRIEVE_ROWS
@@ -35,7 +37,8 @@ class Row(Protocol):
     def measure(self, bench: Bench) -> list[Result]: ...
 
 
-ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS)
+ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS,
+                         *MIXED_ROWS, *CROWDED_ROWS)
 LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 
