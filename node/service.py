@@ -24,6 +24,7 @@ from certs.profiles import Profile
 from federation.uplink import Uplink
 from node.admission import Admission
 from node.availability import AvailabilityScu
+from node.commitment import StorageCommitment
 from node.destinations import Destinations
 from node.dimse.acceptor import Services
 from node.dimse.contexts import Offer, ServiceName
@@ -62,6 +63,7 @@ class Node:
         self.ledger: Ledger
         self.identity: Identity
         self.uplink: Uplink | None = None
+        self.commitment: StorageCommitment
         self.routing: Routing
 
     @property
@@ -87,6 +89,9 @@ class Node:
             parts.callback(self.ledger.close)
             self.archive = Archive.open(settings.archive_settings(), outbox=True)
             parts.callback(self.archive.close)
+            self.commitment = self._commitment(ae_title)
+            self.commitment.start()
+            parts.callback(self.commitment.stop)
             self.routing = self._routing(ae_title)
             self.routing.start()
             parts.callback(self.routing.stop)
@@ -146,13 +151,24 @@ class Node:
         destinations = Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path)
         senders = Senders(
             self.archive, Forwarder(self.archive, destinations, ae_title, ward=ward),
-            AvailabilityScu(destinations, ae_title))
+            AvailabilityScu(destinations, ae_title), commitment=self.commitment.scu,
+            steps_of=lambda uid: [step for step, _ in self.ledger.performed_of([uid]).get(uid, ())])
         return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders)
 
     def _route_orders(self) -> RouteOrders:
         settings = self.settings
         return RouteOrders(self.archive, self.ledger, self.identity.ward, settings.routes_path,
                            settings.routing.queue_max, self.routing.changed)
+
+    def _commitment(self, ae_title: str) -> StorageCommitment:
+        settings = self.settings
+        offer = Offer(settings.dimse.accept_private_classes)
+        return StorageCommitment(
+            self.archive, self.ledger,
+            Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path),
+            settings.commitment, settings.limits(), ae_title=ae_title, ward=self.identity.ward,
+            by_region=settings.commits_by_region,
+            takes_class=lambda uid: offer.service(uid) is ServiceName.STORE)
 
     def _gate(self, ae_title: str) -> Admission:
         dimse = self.settings.dimse
@@ -165,10 +181,11 @@ class Node:
 
     def _listen(self, ae_title: str, gate: Admission) -> DimseServer:
         dimse, ward = self.settings.dimse, self.identity.ward
-        services = Services(Offer(dimse.accept_private_classes), {
+        services = Services(Offer(dimse.accept_private_classes, frozenset((ServiceName.COMMIT,))), {
             (ServiceName.ECHO, Field.C_ECHO): Echo(),
             (ServiceName.STORE, Field.C_STORE): Store(self.archive.intake, ward, self.identity.issuer),
             (ServiceName.FIND, Field.C_FIND): Find(self.archive, ward, ae_title, dimse.find_responses_max),
+            **self.commitment.services,
         })
         try:
             return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits(),

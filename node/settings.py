@@ -123,6 +123,97 @@ class RoutingSettings:
 
 
 @dataclass(frozen=True)
+class CommitmentSettings:
+    """Storage commitment: when an instance counts as safe, and how its sender hears of that."""
+
+    means: str = setting(
+        "auto", "What committed means: durable at this node, or in the region too; auto is the region where "
+        "uplink.enabled, else the node.", choices=("auto", "region", "node"),
+    )
+    timeout_s: float = setting(
+        86_400.0, "How long a request may wait for the region's receipts; what has none then is reported as "
+        "failed (0213).", "s", minimum=0.0, maximum=30 * 86_400.0,
+    )
+    same_association_s: float = setting(
+        2.0, "How long an association that stays open after its request is looked at for the report to go "
+        "over it; later ones go over one of their own. A device that can't be called is waited for as long "
+        "as dimse.idle_timeout_s.", "s", minimum=0.0, maximum=600.0,
+    )
+    open_per_device_max: int = setting(
+        200, "Requests of one device that are not reported yet; past it 0213.", minimum=1, maximum=100_000
+    )
+    retry_first_s: float = setting(
+        10.0, "When a report that a device did not take is tried again; twice as long each time after.", "s",
+        minimum=0.01, maximum=3600.0,
+    )
+    retry_max_s: float = setting(1800.0, "And at least so often.", "s", minimum=0.01, maximum=86_400.0)
+    report_days: float = setting(
+        7.0, "How long it is tried at all; as long are reports that came to an end remembered.", "days",
+        minimum=0.0, maximum=365.0,
+    )
+    verify_bytes_per_s: float = setting(
+        200e6, "At most so much is read from the disk to be hashed again.", "bytes/s", minimum=1e5
+    )
+    answer_timeout_s: float = setting(
+        172_800.0, "How long this node waits for the report on what it asked a destination to commit.", "s",
+        minimum=1.0, maximum=30 * 86_400.0,
+    )
+
+
+@dataclass(frozen=True)
+class RetrieveSettings:
+    """C-MOVE, C-GET, and what the routes send: sub-operations, and what they may cost."""
+
+    at_once_max: int = setting(
+        32, "Retrieves that go on at once; the next one waits for its turn.", minimum=1, maximum=1000)
+    per_device_max: int = setting(
+        16, "And of one device.", minimum=1, maximum=1000)
+    wait_s: float = setting(
+        30.0, "How long one waits for its turn; then A702.", "s", minimum=0.0, maximum=3600.0)
+    window: int = setting(
+        8, "C-STOREs that a destination is asked to let be open at once on one association.",
+        minimum=1, maximum=64)
+    associations: int = setting(
+        1, "Associations to a destination at once for one retrieve or route; some destinations take one "
+        "only.", minimum=1, maximum=16)
+    decoded_bytes_max: int = setting(
+        512 * KIB * KIB, "The largest instance, decoded, that is recoded for who does not take it as it is "
+        "stored; two at once. From implicit to explicit VR and back goes without a bound.", "bytes",
+        minimum=KIB * KIB)
+
+
+@dataclass(frozen=True)
+class WorklistSettings:
+    """The modality worklist, and how long steps are kept."""
+
+    folder: Path | None = setting(
+        None, "A folder of worklist files (*.wl, *.dcm) that is followed into the worklist; none when not set.")
+    folder_poll_s: float = setting(2.0, "How often it is looked at.", "s", minimum=0.05, maximum=3600.0)
+    own_steps_only: bool = setting(
+        False, "Show a device only the steps that name its own AE title, or none; else every step of the "
+        "ward.")
+    responses_max: int = setting(
+        2000, "Matches that one worklist query answers; past them it fails with A700.", minimum=1,
+        maximum=100_000)
+    keep_days: float = setting(
+        14.0, "How long a scheduled step stays after the day on which it was to begin.", "days", minimum=1.0,
+        maximum=3650.0)
+    performed_keep_days: float = setting(
+        400.0, "How long a performed step stays after its last change.", "days", minimum=1.0, maximum=36_500.0)
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """When a study counts as complete, where no performed step and no storage commitment says so."""
+
+    quiet_s: float = setting(
+        300.0, "Nothing came for the study for so long.", "s", minimum=0.1, maximum=7 * 86_400.0)
+    step_timeout_s: float = setting(
+        14_400.0, "The same, while a performed step of the study is in progress.", "s", minimum=0.1,
+        maximum=30 * 86_400.0)
+
+
+@dataclass(frozen=True)
 class NodeSettings:
     """A ward's node: archive, DICOM services, uplink."""
 
@@ -133,7 +224,11 @@ class NodeSettings:
     dimse: DimseSettings = setting(DimseSettings)
     archive: StoreSettings = setting(StoreSettings)
     uplink: UplinkSettings = setting(UplinkSettings)
+    retrieve: RetrieveSettings = setting(RetrieveSettings)
+    commitment: CommitmentSettings = setting(CommitmentSettings)
     routing: RoutingSettings = setting(RoutingSettings)
+    worklist: WorklistSettings = setting(WorklistSettings)
+    completion: CompletionSettings = setting(CompletionSettings)
 
     @property
     def routes_path(self) -> Path:
@@ -144,6 +239,12 @@ class NodeSettings:
     def ledger_url(self) -> str:
         """The node's ledger: always a file of its own state, so that a ward needs no database server."""
         return sqlite_url(self.state / "ledger.db")
+
+    @property
+    def commits_by_region(self) -> bool:
+        """Whether an instance is committed only once the region has it."""
+        means = self.commitment.means
+        return self.uplink.enabled if means == "auto" else means == "region"
 
     def archive_settings(self) -> ArchiveSettings:
         return ArchiveSettings(state=self.state, **self.archive.bounds())

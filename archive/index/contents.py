@@ -4,13 +4,14 @@ and `acceptance.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sqlalchemy import Connection, bindparam, exists, select, update
 
 from archive.index.schema import conflict, instance, refusal
+from archive.index.statements import by_uid
 from archive.index.stored import conflict_of, instance_of
-from archive.model import ConflictRow, ConflictState, Refusal, StoredInstance
+from archive.model import UNDECIDED, ConflictRow, ConflictState, Refusal, Standing, StoredInstance
 
 CONFLICTS_MAX = 10_000
 
@@ -63,6 +64,24 @@ def note_compared(connection: Connection, pairs: Sequence[tuple[str, bytes, byte
 def live(connection: Connection, uid: str) -> StoredInstance | None:
     row = connection.execute(select(instance).where(instance.c.sop_instance_uid == uid)).fetchone()
     return None if row is None else instance_of(row)
+
+
+def standings(connection: Connection, uids: Iterable[str]) -> dict[str, Standing]:
+    """How safe the live contents of these UIDs are, of those that are here."""
+    wanted = list(uids)
+    undecided = select(conflict.c.sop_instance_uid, conflict.c.calling_ae).where(
+        conflict.c.state.in_([state.value for state in UNDECIDED])
+    )
+    contested: dict[str, set[str]] = {}
+    for row in by_uid(connection, undecided, conflict.c.sop_instance_uid, wanted):
+        contested.setdefault(row.sop_instance_uid, set()).add(row.calling_ae)
+    return {
+        row.sop_instance_uid: Standing(
+            instance_of(row), row.receipt_us, bool(row.damaged),
+            frozenset(contested.get(row.sop_instance_uid, ())),
+        )
+        for row in by_uid(connection, select(instance), instance.c.sop_instance_uid, wanted)
+    }  # fmt: skip
 
 
 def refusals(connection: Connection, limit: int) -> list[Refusal]:

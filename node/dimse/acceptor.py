@@ -178,6 +178,8 @@ class Acceptor:
             # Before the last word: a peer that hears it may come again at once, and finds its place free.
             self._gate.leave(verdict)
             self._settled(False)
+            if self.exchange is not None:
+                self.exchange.hear_no_more()
         yield Turn.ENDING
         exchange = self.exchange
         with contextlib.suppress(AssociationEnded):
@@ -215,7 +217,8 @@ class Acceptor:
         try:
             window = accept.asynchronous_window
             association = Association(self._wire, contexts, request.max_pdu_bytes, self._limits,
-                                      requestor=False, window=window[0] if window else 1)
+                                      requestor=False, window=window[0] if window else 1,
+                                      invokes=window[1] if window else 1)
             self.exchange = Exchange(association, caller, entry.address, entry, dict(accept.extended))
             # A few kilobytes may inflate to half a second's work: that is its own thread's, never the pump's.
             self._inflates = any(each.transfer_syntax in DEFLATED_SYNTAXES for each in contexts.values())
@@ -251,7 +254,8 @@ class Acceptor:
                     raise Stopping("this side is being stopped")
                 context, command = association.receive()
                 if command.is_response:
-                    raise Violation("a response to nothing", source=AbortSource.SERVICE_USER, reason=0)
+                    exchange.hear(context, command)
+                    continue
                 exchange.hold_to_window(command)
                 self._perform(exchange, context, command)
         except PeerReleased:

@@ -10,13 +10,22 @@ SUCCESS = 0x0000
 CANCELLED = 0xFE00
 PENDING = 0xFF00
 PENDING_UNSUPPORTED_KEYS = 0xFF01  # matches go on; an optional key was not matched (PS3.4 Table C.4-1)
+INVALID_ATTRIBUTE_VALUE = 0x0106
+ATTRIBUTE_LIST_ERROR = 0x0107
 PROCESSING_FAILURE = 0x0110
 DUPLICATE_INSTANCE = 0x0111
 NO_SUCH_INSTANCE = 0x0112
+NO_SUCH_EVENT = 0x0113
+INVALID_ARGUMENT = 0x0115
 INVALID_INSTANCE = 0x0117
+NO_SUCH_CLASS = 0x0118
+MISSING_ATTRIBUTE = 0x0120
+MISSING_ATTRIBUTE_VALUE = 0x0121
 CLASS_NOT_SUPPORTED = 0x0122
+NO_SUCH_ACTION = 0x0123
 NOT_AUTHORIZED = 0x0124
 UNRECOGNIZED_OPERATION = 0x0211
+RESOURCE_LIMITATION = 0x0213
 OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
@@ -50,19 +59,24 @@ _MEANINGS = {
     PENDING: "pending",
     PENDING_UNSUPPORTED_KEYS: "pending, some keys not matched",
     0x0105: "no such attribute",
-    0x0106: "invalid attribute value",
-    0x0107: "attribute list error",
+    INVALID_ATTRIBUTE_VALUE: "invalid attribute value",
+    ATTRIBUTE_LIST_ERROR: "attribute list error",
     PROCESSING_FAILURE: "processing failure",
     DUPLICATE_INSTANCE: "duplicate SOP instance",
     NO_SUCH_INSTANCE: "no such SOP instance",
+    NO_SUCH_EVENT: "no such event type",
+    INVALID_ARGUMENT: "invalid argument value",
     INVALID_INSTANCE: "invalid SOP instance UID",
-    0x0118: "no such SOP class",
+    NO_SUCH_CLASS: "no such SOP class",
+    MISSING_ATTRIBUTE: "missing attribute",
+    MISSING_ATTRIBUTE_VALUE: "missing attribute value",
     CLASS_NOT_SUPPORTED: "SOP class not supported",
+    NO_SUCH_ACTION: "no such action type",
     NOT_AUTHORIZED: "not authorized",
     0x0210: "duplicate invocation",
     UNRECOGNIZED_OPERATION: "unrecognized operation",
     0x0212: "mistyped argument",
-    0x0213: "resource limitation",
+    RESOURCE_LIMITATION: "resource limitation",
 }
 _RANGES = (
     (0xA700, 0xA7FF, "out of resources"),
