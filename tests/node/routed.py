@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from node.routing.orders import RouteOrders
 from node.routing.senders import Senders
 from node.routing.service import Routing
 from node.settings import RoutingSettings, TlsSettings
-from tests.node.storing import WARD, Storing
+from tests.forked import PATIENT
+from tests.node.storing import WARD, Storing, storing
 
 QUICK = {"backoff_first_s": 0.02, "backoff_cap_s": 0.1, "poll_s": 0.01}
 
@@ -67,3 +69,11 @@ def routing(served: Storing, rules: str | None, **settings: Any) -> Iterator[Run
         yield RunningRoutes(served, running, path, orders)
     finally:
         running.stop()
+
+
+def serve_routing(folder: Path, says: Connection) -> None:
+    """What a process runs that is killed: a node's archive, its listener and its routing."""
+    with storing(folder, limits=PATIENT) as served, routing(served, None):
+        says.send(served.port)
+        with suppress(EOFError, OSError):
+            says.recv()

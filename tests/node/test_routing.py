@@ -3,10 +3,15 @@ what becomes of it when a destination is away, refuses, or the node is killed.""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -14,12 +19,17 @@ import pytest
 
 from archive.database import sqlite_url
 from archive.ledger import Destination, Device, Ledger, RouteKind, RouteState
+from node.dimse.errors import AssociationEnded
+from node.dimse.pdu import ProposedContext
+from node.dimse.requestor import Peer, Requestor
 from node.routing.following import BATCH_RECORDS, Following
 from node.routing.rulefile import parse_rules
-from tests.datasets import CT, MR, Instance, make_instance
+from tests.datasets import CT, EXPLICIT, MR, Instance, make_instance
+from tests.forked import begin
 from tests.node.receiving import Receiver, receiver
-from tests.node.routed import device, routing
-from tests.node.storing import WARD, Storing, storing
+from tests.node.routed import device, routing, serve_routing
+from tests.node.serving import AE_TITLE
+from tests.node.storing import WARD, Storing, store, storing
 from tests.waiting import wait_for
 
 PLANNING = """
@@ -317,7 +327,7 @@ def test_without_rules_nothing_is_kept(served: Storing) -> None:
 
 
 def test_a_ward_waits_for_an_uplink_with_the_reason(served: Storing) -> None:
-    with routing(served, '[[rule]]\nname = "ward"\nward = "galliera/oncology"\n') as running:
+    with routing(served, '[[rule]]\nname = "ward"\nward = "galliera/oncology"\n'):
         served.send(make_instance())
         wait_for(lambda: served.ledger.route_summaries()
                  and served.ledger.route_summaries()[0].state.failures, "a failure")  # type: ignore[union-attr]
@@ -354,6 +364,44 @@ def test_following_in_batches(served: Storing) -> None:
     assert served.ledger.rule_marks()["all"].position == served.archive.index.positions()[0]
 
 
+def test_killed_in_the_middle_everything_arrives(tmp_path: Path) -> None:
+    """SIGKILL while 200 instances come in and go out, twice: the queue and the rules' marks are on disk."""
+    sent = [make_instance(rows=0, number=n) for n in range(200)]
+    answered: Counter[str] = Counter()
+
+    def status(uid: str) -> int:
+        answered[uid] += 1
+        return 0
+
+    acknowledged: set[str] = set()
+    with receiver(status=status) as peer:
+        with storing(tmp_path) as served, routing(served, ALL):
+            device(served, "ONCO", peer.port)
+        for arrived in (60, 130, 200):
+            process, pipe, port = begin(serve_routing, tmp_path)
+            assert port is not None
+            storing_on = threading.Thread(target=store_all, args=(port, sent, acknowledged))
+            storing_on.start()
+            wait_for(lambda arrived=arrived: len(answered) >= arrived, f"{arrived} instances")  # type: ignore[misc]
+            if arrived == len(sent):
+                storing_on.join()
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            storing_on.join()
+            pipe.close()
+    assert set(answered) == {one.sop_instance_uid for one in sent} == acknowledged
+    assert sum(answered.values()) <= 200 + 2 * 60  # again at most what was not yet written as sent
+
+
+def store_all(port: int, sent: list[Instance], acknowledged: set[str]) -> None:
+    """Store what is not acknowledged yet, until the node is killed."""
+    peer, proposed = Peer("127.0.0.1", port, AE_TITLE), [ProposedContext(1, CT, (EXPLICIT,))]
+    with suppress(AssociationEnded), Requestor.connect(peer, "CT1", proposed) as requestor:
+        for one in sent:
+            if one.sop_instance_uid not in acknowledged and store(requestor, one) == 0:
+                acknowledged.add(one.sop_instance_uid)
+
+
 @pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK is not installed")
 def test_storescp_as_a_destination(served: Storing, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -374,10 +422,9 @@ def test_storescp_as_a_destination(served: Storing, tmp_path: Path) -> None:
 
 def test_a_ledger_that_another_reads(tmp_path: Path) -> None:
     """Rows of a node that does not run are seen as they stand."""
-    with storing(tmp_path) as served:
-        with routing(served, ALL) as running:
-            served.send(make_instance())
-            wait_for(running.queue, "a row")
+    with storing(tmp_path) as served, routing(served, ALL) as running:
+        served.send(make_instance())
+        wait_for(running.queue, "a row")
     ledger = Ledger.open(sqlite_url(tmp_path / "ledger.db"))
     try:
         assert [row.rule for row in ledger.routes(10)] == ["all"]
