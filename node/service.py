@@ -22,17 +22,27 @@ from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import Profile
 from federation.uplink import Uplink
+from federation.window import RegionWindow
 from node.admission import Admission
 from node.availability import AvailabilityScu
 from node.commitment import StorageCommitment
+from node.completion import Completion
 from node.destinations import Destinations
 from node.dimse.acceptor import Services
 from node.dimse.contexts import Offer, ServiceName
+from node.dimse.exchange import Service
 from node.dimse.messages import Field
+from node.dimse.payloads import Payloads
 from node.dimse.server import DimseServer, PortTaken
 from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
+from node.dimse.services.get import Get
+from node.dimse.services.move import Move
+from node.dimse.services.mpps import PerformedSteps
+from node.dimse.services.retrieval import Selection
 from node.dimse.services.store import Store
+from node.dimse.services.suboperations import Turns
+from node.dimse.services.worklist import WorklistFind
 from node.dimse.tls import ClientCertificates, Listener, TlsFiles
 from node.forwarding import Forwarder
 from node.routing.orders import RouteOrders
@@ -40,6 +50,8 @@ from node.routing.senders import Senders
 from node.routing.service import Routing
 from node.settings import NodeSettings, TlsSettings
 from node.users import UserCheck, UserPolicy
+from node.worklistfolder import WorklistFolder
+from node.worklistkeeper import WorklistKeeper
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +75,8 @@ class Node:
         self.ledger: Ledger
         self.identity: Identity
         self.uplink: Uplink | None = None
+        self.payloads: Payloads
+        self.window: RegionWindow | None = None
         self.commitment: StorageCommitment
         self.routing: Routing
 
@@ -89,12 +103,27 @@ class Node:
             parts.callback(self.ledger.close)
             self.archive = Archive.open(settings.archive_settings(), outbox=True)
             parts.callback(self.archive.close)
+            if settings.uplink.enabled:
+                self.uplink = Uplink(self.archive, self.identity, settings.uplink, ae_title=ae_title,
+                                     audit=self.ledger.audit)
+                self.window = self._window(self.uplink)
+                parts.callback(self.window.close)
+            self.completion = self._completion()
+            self.payloads = Payloads(self.archive, decoded_bytes_max=settings.retrieve.decoded_bytes_max)
+            parts.callback(self.payloads.close)
             self.commitment = self._commitment(ae_title)
             self.commitment.start()
             parts.callback(self.commitment.stop)
             self.routing = self._routing(ae_title)
             self.routing.start()
             parts.callback(self.routing.stop)
+            self.completion.subscribe(
+                lambda done: self.routing.study_done(done.study_uid, done.why, done.at_us))
+            self.completion.start()
+            parts.callback(self.completion.stop)
+            keeper = self._worklist_keeper()
+            keeper.start()
+            parts.callback(keeper.stop)
             desk = OrderDesk(self.ledger, handlers_of(self.archive) | self._route_orders().handlers())
             desk.start()
             parts.callback(desk.stop)
@@ -102,8 +131,7 @@ class Node:
             parts.callback(gate.close)
             server = self._listen(ae_title, gate)
             parts.callback(server.stop, settings.dimse.stop_grace_s)
-            if settings.uplink.enabled:
-                self.uplink = Uplink(self.archive, self.identity, settings.uplink, ae_title=ae_title)
+            if self.uplink is not None:
                 self.uplink.start()
                 parts.callback(self.uplink.stop)
             server.start()
@@ -150,7 +178,7 @@ class Node:
         settings, ward = self.settings, self.identity.ward
         destinations = Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path)
         senders = Senders(
-            self.archive, Forwarder(self.archive, destinations, ae_title, ward=ward),
+            self.archive, self._forwarder(ae_title),
             AvailabilityScu(destinations, ae_title), commitment=self.commitment.scu,
             steps_of=lambda uid: [step for step, _ in self.ledger.performed_of([uid]).get(uid, ())])
         return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders)
@@ -168,7 +196,46 @@ class Node:
             Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path),
             settings.commitment, settings.limits(), ae_title=ae_title, ward=self.identity.ward,
             by_region=settings.commits_by_region,
-            takes_class=lambda uid: offer.service(uid) is ServiceName.STORE)
+            takes_class=lambda uid: offer.service(uid) is ServiceName.STORE,
+            on_request=self.completion.commitment_asked)
+
+    def _completion(self) -> Completion:
+        settings = self.settings.completion
+        return Completion(self.archive, self.ledger, quiet_s=settings.quiet_s,
+                          step_timeout_s=settings.step_timeout_s)
+
+    def _worklist_keeper(self) -> WorklistKeeper:
+        settings = self.settings.worklist
+        folder = None if settings.folder is None else WorklistFolder(settings.folder, self.ledger)
+        return WorklistKeeper(self.ledger, folder, poll_s=settings.folder_poll_s,
+                              keep_days=settings.keep_days, performed_keep_days=settings.performed_keep_days)
+
+    def _worklist(self) -> dict[tuple[ServiceName, int], Service]:
+        settings = self.settings.worklist
+        steps = PerformedSteps(self.ledger, self.completion.performed)
+        find = WorklistFind(self.ledger, self.identity.ward, settings.responses_max, settings.own_steps_only)
+        return {(ServiceName.WORKLIST, Field.C_FIND): find,
+                **{(ServiceName.MPPS, field): steps for field in (Field.N_CREATE, Field.N_SET, Field.N_GET)}}
+
+    def _window(self, uplink: Uplink) -> RegionWindow:
+        settings = self.settings
+        return RegionWindow(
+            uplink, settings.state, settings.window, free_bytes=self.archive.free_bytes,
+            free_bytes_min=settings.archive.free_bytes_min, audit=self.ledger.audit)
+
+    def _forwarder(self, ae_title: str) -> Forwarder:
+        settings = self.settings
+        return Forwarder(
+            self.archive, Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path),
+            ae_title, ward=self.identity.ward, payloads=self.payloads, limits=settings.limits(),
+            window=settings.retrieve.window, associations=settings.retrieve.associations)
+
+    def _retrieve(self, ae_title: str) -> dict[tuple[ServiceName, int], Service]:
+        settings = self.settings.retrieve
+        selection = Selection(self.archive, self.identity.ward, self.identity.issuer)
+        turns = Turns(settings.at_once_max, settings.per_device_max, settings.wait_s)
+        return {(ServiceName.RETRIEVE, Field.C_MOVE): Move(selection, self._forwarder(ae_title), turns),
+                (ServiceName.RETRIEVE, Field.C_GET): Get(selection, self.payloads, turns)}
 
     def _gate(self, ae_title: str) -> Admission:
         dimse = self.settings.dimse
@@ -181,11 +248,15 @@ class Node:
 
     def _listen(self, ae_title: str, gate: Admission) -> DimseServer:
         dimse, ward = self.settings.dimse, self.identity.ward
-        services = Services(Offer(dimse.accept_private_classes, frozenset((ServiceName.COMMIT,))), {
+        offer = Offer(dimse.accept_private_classes, frozenset((ServiceName.STORE, ServiceName.COMMIT)))
+        services = Services(offer, {
             (ServiceName.ECHO, Field.C_ECHO): Echo(),
             (ServiceName.STORE, Field.C_STORE): Store(self.archive.intake, ward, self.identity.issuer),
-            (ServiceName.FIND, Field.C_FIND): Find(self.archive, ward, ae_title, dimse.find_responses_max),
+            (ServiceName.FIND, Field.C_FIND): Find(self.archive, ward, ae_title, dimse.find_responses_max,
+                                                      self.window),
+            **self._retrieve(ae_title),
             **self.commitment.services,
+            **self._worklist(),
         })
         try:
             return DimseServer(dimse.host, dimse.port, gate, services, self.settings.limits(),

@@ -49,8 +49,9 @@ class Committed(Enum):
     """What is known of a commitment that was asked for."""
 
     YES = "yes"
-    NO = "no"
+    NO = "no"            # it is sent again
     NOT_YET = "not yet"
+    UNKNOWN = "unknown"  # and will stay so
 
 
 Tell = Callable[[Routed, Verdict, int, str], None]  # row, what was said, DIMSE status (0: none), in words
@@ -76,10 +77,11 @@ class Sender(Protocol):
         what was not told of was not sent."""
 
     def ask_to_commit(self, to: Destination, rows: Sequence[Routed]) -> str:
-        """Ask a destination to commit what was sent (PS3.4 J): the transaction. Raises MissError."""
+        """Ask a destination to commit what was sent (PS3.4 J): the transaction; "" when none of it is here
+        any more. Raises MissError."""
 
-    def committed(self, row: Routed) -> tuple[Committed, str]:
-        """What is known of a row's transaction, and why not."""
+    def committed(self, rows: Sequence[Routed]) -> Sequence[tuple[Committed, str]]:
+        """What is known of each row's transaction, and why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ class Router:
             turn.stored += 1
             if row.commit:
                 turn.changed.append(replace(
-                    row, state=RouteState.COMMITTING, tries=0, status=status, comment="",
+                    row, state=RouteState.COMMITTING, status=status, comment="",
                     next_try_us=self._clock(), transaction_uid=""))  # fmt: skip
             else:
                 turn.done.append(row)
@@ -254,26 +256,30 @@ class Router:
         now_us = self._clock()
         rows = self._queue.due_routes(to, now_us, self._limits.batch, RouteState.COMMITTING)
         unasked = [row for row in rows if not row.transaction_uid]
+        asked = [row for row in rows if row.transaction_uid]
         later_us = now_us + int(self._limits.commit_poll_s * 1e6)
         try:
             if unasked:
                 uid = self._sender.ask_to_commit(to, unasked)
-                turn.changed += [replace(row, transaction_uid=uid, next_try_us=later_us) for row in unasked]
-            for row in rows:
-                if not row.transaction_uid:
-                    continue
-                answer, words = self._sender.committed(row)
+                for row in unasked:
+                    if uid:
+                        turn.changed.append(replace(row, transaction_uid=uid, next_try_us=later_us))
+                    else:
+                        self._set_aside(turn, row, row.status, "sent, and no longer here to be committed")
+            for row, (answer, words) in zip(asked, self._sender.committed(asked), strict=True):
                 if answer is Committed.YES:
                     turn.told.add(row.key)
                     turn.done.append(row)
                 elif answer is Committed.NO:
+                    turn.told.add(row.key)
                     self._try_later(turn, row, row.status, f"not committed: {words}", give_up=True)
-                elif row.expires_us <= now_us:
-                    self._set_aside(turn, row, row.status, "sent, and not committed in time")
+                elif answer is Committed.UNKNOWN or row.expires_us <= now_us:
+                    self._set_aside(turn, row, row.status, f"sent, and not known to be committed: {words}")
                 else:
                     turn.changed.append(replace(row, next_try_us=later_us))
         except MissError as error:
-            turn.changed += [replace(row, next_try_us=now_us + self._pause_us(1)) for row in unasked]
+            pause_us = self._pause_us(1)
+            turn.changed += [replace(row, next_try_us=now_us + pause_us) for row in unasked]
             return error
         return None
 

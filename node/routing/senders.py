@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from archive.archive import Archive
-from archive.errors import Unavailable
+from archive.errors import NotFound, Unavailable
 from archive.ledger import Destination, Routed, RouteKind
 from archive.model import StoredInstance
 from node.availability import AvailabilityScu, Notice
+from node.commitment.scu import CommitmentResult, CommitmentScu
+from node.dimse.commitments import REASONS
 from node.dimse.status import (
     CLASS_NOT_SUPPORTED,
     DUPLICATE_INSTANCE,
@@ -36,19 +38,12 @@ class Delivers(Protocol):
     def send(self, ward_id: str, instances: Sequence[StoredInstance]) -> object: ...
 
 
-class Commits(Protocol):
-    """Asks a device to commit what it was sent, durably, and says later what it answered."""
-
-    def request(self, ae_title: str, instances: Sequence[StoredInstance]) -> str: ...
-
-
 class Senders:
     """The router's sender. Safe to use from any thread."""
 
     def __init__(
         self, archive: Archive, forwarder: Forwarder, notifier: AvailabilityScu, *,
-        deliveries: Delivers | None = None, commitment: Commits | None = None,
-        result_of: Callable[[Routed], tuple[Committed, str]] = lambda row: (Committed.NOT_YET, ""),
+        deliveries: Delivers | None = None, commitment: CommitmentScu | None = None,
         steps_of: Callable[[str], Sequence[str]] = lambda study_uid: (),
     ) -> None:  # fmt: skip
         """`steps_of` gives the performed procedure steps that are known of a study."""
@@ -57,7 +52,6 @@ class Senders:
         self._notifier = notifier
         self._deliveries = deliveries
         self._commitment = commitment
-        self._result_of = result_of
         self._steps_of = steps_of
         self._lock = threading.Lock()
         self._live: set[Forwarding] = set()
@@ -123,11 +117,17 @@ class Senders:
             raise Unavailable("this node asks nobody to commit")
         here = self._contents(rows)
         instances = [here[key] for row in rows if (key := (row.sop_instance_uid, row.digest)) in here]
-        return self._commitment.request(to.name, instances)
+        return self._commitment.request(to.name, instances) if instances else ""
 
-    def committed(self, row: Routed) -> tuple[Committed, str]:
+    def committed(self, rows: Sequence[Routed]) -> Sequence[tuple[Committed, str]]:
         """See `router.Sender`."""
-        return self._result_of(row)
+        results: dict[str, CommitmentResult | None] = {}
+        for uid in {row.transaction_uid for row in rows}:
+            try:
+                results[uid] = None if self._commitment is None else self._commitment.result(uid)
+            except NotFound:
+                results[uid] = None
+        return [_committed(results[row.transaction_uid], row.sop_instance_uid) for row in rows]
 
     def _found(self, rows: Sequence[Routed], tell: Tell) -> list[tuple[Routed, StoredInstance]]:
         here = self._contents(rows)
@@ -174,6 +174,17 @@ def verdict_of(status: int) -> Verdict:
     if status in _NEVER or 0xA900 <= status <= 0xA9FF or 0xC000 <= status <= 0xCFFF:
         return Verdict.NEVER
     return Verdict.AGAIN
+
+
+def _committed(result: CommitmentResult | None, uid: str) -> tuple[Committed, str]:
+    if result is None:
+        return Committed.UNKNOWN, "nobody knows the transaction any more"
+    if uid in result.committed:
+        return Committed.YES, ""
+    if uid in result.failed:
+        reason = result.failed[uid]
+        return Committed.NO, f"{reason:04X} {REASONS.get(reason, 'an unknown reason')}"
+    return (Committed.UNKNOWN if result.is_over else Committed.NOT_YET), result.error
 
 
 def _words(status: int, comment: str) -> str:
