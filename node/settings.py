@@ -10,7 +10,7 @@ from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
 from archive.errors import SettingsError
 from archive.settings import setting
-from federation.settings import StoreSettings, UplinkSettings
+from federation.settings import StoreSettings, UplinkSettings, WindowSettings
 from node.dimse.association import Limits
 
 KIB = 1 << 10
@@ -187,7 +187,8 @@ class WorklistSettings:
     """The modality worklist, and how long steps are kept."""
 
     folder: Path | None = setting(
-        None, "A folder of worklist files (*.wl, *.dcm) that is followed into the worklist; none when not set.")
+        None, "A folder of worklist files (*.wl, *.dcm) that is followed into the worklist; none when not "
+        "set.")
     folder_poll_s: float = setting(2.0, "How often it is looked at.", "s", minimum=0.05, maximum=3600.0)
     own_steps_only: bool = setting(
         False, "Show a device only the steps that name its own AE title, or none; else every step of the "
@@ -199,7 +200,8 @@ class WorklistSettings:
         14.0, "How long a scheduled step stays after the day on which it was to begin.", "days", minimum=1.0,
         maximum=3650.0)
     performed_keep_days: float = setting(
-        400.0, "How long a performed step stays after its last change.", "days", minimum=1.0, maximum=36_500.0)
+        400.0, "How long a performed step stays after its last change.", "days", minimum=1.0,
+        maximum=36_500.0)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class NodeSettings:
     dimse: DimseSettings = setting(DimseSettings)
     archive: StoreSettings = setting(StoreSettings)
     uplink: UplinkSettings = setting(UplinkSettings)
+    window: WindowSettings = setting(WindowSettings)
     retrieve: RetrieveSettings = setting(RetrieveSettings)
     commitment: CommitmentSettings = setting(CommitmentSettings)
     routing: RoutingSettings = setting(RoutingSettings)
