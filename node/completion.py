@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ PERFORMED, COMMITMENT, QUIET = "performed step", "commitment", "quiet"
 
 COMMITMENT_QUIET_S = 15.0   # some ask commitment of each series while the next is still on its way
 OPEN_STUDIES_MAX = 100_000  # past them, those that are quiet the longest count as complete
+REQUESTS_MAX = 1_000        # for commitment, that are not looked at yet; of older ones, quiet will tell
 _TICK_S = 1.0
 _RETRY_S = 5.0
 _STOP_S_MAX = 30.0
@@ -72,6 +73,7 @@ class Completion:
         self._subscribers: list[Callable[[StudyDone], None]] = []
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Open] = OrderedDict()  # the longest quiet first
+        self._asked: deque[Sequence[str]] = deque(maxlen=REQUESTS_MAX)
         self._followed_us = 0
         self._noted_s = 0.0
         self._wake = threading.Event()
@@ -100,10 +102,9 @@ class Completion:
                 self._at(uid).look = True
         self._wake.set()
 
-    def committed(self, study_uid: str) -> None:
-        """Somebody asked for the storage commitment of instances of this study."""
-        with self._lock:
-            self._at(study_uid).committed = True
+    def commitment_asked(self, sop_instance_uids: Sequence[str]) -> None:
+        """Somebody asked for the storage commitment of these instances; in any thread, and at once."""
+        self._asked.append(sop_instance_uids)
         self._wake.set()
 
     @property
@@ -145,6 +146,7 @@ class Completion:
                 if not recalled:
                     self._recall()
                     recalled = True
+                self._take_requests()
                 self._look()
                 self._note_followed()
             except MissError as error:
@@ -167,6 +169,17 @@ class Completion:
                     self._moved(uid for uid in new if uid not in self._open)
         else:  # a node that never looked: what it holds already is nothing new
             self._ledger.note_completion_followed(time.time_ns() // 1000)
+
+    def _take_requests(self) -> None:
+        """The studies whose instances somebody asked to be committed."""
+        while self._asked:
+            self._archive.wait_indexed()  # what is asked for was acknowledged
+            found = (self._archive.index.lookup(uid) for uid in self._asked[0])
+            studies = {known.study_uid for known in found if known is not None}
+            with self._lock:
+                for uid in studies:
+                    self._at(uid).committed = True
+            self._asked.popleft()
 
     def _look(self) -> None:
         """Announce the studies that are complete now."""

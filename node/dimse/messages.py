@@ -50,6 +50,7 @@ PRIORITY = 0x0700
 DATASET_TYPE = 0x0800
 STATUS = 0x0900
 ERROR_COMMENT = 0x0902
+ERROR_ID = 0x0903
 AFFECTED_SOP_INSTANCE_UID = 0x1000
 REQUESTED_SOP_INSTANCE_UID = 0x1001
 EVENT_TYPE_ID = 0x1002
@@ -169,7 +170,7 @@ def build(*elements: bytes) -> bytes:
 
 
 def response(request: Command, status: int, *, comment: str = "", has_dataset: bool = False,
-             more: bytes = b"", sop_instance_uid: str = "") -> bytes:
+             more: bytes = b"", sop_instance_uid: str = "", error_id: int = 0) -> bytes:
     """The response to `request`: the SOP UIDs that it named are sent back as they came (PS3.7 9.1, 10.1),
     what was requested as what is affected. `more` are further elements, in order, above (0000,1000)."""
     named = request.elements
@@ -178,6 +179,8 @@ def response(request: Command, status: int, *, comment: str = "", has_dataset: b
     after = _response_tail(status, has_dataset)
     if comment:
         after += element(ERROR_COMMENT, _comment(comment))
+    if error_id:
+        after += short(ERROR_ID, error_id)
     sop_instance = (named.get(AFFECTED_SOP_INSTANCE_UID) or named.get(REQUESTED_SOP_INSTANCE_UID)
                     or _uid(sop_instance_uid))
     if sop_instance:
