@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class Arrivals:
@@ -13,6 +13,11 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._told: list[Callable[[Iterable[str]], None]] = []
+
+    def tell(self, hear: Callable[[Iterable[str]], None]) -> None:
+        """`hear` is called with whatever arrives."""
+        self._told.append(hear)
 
     def expect(self, uid: str) -> asyncio.Future[None]:
         """Done when the instance arrives. Look whether it is there already after this, not before."""
@@ -28,6 +33,9 @@ class Arrivals:
 
     def came(self, uids: Iterable[str]) -> None:
         """These have arrived."""
+        uids = list(uids)
+        for hear in self._told:
+            hear(uids)
         for uid in uids:
             for future in self._waiting.pop(uid, ()):
                 if not future.done():

@@ -36,6 +36,9 @@ from federation.arrivals import Arrivals
 from federation.asking import WardAsking
 from federation.attachments import Attachments
 from federation.coverage import departed
+from federation.deliveries_desk import DeliveryDesk
+from federation.deliveries_grants import DeliveryGrants
+from federation.deliveries_service import DeliveriesService
 from federation.pools import Pools
 from federation.receiving import Receiver
 from federation.region_service import RegionService
@@ -43,7 +46,7 @@ from federation.settings import HubSettings
 from federation.uplink_service import UplinkService
 from federation.version import software_version
 from federation.window_service import WindowService
-from protos import region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
+from protos import delivery_pb2_grpc, region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -160,17 +163,22 @@ class Hub:
         certificates = CertificatesServicer(
             authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
         )
+        desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), self._clock)
+        deliveries = DeliveriesService(desk, attachments, arrivals, pools)
         gate = Gate(ledger, clock=self._clock)
         server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
         uplink_pb2_grpc.add_UplinkServicer_to_server(uplinks, server)
         region_pb2_grpc.add_RegionServicer_to_server(regions, server)
         window_pb2_grpc.add_WindowServicer_to_server(windows, server)
+        delivery_pb2_grpc.add_DeliveriesServicer_to_server(deliveries, server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, server)
         self.port = self._bind(server, identity)
         async with AsyncExitStack() as parts:
             await gate.start()
             parts.push_async_callback(gate.stop)
             parts.callback(windows.stop)
+            deliveries.start()
+            parts.push_async_callback(deliveries.stop)
             await server.start()
             parts.push_async_callback(self._stop_serving, server, attachments, uplinks)
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)

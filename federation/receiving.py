@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from archive.archive import Archive
-from archive.errors import Corrupt, InvalidInput, MissError, TooLarge
+from archive.errors import Corrupt, InvalidInput, MissError, OtherContent, TooLarge
 from archive.intake import Ticket
-from archive.model import ConflictState, Fact, FactKind, InstanceHead, Outcome, Scope
+from archive.model import ConflictPolicy, ConflictState, Fact, FactKind, InstanceHead, Outcome, Scope
 from archive.reception import Reception
 from federation import serde
 from federation.replicator import Received, Refused
@@ -124,15 +124,19 @@ class Receiver:
 
 
 class Incoming:
-    """The objects of one push stream, in order; at most one of them is half here.
+    """The objects of one push stream, in order; at most one of them is half here. `policy` says what becomes
+    of another content than the one that is here under its UID.
 
     A stream may be cut while a thread still takes what had been read of it: `abort` waits for that thread,
     which stops at the next message, so that nothing begins behind its back and is held for ever.
     """
 
-    def __init__(self, archive: Archive, ward: str) -> None:
+    def __init__(
+        self, archive: Archive, ward: str, policy: ConflictPolicy = ConflictPolicy.KEEP
+    ) -> None:
         self._archive = archive
         self._ward = ward
+        self._policy = policy
         self._head: InstanceHead | None = None
         self._reception: Reception | None = None
         self._left = 0
@@ -194,7 +198,7 @@ class Incoming:
         self._left, self._refusal, self._accepted_us = begin.size, None, begin.accepted_us
         with self._refusing():
             self._reception = self._archive.intake.begin(
-                self._head, conflict=begin.conflict, size_hint=begin.size
+                self._head, conflict=begin.conflict, size_hint=begin.size, policy=self._policy
             )
 
     def _write(self, chunk: bytes) -> None:
@@ -246,7 +250,7 @@ class _Refusing:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, (InvalidInput, TooLarge, Corrupt)):
+        if isinstance(error, (InvalidInput, TooLarge, Corrupt, OtherContent)):
             self._incoming.refuse(error)
             return True
         return False

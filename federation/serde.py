@@ -9,6 +9,7 @@ understand each other.
 from __future__ import annotations
 
 from archive.errors import InvalidInput, InvalidQuery
+from archive.ledger import Delivery, DeliveryKey, DeliveryStanding
 from archive.model import (
     Fields,
     InstanceHead,
@@ -27,12 +28,13 @@ from archive.zones import is_offset
 from federation.assertion import Assertion
 from federation.coverage import CoverageState, Report, WardCoverage, WardStatus
 from federation.replicator import Received, Refused
-from protos import common_pb2, region_pb2, uplink_pb2
+from protos import common_pb2, delivery_pb2, region_pb2, uplink_pb2
 
 DIGEST_BYTES = 32
 KEYS_MAX = 256
 WARDS_MAX = 10_000
 CLOCK_US_MAX = 1 << 60
+WORD_CHARS_MAX = 256  # of an issuer, of an AE title
 
 
 def fields_to(fields: Fields) -> common_pb2.Fields:
@@ -329,6 +331,65 @@ def status_from(message: region_pb2.WardStatus) -> WardStatus:
         skew_us=message.clock_skew_us,
         report=report_from(message.report) if message.HasField("report") else None,
         last_receipt_us=message.last_receipt_us or None,
+    )
+
+
+def ordered_to(delivery: Delivery) -> delivery_pb2.OrderedInstance:
+    return delivery_pb2.OrderedInstance(
+        sop_instance_uid=delivery.key.sop_instance_uid,
+        digest=delivery.key.digest,
+        size=delivery.size,
+        issuer=delivery.issuer,
+        calling_ae=delivery.calling_ae,
+    )
+
+
+def ordered_from(
+    message: delivery_pb2.OrderedInstance, *, from_ward: str, to_ward: str, now_us: int
+) -> Delivery:
+    uid = require_uid(message.sop_instance_uid, "a SOP Instance UID")
+    if message.size < 0 or len(message.issuer) > WORD_CHARS_MAX or len(message.calling_ae) > WORD_CHARS_MAX:
+        raise InvalidInput("an ordered instance past its bounds")
+    key = DeliveryKey(from_ward, to_ward, uid, digest_from(message.digest))
+    return Delivery(key, message.issuer, message.calling_ae, message.size, now_us)
+
+
+def delivery_key_to(key: DeliveryKey) -> delivery_pb2.DeliveryKey:
+    return delivery_pb2.DeliveryKey(
+        from_ward=key.from_ward, sop_instance_uid=key.sop_instance_uid, digest=key.digest
+    )
+
+
+def delivery_key_from(message: delivery_pb2.DeliveryKey, *, to_ward: str) -> DeliveryKey:
+    """The key of a delivery to `to_ward`: a node speaks for its own ward."""
+    uid = require_uid(message.sop_instance_uid, "a SOP Instance UID")
+    return DeliveryKey(message.from_ward, to_ward, uid, digest_from(message.digest))
+
+
+def standing_to(standing: DeliveryStanding) -> delivery_pb2.DeliveryStanding:
+    return delivery_pb2.DeliveryStanding(
+        from_ward=standing.from_ward,
+        to_ward=standing.to_ward,
+        awaited=standing.awaited,
+        ready=standing.ready,
+        oldest_us=standing.oldest_us,
+        delivered=standing.delivered,
+        failed=standing.failed,
+        reason=standing.reason,
+    )
+
+
+def standing_from(message: delivery_pb2.DeliveryStanding, *, at_us: int) -> DeliveryStanding:
+    return DeliveryStanding(
+        message.from_ward,
+        message.to_ward,
+        message.awaited,
+        message.ready,
+        message.oldest_us,
+        message.delivered,
+        message.failed,
+        message.reason,
+        at_us,
     )
 
 

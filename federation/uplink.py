@@ -11,12 +11,13 @@ a guess.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -26,16 +27,19 @@ import grpc.aio
 
 from archive.archive import Archive
 from archive.errors import MissError, SettingsError, Unavailable
+from archive.ledger import DeliveryStanding
 from certs.authority import clock_us
 from certs.credentials import channel
 from certs.identity import Identity
 from certs.renewal import RenewalThread, renew
 from federation import serde
+from federation import status as errors_on_the_wire
 from federation.asks import Asks, Audit
 from federation.coverage import REPORT_INTERVAL_S, Report
+from federation.deliveries_taking import Taking
 from federation.delivery import Delivery, raise_if_ours
 from federation.replicator import Limits, Replicator
-from federation.settings import UplinkSettings
+from federation.settings import DeliverySettings, UplinkSettings
 from federation.version import software_version
 from protos import uplink_pb2
 from protos.uplink_pb2_grpc import UplinkStub
@@ -81,14 +85,20 @@ class Uplink:
         clock: Callable[[], int] = clock_us,
         ae_title: str = "",
         audit: Audit | None = None,
+        deliveries: DeliverySettings | None = None,
+        on_standings: Callable[[Sequence[DeliveryStanding]], None] = lambda told: None,
     ) -> None:
-        """`audit` writes who was answered from here into the node's own log."""
+        """`audit` writes who was answered from here into the node's own log; `on_standings` keeps how
+        deliveries from and to this ward stand."""
         self.settings = settings
         self._audit = audit
         self._archive = archive
         self._identity = identity
         self._clock = clock
         self._ae_title = ae_title
+        self._deliveries = deliveries or DeliverySettings()
+        self._on_standings = on_standings
+        self._line: grpc.aio.Channel | None = None
         self._chance = random.Random()
         self._epoch = b""
         self._hub_ahead_us = 0
@@ -128,6 +138,45 @@ class Uplink:
         """Something was stored: look now, not at the next poll. Any thread may call it."""
         if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._woken)
+
+    def ordered(self) -> None:
+        """Something was ordered for another ward: what waits for it is urgent, how deliveries stand has
+        changed. Any thread may call it."""
+        if self._loop is not None and self._thread is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._urgent)
+                self._loop.call_soon_threadsafe(self._taking.told)
+
+    def call(self, ask: Callable[[grpc.aio.Channel], Awaitable[T]], timeout_s: float) -> T:
+        """The result of `ask` over the channel of the current attach. Any thread may call it but the uplink's
+        own. Raises Unavailable when there is none or no answer in time, else what the hub raised."""
+        loop = self._loop
+        if loop is None or self._thread is None:
+            raise Unavailable("the hub is away")
+        asking = self._over_line(ask)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(asking, loop)
+        except RuntimeError:  # the loop has ended
+            asking.close()
+            raise Unavailable("the hub is away") from None
+        try:
+            return answer.result(timeout_s)
+        except TimeoutError:
+            answer.cancel()
+            raise Unavailable(f"no answer of the hub within {timeout_s:g} s") from None
+        except concurrent.futures.CancelledError:
+            raise Unavailable("the uplink stops") from None
+
+    async def _over_line(self, ask: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T:
+        if self._line is None:
+            raise Unavailable("the hub is away")
+        try:
+            return await ask(self._line)
+        except grpc.aio.AioRpcError as error:
+            raise errors_on_the_wire.restored(error) from None
+        except (grpc.aio.UsageError, asyncio.CancelledError) as error:  # the channel was closed
+            raise_if_ours(error)
+            raise Unavailable("the hub is away") from None
 
     def status(self) -> UplinkStatus:
         """How it stands now. Any thread may ask."""
@@ -185,6 +234,14 @@ class Uplink:
             on_recorded=self._recorded,
         )
         self._delivery.line_down()
+        self._taking = Taking(
+            self._archive,
+            self._identity.ward,
+            self._deliveries,
+            self._pool,
+            self._clock,
+            self._on_standings,
+        )
         renewal = RenewalThread(
             self._identity, on_renewed=self._renewed_in_thread, renew=self._renew, clock=self._clock
         )
@@ -193,6 +250,7 @@ class Uplink:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._delivery.run())
+                group.create_task(self._taking.run())
                 group.create_task(self._watch())
                 group.create_task(self._attach_for_ever())
         finally:
@@ -244,21 +302,27 @@ class Uplink:
                     self._urgent,
                     self._audit,
                 )
-                self._begin(address, welcome, stub)
+                self._begin(address, welcome, stub, line)
                 try:
                     await self._converse(call, stub, asks, welcome.report_interval_s)
                 finally:
                     asks.cancel_all()
+                    self._line = None
                     self._delivery.line_down()
+                    self._taking.line_down()
             finally:
                 call.cancel()
 
-    def _begin(self, address: str, welcome: uplink_pb2.Welcome, stub: UplinkAsyncStub) -> None:
+    def _begin(
+        self, address: str, welcome: uplink_pb2.Welcome, stub: UplinkAsyncStub, line: grpc.aio.Channel
+    ) -> None:
         self._hub_ahead_us = welcome.clock_us - self._clock()
         self._status = UplinkStatus(True, address, self._clock(), "", 0.0)
         log.info("attached to the hub at %s (version %s)", address, welcome.version)
         self._report_now.set()
+        self._line = line
         self._delivery.line_up(stub)
+        self._taking.line_up(line)
 
     async def _converse(self, call: Any, stub: UplinkAsyncStub, asks: Asks, interval_s: float) -> None:
         """Reports and hears until the hub ends the attach, the line breaks, or a new certificate is there."""
@@ -297,6 +361,8 @@ class Uplink:
                 asks.promote(message.promote, stub, fail)
             elif kind == "cancel":
                 asks.cancel(message.cancel.ask_id)
+            elif kind == "deliveries":
+                self._taking.told()
 
     async def _welcome(self, call: Any) -> uplink_pb2.Welcome:
         message = await call.read()

@@ -5,6 +5,7 @@ knows no policy."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -223,12 +224,16 @@ class DeliveryBook(Subject):
         self._database.write(work)
 
     def retry_deliveries(self, *, from_ward: str | None = None, to_ward: str | None = None) -> int:
-        """Those that were given up are tried anew; how many there were."""
+        """Those that were given up are tried anew; how many there were. What the region held already may be
+        fetched at once."""
         statement = update(delivery).where(delivery.c.state == DeliveryState.FAILED.value)
         for column, value in ((delivery.c.from_ward, from_ward), (delivery.c.to_ward, to_ward)):
             if value is not None:
                 statement = statement.where(column == value)
-        values = {"state": DeliveryState.AWAITED.value, "tries": 0}
+        held = case(
+            (delivery.c.due_us > 0, DeliveryState.READY.value), else_=DeliveryState.AWAITED.value
+        )
+        values = {"state": held, "tries": 0, "ordered_us": time.time_ns() // 1000}
         return self._database.write(lambda c: c.execute(statement.values(values)).rowcount)
 
     def troubled_deliveries(self, limit: int = 100) -> list[Delivery]:

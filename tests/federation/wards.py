@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from archive.archive import Archive, ArchiveSettings
-from archive.ledger import AuditRow, WardState
+from archive.ledger import AuditRow, DeliveryStanding, WardState
 from archive.model import Provenance, Ward
 from certs.identity import Identity
 from certs.settings import EnrolmentSettings
@@ -18,7 +18,7 @@ from federation.hub import Hub
 from federation.hub_channel import HubChannel
 from federation.policy import Principal, Role
 from federation.region_source import RegionSource
-from federation.settings import HubSettings, StoreSettings, UplinkSettings
+from federation.settings import DeliverySettings, HubSettings, StoreSettings, UplinkSettings
 from federation.uplink import Uplink
 from tests.datasets import Instance
 from tests.federation.regions import Region
@@ -59,16 +59,22 @@ class Node:
     archive: Archive | None = None
     uplink: Uplink | None = None
     audited: list[AuditRow] = field(default_factory=list)  # who was answered from here
+    deliveries: DeliverySettings = field(default_factory=DeliverySettings)
+    standings: Sequence[DeliveryStanding] = ()
 
     def start(self, **changes: Any) -> Node:
         self.settings = replace(self.settings, **changes)
         if self.archive is None:
             self.archive = open_archive(self.folder)
         self.uplink = Uplink(
-            self.archive, self.identity, self.settings, ae_title="WARD", audit=self.audited.append
-        )
+            self.archive, self.identity, self.settings, ae_title="WARD", audit=self.audited.append,
+            deliveries=self.deliveries, on_standings=self._note,
+        )  # fmt: skip
         self.uplink.start()
         return self
+
+    def _note(self, standings: Sequence[DeliveryStanding]) -> None:
+        self.standings = tuple(standings)
 
     def stop(self) -> None:
         self.leave()

@@ -1,0 +1,203 @@
+"""What the hub does with deliveries from ward to ward: the synchronous half, run in a pool of threads. Orders
+are rows of the region's ledger; what is fetched is read from the regional archive, and the ward that fetches
+it checks the digest.
+
+An order is ready when the region holds that very content from the ward that ordered it: a receipt was given,
+so nothing is delivered that its ward could still lose. Knows no wire: it makes messages, others send them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from archive.archive import Archive
+from archive.errors import InvalidInput, MissError, NotFound
+from archive.ledger import Delivery, DeliveryKey, DeliveryStanding, Ledger
+from archive.ledger.deliveries import ORDER_MAX, PAGE_MAX
+from archive.model import Provenance, Scope
+from federation import serde
+from federation.deliveries_grants import DeliveryGrants, origin_device
+from federation.reading import Content, find_content, raise_if_passing, read_chunks
+from protos import delivery_pb2, uplink_pb2
+
+log = logging.getLogger(__name__)
+
+NEXT_MAX = 256
+GROUP_BYTES_MAX = 1 << 20
+GROUP_OBJECTS_MAX = 128
+REFUSAL_CHARS_MAX = 200
+
+
+class DeliveryDesk:
+    """The region's deliveries, over its ledger and its archive."""
+
+    def __init__(
+        self, archive: Archive, ledger: Ledger, grants: DeliveryGrants, clock: Callable[[], int]
+    ) -> None:
+        self._archive = archive
+        self._ledger = ledger
+        self._grants = grants
+        self._clock = clock
+
+    def order(self, from_ward: str, order: delivery_pb2.DeliveryOrder) -> tuple[int, bool]:
+        """Keeps what a ward orders for another: how many are new, and whether any may be fetched now. Raises
+        NotFound for a ward that is none, Forbidden by the region's pairs, OutOfResources."""
+        to_ward, now_us = order.to_ward, self._clock()
+        if len(order.instances) > ORDER_MAX:
+            raise InvalidInput(f"more than {ORDER_MAX:,} instances in one order")
+        if to_ward == from_ward:
+            raise InvalidInput("a ward does not deliver to itself")
+        if self._ledger.ward(to_ward) is None:
+            raise NotFound("the region has no such ward")
+        self._grants.require(from_ward, to_ward)
+        wanted = [
+            serde.ordered_from(one, from_ward=from_ward, to_ward=to_ward, now_us=now_us)
+            for one in order.instances
+        ]
+        fresh = self._ledger.order_deliveries(wanted, now_us)
+        return len(fresh), self._make_ready(fresh)
+
+    def arrived(self, uids: Iterable[str]) -> bool:
+        """These came into the region: whether any delivery is ready by that."""
+        asked, is_any, after = set(uids), False, None
+        while asked:
+            page = self._ledger.awaited_deliveries(uids=asked, after=after)
+            is_any = self._make_ready([one.key for one in page]) or is_any
+            if len(page) < PAGE_MAX:
+                break
+            after = page[-1].key
+        return is_any
+
+    def look(self, after: DeliveryKey | None) -> DeliveryKey | None:
+        """A page of all that is awaited is looked at, behind `after`; where the next begins, None at the
+        end."""
+        page = self._ledger.awaited_deliveries(after=after)
+        self._make_ready([one.key for one in page])
+        return page[-1].key if len(page) == PAGE_MAX else None
+
+    def awaits(self) -> bool:
+        """Whether anything waits for an instance to come into the region."""
+        return bool(self._ledger.awaited_deliveries(1))
+
+    def next(self, ward: str, limit: int) -> list[Delivery]:
+        """What the ward may fetch now."""
+        return self._ledger.next_deliveries(ward, self._clock(), min(limit, NEXT_MAX))
+
+    def messages(self, ward: str, keys: Sequence[DeliveryKey]) -> Iterator[uplink_pb2.PushRequest]:
+        """What the ward may fetch of these, as messages of a push stream: small ones in groups, large ones in
+        chunks. One that can't be read is left out and counted as refused; when it breaks off in between, so
+        does the stream."""
+        group = uplink_pb2.PushGroup()
+        size = 0
+        for delivery in self._ledger.ready_of(keys[:NEXT_MAX]):
+            content = self._content(delivery)
+            if content is None:
+                continue
+            if content.size > GROUP_BYTES_MAX:
+                if group.objects:
+                    yield uplink_pb2.PushRequest(group=group)
+                    group, size = uplink_pb2.PushGroup(), 0
+                yield from self._large(delivery, content)
+                continue
+            dataset = self._whole(delivery, content)
+            if dataset is None:
+                continue
+            if group.objects and (
+                size + len(dataset) > GROUP_BYTES_MAX or len(group.objects) >= GROUP_OBJECTS_MAX
+            ):
+                yield uplink_pb2.PushRequest(group=group)
+                group, size = uplink_pb2.PushGroup(), 0
+            group.objects.append(uplink_pb2.PushWhole(
+                begin=_begin(delivery, content), dataset=dataset, digest=content.digest,
+            ))  # fmt: skip
+            size += len(dataset)
+        if group.objects:
+            yield uplink_pb2.PushRequest(group=group)
+
+    def done(self, ward: str, done: delivery_pb2.DeliveriesDone) -> None:
+        """What became of them at the ward."""
+        if len(done.delivered) + len(done.refused) > NEXT_MAX:
+            raise InvalidInput(f"more than {NEXT_MAX} deliveries at once")
+        now_us = self._clock()
+        delivered = [serde.delivery_key_from(key, to_ward=ward) for key in done.delivered]
+        self._ledger.finish_deliveries(delivered, now_us)
+        for refusal in done.refused:
+            key = serde.delivery_key_from(refusal.key, to_ward=ward)
+            self._refuse(key, refusal.reason[:REFUSAL_CHARS_MAX], permanent=refusal.permanent)
+
+    def waiting(self) -> list[str]:
+        """The wards for which something may be fetched now."""
+        return self._ledger.wards_with_deliveries(self._clock())
+
+    def age(self) -> None:
+        """What is too old is given up, and in the end forgotten."""
+        self._ledger.age_deliveries(self._clock())
+
+    def standings(self, ward: str) -> list[DeliveryStanding]:
+        """How the deliveries from and to a ward stand."""
+        return self._ledger.delivery_standings(self._clock(), ward)
+
+    def _make_ready(self, keys: Sequence[DeliveryKey]) -> bool:
+        held = [key for key in keys if self._is_held(key)]
+        self._ledger.ready_deliveries(held, self._clock())
+        return bool(held)
+
+    def _is_held(self, key: DeliveryKey) -> bool:
+        """Whether the region has this content from the ward that delivers it. Of a content that is kept
+        beside another only the first ward is known: there the digest, which nobody knows without the bytes,
+        is enough."""
+        index = self._archive.index
+        known = index.lookup(key.sop_instance_uid)
+        if known is not None and known.digest == key.digest:
+            own = Scope(frozenset({key.from_ward}))
+            return bool(index.instances(known.study_uid, known.series_uid, key.sop_instance_uid, scope=own))
+        return index.has_content(key.sop_instance_uid, key.digest)
+
+    def _content(self, delivery: Delivery) -> Content | None:
+        key = delivery.key
+        content = find_content(self._archive, key.sop_instance_uid, key.digest)
+        if content is None:
+            self._refuse(key, "the region does not hold it any more", permanent=False)
+        return content
+
+    def _whole(self, delivery: Delivery, content: Content) -> bytes | None:
+        try:
+            return b"".join(self._chunks(content))
+        except (MissError, OSError) as error:
+            self._blame(delivery, error)
+            return None
+
+    def _large(self, delivery: Delivery, content: Content) -> Iterator[uplink_pb2.PushRequest]:
+        yield uplink_pb2.PushRequest(begin=_begin(delivery, content))
+        try:
+            for chunk in self._chunks(content):
+                yield uplink_pb2.PushRequest(chunk=chunk)
+        except (MissError, OSError) as error:
+            self._blame(delivery, error)
+            raise
+        yield uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=content.digest))
+
+    def _chunks(self, content: Content) -> Iterator[bytes]:
+        return read_chunks(self._archive, content.head.sop_instance_uid, content.digest, content.location)
+
+    def _blame(self, delivery: Delivery, error: MissError | OSError) -> None:
+        raise_if_passing(error)
+        words = str(error) if isinstance(error, MissError) else f"its pack can't be read ({error.strerror})"
+        self._refuse(delivery.key, f"in the region: {words}", permanent=False)
+
+    def _refuse(self, key: DeliveryKey, reason: str, *, permanent: bool) -> None:
+        log.warning("delivery of %s from %s to %s: %s", key.sop_instance_uid, key.from_ward, key.to_ward,
+                    reason)  # fmt: skip
+        self._ledger.refuse_delivery(key, reason, self._clock(), permanent=permanent)
+
+
+def _begin(delivery: Delivery, content: Content) -> uplink_pb2.PushBegin:
+    """It comes to its new ward from the ward that delivers it, as the patient of the same issuer; the time of
+    receipt is set by who receives."""
+    origin = Provenance(
+        delivery.key.to_ward, delivery.issuer, origin_device(delivery.key.from_ward), delivery.calling_ae, 0
+    )
+    head = serde.head_to(replace(content.head, provenance=origin))
+    return uplink_pb2.PushBegin(head=head, size=content.size)
