@@ -32,6 +32,7 @@ QUIET_S_MAX = 60.0   # without any progress of replication
 # Who may connect from this machine: DCMTK's and pynetdicom's tools as they call themselves, and our own.
 DEVICES = ("MODALITY", "MISS-SEND", "STORESCU", "DCMSEND", "ECHOSCU", "FINDSCU", "MOVESCU", "GETSCU",
            "RAWSCU", "PYNETDICOM")
+REGIONAL_DEVICES = ("REGIONSCU",)  # search and retrieve what any ward holds, through their own node
 
 HOSPITALS = (("San Martino", "Radiology"), ("Galliera", "Radiology"), ("San Martino", "Emergency"),
              ("Gaslini", "Paediatrics"), ("Galliera", "Cardiology"), ("Villa Scassi", "Radiology"))
@@ -91,7 +92,7 @@ class _Demo:
                       "ports": {"portal": kept.portal, "hub": kept.hub, "enrolment": kept.enrolment,
                                 "ward_portal": kept.ward_portal, "dimse": list(kept.dimse)}}
         self.region = LocalRegion(state, REGION_NAME, ward_plans(count), kept, basic_auth=True,
-                                  ward_portal=True)
+                                  ward_portal=True, devices_see_region=["*"])
         self.dead: set[str] = set()
 
     def run(self) -> None:
@@ -103,6 +104,7 @@ class _Demo:
                 self.region.start(progress=lambda what: status.update(f"starting {what} ..."))
             for ward in self.region.wards:
                 ward.allow(DEVICES)
+                ward.allow(REGIONAL_DEVICES, reach="region")
             self._add_users()
             self._load()
             self._write()
@@ -237,8 +239,8 @@ class _Demo:
             "wards": [{
                 "id": ward.plan.id, "name": ward.plan.full_name, "hospital": ward.plan.hospital,
                 "issuer": ward.plan.issuer, "ae_title": ward.ae_title, "host": HOST, "dicom_port": ward.port,
-                "devices": list(DEVICES), "settings": str(ward.settings), "state": str(ward.state),
-                "pid": pids[ward.node.name],
+                "devices": list(DEVICES), "regional_devices": list(REGIONAL_DEVICES),
+                "settings": str(ward.settings), "state": str(ward.state), "pid": pids[ward.node.name],
             } for ward in self.region.wards],
             "ward_portal": {"url": f"http://{HOST}:{self.ports.ward_portal}",
                             "ward": self.region.wards[0].plan.full_name},

@@ -101,13 +101,14 @@ class LocalWard:
         with _opened(configuration.node(self.settings).ledger_url) as ledger:
             yield ledger
 
-    def allow(self, ae_titles: Sequence[str], address: str = HOST) -> None:
-        """Lets devices connect from `address`; those that are listed already stay as they are."""
+    def allow(self, ae_titles: Sequence[str], address: str = HOST, **options: Any) -> None:
+        """Lets devices connect from `address`, with options of `make_device`; those that are listed already
+        stay as they are."""
         with self.ledger() as ledger:
             known = {device.ae_title for device in ledger.devices()}
             for ae_title in ae_titles:
                 if ae_title not in known:
-                    ledger.add_device(make_device(ae_title, address))
+                    ledger.add_device(make_device(ae_title, address, **options))
 
 
 class LocalRegion:
@@ -115,12 +116,16 @@ class LocalRegion:
 
     def __init__(self, state: Path, name: str, wards: Sequence[WardPlan], ports: Ports, *,
                  basic_auth: bool = False, portal: bool = True, ward_portal: bool = False,
-                 node_overrides: Sequence[str] = (), log_level: str = "INFO") -> None:
+                 node_overrides: Sequence[str] = (), devices_see_region: Sequence[str] = (),
+                 log_level: str = "INFO") -> None:
+        """`devices_see_region` are the wards whose devices may look into the whole region, as the region's
+        settings begin."""
         self.state = state.absolute()
         self.name = name
         self.ports = ports
         self._basic_auth = basic_auth
         self._log_level = log_level
+        self._devices_see_region = tuple(devices_see_region)
         self._node_overrides = [part for override in node_overrides for part in ("--set", override)]
         self.folder = self.state / REGION
         self.hub = self._child("hub", ["hub", "run", "--settings", str(self.hub_toml)])
@@ -219,6 +224,8 @@ class LocalRegion:
         if not self.hub_toml.exists():
             region.create_region(self.folder, self.name, host=HOST, port=self.ports.hub,
                                  enrol_port=self.ports.enrolment, listen_host=HOST)
+            _adjust(self.hub_toml, configuration.hub(self.hub_toml),
+                    {"devices_see_region": self._devices_see_region})
         _adjust(self.hub_toml, configuration.hub(self.hub_toml), {
             "port": self.ports.hub, "enrolment.port": self.ports.enrolment,
             "enrolment.hub_addresses": [self.hub_address]})

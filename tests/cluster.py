@@ -37,10 +37,12 @@ class Cluster:
     """A running region with a physician, an IT person and a technician for each ward."""
 
     def __init__(self, state: Path, wards: Sequence[WardPlan] = (RADIOLOGY, GALLIERA), *, portal: bool = True,
-                 ward_portal: bool = False, hold: bool = False) -> None:
+                 ward_portal: bool = False, hold: bool = False,
+                 devices_see_region: Sequence[str] = ()) -> None:
         self.region = LocalRegion(
             state, "trial", wards, Ports.free(len(wards)), basic_auth=True, portal=portal,
-            ward_portal=ward_portal, node_overrides=["uplink.hold=true"] if hold else [])
+            ward_portal=ward_portal, node_overrides=["uplink.hold=true"] if hold else [],
+            devices_see_region=devices_see_region)
         self.portal_wanted = portal
 
     def __enter__(self) -> Cluster:
