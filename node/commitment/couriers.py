@@ -34,6 +34,11 @@ class Couriers:
         self._threads = [threading.Thread(target=self._run, name=f"commitment-{name}", daemon=True)
                          for _ in range(COURIERS)]
 
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing is to be waited for any more."""
+        return self._stopping
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()

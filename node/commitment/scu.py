@@ -42,6 +42,7 @@ from node.settings import CommitmentSettings
 log = logging.getLogger(__name__)
 
 SAME_ASSOCIATION_S = 5.0  # how long an association that asked stays open for the answer
+_POLL_S = 0.1
 _NO_CONTEXT = "it takes no storage commitment"
 _NO_REPORT = "it never reported"
 
@@ -156,10 +157,11 @@ class CommitmentScu:
                 else:
                     self._failed(one, f"it answered {status:04X}, {meaning(status)}")
             until_s = time.monotonic() + self._same_association_s
-            while any(self._is_awaited(one) for one in asked):
-                if not requestor.association.wire.readable(max(0.0, until_s - time.monotonic())):
+            while time.monotonic() < until_s and not self._couriers.stopping:
+                if requestor.association.wire.readable(_POLL_S):
+                    self._serve(requestor, device, *requestor.association.receive())
+                if not any(self._is_awaited(one) for one in asked):  # they may come another way too
                     return
-                self._serve(requestor, device, *requestor.association.receive())
         except PeerReleased:
             with contextlib.suppress(AssociationEnded):
                 requestor.association.wire.send(RELEASE_RP_OCTETS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -119,8 +118,8 @@ class Modality:
         self.port = free_ports(1, "127.0.0.1")[0] if port is None else port
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.status = 0x0000  # what reports are answered
+        self.on_event: Callable[[], None] = lambda: None  # before a report is answered
         self._server: Any = None
-        self._released = threading.Event()
 
     def listen(self, *, takes_role: bool = True) -> None:
         ae = AE(self.ae_title)
@@ -166,10 +165,8 @@ class Modality:
             {str(item.ReferencedSOPInstanceUID): item.FailureReason
              for item in information.get("FailedSOPSequence", ())},
             str(information.get("RetrieveAETitle", "")), event.assoc.is_requestor)
-        if self.status == 0:
-            self.events.put(heard)
-        else:
-            self.events.put(replace(heard, kind=-heard.kind))
+        self.on_event()
+        self.events.put(heard if self.status == 0 else replace(heard, kind=-heard.kind))
         return self.status, None
 
 

@@ -8,10 +8,7 @@ import random
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,41 +16,26 @@ import pytest
 
 from archive.archive import Archive
 from archive.errors import SettingsError
-from archive.ledger import Device, Ledger
 from archive.settings import describe, load, render_toml
 from federation.settings import UplinkSettings
 from node.dimse.errors import AssociationEnded
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor, echo
 from node.service import Node, load_identity
-from node.settings import DimseSettings, NodeSettings
+from node.settings import NodeSettings
 from tests.datasets import CT, EXPLICIT, make_instance
 from tests.federation.regions import make_region
+from tests.node.processes import Process, enrolled
 from tests.node.storing import store
-from tests.waiting import wait_for
-
-REPOSITORY = Path(__file__).parents[2]
-RUN = "import sys, logging, pathlib; from archive.settings import load; from node.service import Node\n" \
-      "from node.settings import NodeSettings; logging.basicConfig(level='INFO')\n" \
-      "Node(load(NodeSettings, pathlib.Path(sys.argv[1]))).run()"
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Iterator[NodeSettings]:
+def settings(tmp_path: Path) -> NodeSettings:
     """An enrolled node's settings, with a device CT1; no hub listens where it dials."""
     region = make_region(tmp_path / "region")
-    identity = region.node(region.add_ward("San Martino", "Radiology", "SANMARTINO"), "127.0.0.1:1")
+    made = enrolled(region, tmp_path, "127.0.0.1:1")
     region.ledger.close()
-    made = NodeSettings(
-        state=tmp_path / "node", identity=identity.folder,
-        dimse=DimseSettings(host="127.0.0.1", port=0, stop_grace_s=2.0),
-    )
-    made.state.mkdir()
-    made = replace(made, archive=replace(made.archive, free_bytes_min=0))
-    ledger = Ledger.open(made.ledger_url)
-    ledger.add_device(Device("CT1", "127.0.0.1"))
-    ledger.close()
-    yield made
+    return made
 
 
 def test_a_node_stores_while_no_hub_answers(settings: NodeSettings) -> None:
@@ -142,44 +124,6 @@ def test_descriptors_suffice_for_the_associations(settings: NodeSettings) -> Non
         assert soft >= min(settings.dimse.associations_max, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-class Process:
-    """A node as a process of its own."""
-
-    def __init__(self, settings: NodeSettings) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        own = replace(settings, dimse=replace(settings.dimse, port=self.port))
-        file = settings.state / "node.toml"
-        file.write_text(render_toml(own))
-        self.log = settings.state / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", RUN, str(file)], cwd=REPOSITORY,
-                                            stderr=log)
-        self.peer = Peer("127.0.0.1", self.port, "MISS")
-        try:
-            wait_for(self._answers, "the node answers", 30)
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def _answers(self) -> bool:
-        assert self.process.poll() is None, self.text()
-        try:
-            return echo(self.peer, "CT1") == 0
-        except AssociationEnded:
-            return False
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(10)
 
 
 def test_sigterm_stops_in_order(settings: NodeSettings) -> None:
