@@ -21,6 +21,7 @@ from archive.orders import OrderDesk
 from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import Profile
+from federation.deliveries import Deliveries
 from federation.uplink import Uplink
 from federation.window import RegionWindow
 from node.admission import Admission
@@ -105,7 +106,8 @@ class Node:
             parts.callback(self.archive.close)
             if settings.uplink.enabled:
                 self.uplink = Uplink(self.archive, self.identity, settings.uplink, ae_title=ae_title,
-                                     audit=self.ledger.audit)
+                                     audit=self.ledger.audit, deliveries=settings.deliveries,
+                                     on_standings=self.ledger.note_standings)
                 self.window = self._window(self.uplink)
                 parts.callback(self.window.close)
             self.completion = self._completion()
@@ -179,9 +181,14 @@ class Node:
         destinations = Destinations(self.ledger, settings.dimse.tls, self.identity.current_roots_path)
         senders = Senders(
             self.archive, self._forwarder(ae_title),
-            AvailabilityScu(destinations, ae_title), commitment=self.commitment.scu,
+            AvailabilityScu(destinations, ae_title), deliveries=self._deliveries(),
+            commitment=self.commitment.scu,
             steps_of=lambda uid: [step for step, _ in self.ledger.performed_of([uid]).get(uid, ())])
         return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders)
+
+    def _deliveries(self) -> Deliveries | None:
+        """Without an uplink nothing can be handed to another ward."""
+        return None if self.uplink is None else Deliveries(self.archive, self.identity.ward, self.uplink)
 
     def _route_orders(self) -> RouteOrders:
         settings = self.settings

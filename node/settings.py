@@ -10,7 +10,8 @@ from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
 from archive.errors import SettingsError
 from archive.settings import setting
-from federation.settings import StoreSettings, UplinkSettings, WindowSettings
+from federation.deliveries_grants import Accepted
+from federation.settings import DeliverySettings, StoreSettings, UplinkSettings, WindowSettings
 from node.dimse.association import Limits
 
 KIB = 1 << 10
@@ -226,6 +227,7 @@ class NodeSettings:
     dimse: DimseSettings = setting(DimseSettings)
     archive: StoreSettings = setting(StoreSettings)
     uplink: UplinkSettings = setting(UplinkSettings)
+    deliveries: DeliverySettings = setting(DeliverySettings)
     window: WindowSettings = setting(WindowSettings)
     retrieve: RetrieveSettings = setting(RetrieveSettings)
     commitment: CommitmentSettings = setting(CommitmentSettings)
@@ -269,6 +271,7 @@ class NodeSettings:
         self.require_ae_title()
         self.limits()
         _ = self.dimse.tls.enabled
+        Accepted.of(self.deliveries.accept_from)
 
     def require_ae_title(self) -> str:
         """The AE title, if it is one (PS3.5 6.2)."""

@@ -11,6 +11,7 @@ from archive.index.described import Described
 from archive.ledger import Destination, Routed, RouteKind
 from archive.model import InstanceHead
 from archive.predicates import Predicate, fits, matches
+from federation.deliveries_grants import origin_ward
 from node.routing.hours import Hours
 
 DAY_US = 86_400 * 1_000_000
@@ -158,10 +159,13 @@ class Rule:
 
 
 def came_from(head: InstanceHead, to: Destination, ward: str) -> bool:
-    """Whether this destination sent the instance: it never gets it back."""
+    """Whether this destination sent the instance: it never gets it back. What another ward delivered goes to
+    no ward at all: who acquired an image delivers it to each."""
+    is_delivered = origin_ward(head.provenance.device) is not None
     if to.kind is RouteKind.WARD:
-        return to.name in (ward, head.provenance.ward)
-    return to.name in (head.provenance.device, head.provenance.calling_ae)
+        return is_delivered or to.name == ward
+    # The calling AE of what was delivered is one of the other ward's machines.
+    return not is_delivered and to.name in (head.provenance.device, head.provenance.calling_ae)
 
 
 def _either(values: Sequence[str]) -> str:
