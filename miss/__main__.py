@@ -17,6 +17,7 @@ from miss import (
     portal,
     processes,
     rebuild,
+    routes,
     send,
     settings,
     status,
@@ -40,6 +41,7 @@ app.add_typer(portal.app, name="portal")
 app.add_typer(user.app, name="user")
 app.add_typer(conflicts.app, name="conflicts")
 app.add_typer(packs.app, name="packs")
+app.add_typer(routes.app, name="routes")
 app.command("send")(send.send)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from archive.archive import Archive
 from archive.errors import Unavailable
+from archive.ledger import RouteSummary
 from certs.identity import Identity
 from miss import configuration
 from miss.configuration import Process
 from miss.console import size
+from miss.ledgers import open_ledger
 from miss.processes import listening
 
 INDEX_WAIT_S = 5.0
@@ -39,6 +41,7 @@ class Backlog:
     oldest_pending_us: int | None
     set_aside: int
     certificate_until_us: int
+    routes: tuple[RouteSummary, ...] = ()
 
     @property
     def words(self) -> str:
@@ -51,7 +54,9 @@ class Backlog:
         return f"{self.pending} instances ({size(self.pending_bytes)}){age}"
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        from miss.routes import summary_dict
+
+        return asdict(self) | {"routes": [summary_dict(one) for one in self.routes]}
 
 
 def node_backlog(state: Path) -> Backlog:
@@ -67,13 +72,15 @@ def node_backlog(state: Path) -> Backlog:
         totals, pending = archive.index.totals(), archive.index.pending_summary()
     finally:
         archive.close()
+    with open_ledger(state) as ledger:
+        routes = tuple(ledger.route_summaries())
     return Backlog(
         ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port, listening=running,
         patients=totals.patients, studies=totals.studies, instances=totals.instances, bytes=totals.bytes,
         conflicts=totals.conflicts, proposed=totals.proposed, equivalents=totals.equivalents,
         pending=pending.count, pending_bytes=pending.bytes,
         oldest_pending_us=pending.oldest_us, set_aside=pending.set_aside,
-        certificate_until_us=identity.not_after_us)
+        certificate_until_us=identity.not_after_us, routes=routes)
 
 
 def duration(seconds: float) -> str:

@@ -87,6 +87,7 @@ def status(
       miss node status --state /srv/miss --json
     """
     from miss.backlog import node_backlog
+    from miss.routes import summary_table
 
     require_node(state)
     found = node_backlog(state)
@@ -104,6 +105,8 @@ def status(
                  f"; {found.equivalents} the same in another encoding")
     grid.add_row("certificate", f"until {when(found.certificate_until_us)}")
     out.print(grid)
+    if found.routes:
+        out.print(summary_table(found.routes, title="\nwhat waits by routing rules"))
 
 
 @app.command()

@@ -17,8 +17,9 @@ from miss.configuration import Process
 from miss.ledgers import no_state, open_ledger
 
 if TYPE_CHECKING:
-    from archive.archive import ArchiveSettings
+    from archive.archive import Archive, ArchiveSettings
     from archive.ledger import Ledger
+    from archive.orders import Handler
 
 WAIT_S = 30.0
 POLL_S = 0.05
@@ -39,7 +40,7 @@ def carry_out(state: Path, kind: str, detail: Mapping[str, str], *, wait_s: floa
                     raise InvalidInput(words)
                 return words
             if not _is_held(settings):
-                _work_off(settings, outbox, ledger)
+                _work_off(state, settings, outbox, ledger)
             elif time.monotonic() > deadline:
                 raise Unavailable(f"not carried out within {wait_s:.0f} s: it stays in the queue of the "
                                   "process that runs, and in the audit log once it is done")
@@ -77,7 +78,7 @@ def _is_held(settings: ArchiveSettings) -> bool:
     return False
 
 
-def _work_off(settings: ArchiveSettings, outbox: bool, ledger: Ledger) -> None:
+def _work_off(state: Path, settings: ArchiveSettings, outbox: bool, ledger: Ledger) -> None:
     """Carry out what waits, this order last."""
     from archive.archive import Archive
     from archive.handlers import handlers_of
@@ -90,5 +91,18 @@ def _work_off(settings: ArchiveSettings, outbox: bool, ledger: Ledger) -> None:
             return  # a process began in between: it carries the order out
         raise
     with archive:
-        OrderDesk(ledger, handlers_of(archive)).work_off()
+        OrderDesk(ledger, handlers_of(archive) | _handlers_of_node(state, archive, ledger)).work_off()
         archive.upkeep.drain()  # what was answered as going on goes on to its end
+
+
+def _handlers_of_node(state: Path, archive: Archive, ledger: Ledger) -> dict[str, Handler]:
+    """The orders that only a node carries out."""
+    from certs.identity import Identity
+    from node.routing.orders import RouteOrders
+
+    file = state / Process.NODE.file
+    if not file.exists():
+        return {}
+    settings = configuration.node(file)
+    ward = Identity.load(settings.identity).ward
+    return RouteOrders(archive, ledger, ward, settings.routes_path, settings.routing.queue_max).handlers()

@@ -159,6 +159,8 @@ def _totals(settings: Any) -> Totals | None:
 
 
 def _show_backlogs(backlogs: list[Backlog]) -> None:
+    from miss.routes import summary_table
+
     grid = table("node on this machine", "running", ">holds", "the region lacks", ">conflicts",
                  title="\nfrom the nodes' own disks")
     for backlog in backlogs:
@@ -166,6 +168,9 @@ def _show_backlogs(backlogs: list[Backlog]) -> None:
                      "yes" if backlog.listening else Text("no", "red"),
                      str(backlog.instances), backlog.words, str(backlog.conflicts))
     out.print(grid)
+    for backlog in backlogs:
+        if backlog.routes:
+            out.print(summary_table(backlog.routes, title=f"\n{backlog.ward}: what waits by routing rules"))
 
 
 def _zone() -> Any:
