@@ -116,14 +116,16 @@ class Sink(Protocol):
 class Association:
     """One association after A-ASSOCIATE-AC. Only its own thread calls it, but for `Wire.stop` and `cut`.
 
-    `window` is how many requests the peer may have open at once (PS3.7 D.3.3.3); 1 without negotiation."""
+    `window` is how many requests the peer may have open at once (PS3.7 D.3.3.3), `invokes` how many we may;
+    1 without negotiation."""
 
     def __init__(self, wire: Wire, contexts: Mapping[int, Context], peer_max_pdu_bytes: int, limits: Limits,
-                 *, requestor: bool, window: int = 1) -> None:
+                 *, requestor: bool, window: int = 1, invokes: int = 1) -> None:
         self.wire = wire
         self.contexts = contexts
         self.limits = limits
         self.window = window
+        self.invokes = invokes
         self.crowded = False  # more had come when a whole window was answered
         self._requestor = requestor
         bound = limits.send_pdu_bytes_max
@@ -208,6 +210,22 @@ class Association:
                 return command
             if command.has_dataset:
                 raise Violation("a request with a data set in place of a response", 0,
+                                AbortSource.SERVICE_USER)
+            self._keep(context, command)
+
+    def receive_store_response(self, message_id: int) -> Command | None:
+        """The next response while the C-GET `message_id` is served; None for the C-CANCEL of that. Other
+        requests are kept for later."""
+        while True:
+            context, command = self._receive_command(self.limits.message_timeout_s)
+            if command.is_response:
+                return command
+            if command.field == Field.C_CANCEL:
+                if command.short(messages.MESSAGE_ID_RESPONDED_TO, -1) == message_id:
+                    return None
+                continue
+            if command.has_dataset:
+                raise Violation("a request with a data set while a C-GET is served", 0,
                                 AbortSource.SERVICE_USER)
             self._keep(context, command)
 
@@ -432,10 +450,11 @@ class Association:
         """A buffer for data sets that are sent here."""
         return Outbox(self._fragment_bytes)
 
-    def send_outbox(self, context: Context, command: bytes, outbox: Outbox) -> None:
-        """A message whose data set comes from an outbox, of which the first part is loaded. Raises what its
-        source does when the rest can't be read: then the association is to be aborted."""
-        octets = self.encode(context, command)
+    def send_outbox(self, context: Context, command: bytes, outbox: Outbox, *, before: bytes = b"") -> None:
+        """A message, `before` it other PDUs, whose data set comes from an outbox, of which the first part is
+        loaded. Raises what its source does when the rest can't be read: then the association is to be
+        aborted."""
+        octets = before + self.encode(context, command)
         if len(octets) <= COMMAND_BYTES_MAX:
             outbox.put_before(octets)
         else:

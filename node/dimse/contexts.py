@@ -45,6 +45,8 @@ _STANDARD_ROOT = "1.2.840.10008."
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR: of media, never sent
 
+_VIDEO_CLASSES = frozenset(_STORAGE_ROOT + tail for tail in ("77.1.1.1", "77.1.2.1", "77.1.4.1"))
+
 # Hanging protocols, palettes, implant templates, protocols, inventories: a service class of its own (PS3.4
 # GG), whose objects belong to no study. There is no place for them here, so they are not agreed on.
 _WITHOUT_A_PATIENT = frozenset(known_classes._NON_PATIENT_OBJECT_CLASSES.values())
@@ -107,6 +109,10 @@ STORAGE_SYNTAXES = frozenset(
 ) - _NOT_IN_STREAM | _NEWER_SYNTAXES
 # Identifiers are read and written as data sets, so only in the syntaxes that need no codec (PS3.5 10).
 IDENTIFIER_SYNTAXES = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG))
+
+# C-FIND SCP, by item byte (PS3.4 Table C.5-2): relational queries, combined date and time, fuzzy matching of
+# names, timezone adjustment; no conversion of enhanced multi-frame images; empty values, multiple values.
+QUERY_SUPPORT = bytes((1, 1, 1, 1, 0, 1, 1))
 
 # Storage SCP of level 2 (full), signature level 3 (bit-preserving), no coercion (PS3.4 Table B.3-1).
 STORAGE_SUPPORT = bytes((2, 0, 3, 0, 0, 0))
@@ -185,7 +191,7 @@ def negotiate(request: AssociateRequest, offer: Offer, permitted: Permitted, max
         request.called_ae, request.calling_ae, tuple(answers), max_pdu_bytes,
         roles=tuple(role for uid, role in roles.items() if uid in accepted),
         extended=_answer_extended(request.extended, offer, accepted),
-        asynchronous_window=_answer_window(request.asynchronous_window, operations_max),
+        asynchronous_window=_answer_window(request.asynchronous_window, operations_max, offer),
         as_received=request.as_received,
     )
     return accept, contexts
@@ -200,10 +206,20 @@ def _answer(proposed: ProposedContext, offer: Offer, permitted: Permitted, role:
         return AnsweredContext(proposed.id, ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED, ignored)
     if not (role.scu or role.scp):
         return AnsweredContext(proposed.id, ContextResult.USER_REJECTION, ignored)
-    for uid in proposed.transfer_syntaxes:
+    for uid in _preferred(proposed, role):
         if offer.takes_syntax(service, uid) and (not role.scu or permitted.takes_syntax(service, uid)):
             return AnsweredContext(proposed.id, ContextResult.ACCEPTANCE, uid)
     return AnsweredContext(proposed.id, ContextResult.TRANSFER_SYNTAXES_NOT_SUPPORTED, ignored)
+
+
+def _preferred(proposed: ProposedContext, role: Role) -> Sequence[str]:
+    """The proposed syntaxes in our order: as the requestor names them. Where it is the SCP alone, so that a
+    C-GET is to send there, a native one comes first: everything but video can be recoded to that, and nothing
+    to another."""
+    if role.scu or not role.scp or proposed.abstract_syntax in _VIDEO_CLASSES:
+        return proposed.transfer_syntaxes
+    native = [uid for uid in (EXPLICIT_LITTLE, IMPLICIT_LITTLE) if uid in proposed.transfer_syntaxes]
+    return [*native, *proposed.transfer_syntaxes]
 
 
 def _answer_roles(roles: Sequence[Role], offer: Offer, permitted: Permitted) -> dict[str, Role]:
@@ -225,20 +241,28 @@ def _default_role(sop_class_uid: str, offer: Offer, permitted: Permitted) -> Rol
     return asked if service is None else permitted.narrowed(service, asked)
 
 
-def _answer_window(asked: tuple[int, int] | None, operations_max: int) -> tuple[int, int] | None:
-    """Answered only when asked; 0 is unlimited (PS3.7 D.3.3.3). We ourselves invoke one operation at a
-    time."""
+def _answer_window(asked: tuple[int, int] | None, operations_max: int,
+                   offer: Offer) -> tuple[int, int] | None:
+    """Answered only when asked; 0 is unlimited (PS3.7 D.3.3.3). Ourselves we invoke several operations where
+    C-GET is served."""
     if asked is None:
         return None
-    return min(asked[0] or operations_max, operations_max), 1
+    invokes = operations_max if ServiceName.STORE in offer.requestor_serves else 1
+    return min(asked[0] or operations_max, operations_max), min(asked[1] or invokes, invokes)
 
 
 def _answer_extended(asked: Sequence[tuple[str, bytes]], offer: Offer,
                      accepted: set[str]) -> tuple[tuple[str, bytes], ...]:
-    """What we support of what is asked about, once for each class (PS3.7 D.3.3.5). Of queries that is
-    nothing beyond the baseline, and no answer says so (PS3.4 C.5.1.1)."""
-    answers = {uid: STORAGE_SUPPORT for uid, _ in asked
-               if uid in accepted and offer.service(uid) is ServiceName.STORE}
+    """What we support of what is asked about, once for each class (PS3.7 D.3.3.5): of queries never more than
+    was asked for, since what is answered with 1 is done then (PS3.4 C.5.1.1)."""
+    answers: dict[str, bytes] = {}
+    for uid, information in asked:
+        service = offer.service(uid) if uid in accepted else None
+        if service is ServiceName.STORE:
+            answers[uid] = STORAGE_SUPPORT
+        elif service is ServiceName.FIND and information:
+            pairs = zip(information, QUERY_SUPPORT, strict=False)
+            answers.setdefault(uid, bytes(theirs == 1 and ours for theirs, ours in pairs))
     return tuple(answers.items())
 
 

@@ -8,14 +8,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from threading import Semaphore
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from archive.dataset import recoding
 from archive.errors import EVICTED, Corrupt, Evicted, TooLarge
-from archive.model import StoredInstance
+from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
 from federation.policy import Principal
 from node.dimse.outbox import FileSource, Source
@@ -150,11 +150,12 @@ class Supply:
             try:
                 if source.length > bytes_max:
                     raise TooLarge(f"instances of more than {bytes_max} bytes are not recoded") from None
-                payload = BytesIO(prefix + os.pread(source.fd, source.length, 0))
+                whole = prefix + os.pread(source.fd, source.length, 0)
             finally:
                 source.close()
-            return MemorySource(memoryview(recoding.recoded(payload, instance, transfer_syntax_uid,
-                                                            bytes_max)))
+            place = Location("", 0, len(whole), len(prefix))
+            return MemorySource(memoryview(recoding.recoded(
+                BytesIO(whole), replace(instance, location=place), transfer_syntax_uid, bytes_max)))
         with payload:
             spliced = recoding.spliced(payload, instance, transfer_syntax_uid, bytes_max)
             if spliced is not None:

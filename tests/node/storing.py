@@ -8,17 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from archive.archive import Archive, ArchiveSettings
+from archive.database import sqlite_url
+from archive.ledger import Ledger
 from archive.model import StoredInstance, Totals
+from node.destinations import Destinations
 from node.dimse.association import Limits
-from node.dimse.contexts import ServiceName
+from node.dimse.contexts import Offer, ServiceName
 from node.dimse.exchange import Service
 from node.dimse.messages import Field
+from node.dimse.payloads import Payloads
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
 from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
+from node.dimse.services.get import Get
+from node.dimse.services.move import Move
+from node.dimse.services.retrieval import Selection
 from node.dimse.services.store import Store
+from node.dimse.services.suboperations import Turns
 from node.dimse.tls import Listener
+from node.forwarding import Forwarder
+from node.settings import TlsSettings
 from tests.datasets import Instance
 from tests.node.serving import AE_TITLE, QUICK, Serving, serving
 
@@ -58,9 +68,19 @@ def store(requestor: Requestor, instance: Instance, chunks: Sequence[bytes] | No
     return requestor.store(context, instance.sop_instance_uid, chunks or [instance.dataset])
 
 
+def retrieving(archive: Archive, folder: Path, turns: Turns) -> dict[tuple[ServiceName, int], Service]:
+    """C-MOVE and C-GET, as a node composes them."""
+    selection = Selection(archive, WARD, ISSUER)
+    payloads = Payloads(archive)
+    destinations = Destinations(Ledger.open(sqlite_url(folder / "ledger.db")), TlsSettings())
+    forwarder = Forwarder(archive, destinations, AE_TITLE, ward=WARD, payloads=payloads, limits=QUICK)
+    return {(ServiceName.RETRIEVE, Field.C_MOVE): Move(selection, forwarder, turns),
+            (ServiceName.RETRIEVE, Field.C_GET): Get(selection, payloads, turns)}
+
+
 @contextmanager
 def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, responses_max: int = 1000,
-            tls: Listener | None = None, region: str = "",
+            tls: Listener | None = None, region: str = "", turns: Turns | None = None,
             **archive_settings: float | str) -> Iterator[Storing]:
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
@@ -69,6 +89,8 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
             (ServiceName.ECHO, Field.C_ECHO): Echo(),
             (ServiceName.STORE, Field.C_STORE): Store(archive.intake, WARD, ISSUER),
             (ServiceName.FIND, Field.C_FIND): find,
+            **retrieving(archive, folder, turns or Turns(8, 8, 5.0)),
         }
-        with serving(folder, table=table, limits=limits, private=private, tls=tls, region=region) as served:
+        offer = Offer(private, frozenset({ServiceName.STORE}))
+        with serving(folder, table=table, limits=limits, offer=offer, tls=tls, region=region) as served:
             yield Storing(served.server, served.ledger, served.admission, archive, find)
