@@ -111,7 +111,8 @@ class Node:
                 self.window = self._window(self.uplink)
                 parts.callback(self.window.close)
             self.completion = self._completion()
-            self.payloads = Payloads(self.archive, decoded_bytes_max=settings.retrieve.decoded_bytes_max)
+            self.payloads = Payloads(self.archive, self.window,
+                                     decoded_bytes_max=settings.retrieve.decoded_bytes_max)
             parts.callback(self.payloads.close)
             self.commitment = self._commitment(ae_title)
             self.commitment.start()
@@ -239,7 +240,7 @@ class Node:
 
     def _retrieve(self, ae_title: str) -> dict[tuple[ServiceName, int], Service]:
         settings = self.settings.retrieve
-        selection = Selection(self.archive, self.identity.ward, self.identity.issuer)
+        selection = Selection(self.archive, self.identity.ward, self.identity.issuer, self.window)
         turns = Turns(settings.at_once_max, settings.per_device_max, settings.wait_s)
         return {(ServiceName.RETRIEVE, Field.C_MOVE): Move(selection, self._forwarder(ae_title), turns),
                 (ServiceName.RETRIEVE, Field.C_GET): Get(selection, self.payloads, turns)}
