@@ -143,6 +143,13 @@ COMPUTED: dict[str, Level] = {
 
 BY_KEYWORD: dict[str, Indexed] = {entry.keyword: entry for entry in CATALOG}
 
+# What is kept of each sequence's items, by the sequence's keyword.
+SEQUENCES: dict[str, tuple[str, ...]] = {
+    entry.path[0]: tuple(other.keyword for other in CATALOG if other.path[0] == entry.path[0])
+    for entry in CATALOG
+    if len(entry.path) > 1
+}
+
 
 @cache
 def at_level(level: Level) -> tuple[Indexed, ...]:

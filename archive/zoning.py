@@ -1,5 +1,5 @@
-"""Keys whose dates and times are in a zone of their own (timezone query adjustment, PS3.4 C.5.1.1): what they
-ask of rows, by the offset that is stored with each.
+"""Keys and answers whose dates and times are in a zone of their own (timezone query adjustment, PS3.4
+C.5.1.1): what keys ask of rows, by the offset that is stored with each, and a match as that zone tells it.
 
 A date is the day from midnight to midnight in the key's zone, so it becomes a range of date and time; a time
 is the same moment of every day, and may wrap around midnight. A stored date without a time is not compared
@@ -9,10 +9,12 @@ on the days at the range's ends. Dates of birth are nobody's moments and stay as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from archive.folding import first_moment
+from archive.model import Fields, Match
 from archive.predicates import AnyOf, Between, Moment, OneOf, Predicate, Zoned
-from archive.zones import OFFSETS, minutes_of, moved
+from archive.zones import OFFSETS, is_offset, minutes_of, moved
 
 OFFSET = "TimezoneOffsetFromUTC"
 ADJUSTED = {
@@ -106,3 +108,27 @@ def _clock(time: str, minutes: int) -> tuple[int, str]:
 
 def _to_minutes(time: str, unknown: str) -> str:
     return time[:4].ljust(4, "0") if time else unknown
+
+
+def in_zone(match: Match, offset: str) -> Match:
+    """The match with its dates and times as clocks at `offset` show them; as it is where its own offset is
+    not known. A date without a time, or a time without a date, stays."""
+    own = match.study.get(OFFSET, "")
+    if not is_offset(own):
+        return match
+    minutes = _apart(own, offset)
+    study = {**_told(match.study, minutes), OFFSET: offset}
+    return replace(
+        match, study=study, series=_told(match.series, minutes), instance=_told(match.instance, minutes)
+    )
+
+
+def _told(fields: Fields, minutes: int) -> Fields:
+    told = dict(fields)
+    for date, time in ADJUSTED.items():
+        if fields.get(date) and fields.get(time):
+            try:
+                told[date], told[time] = moved(fields[date], fields[time], minutes)
+            except ValueError:
+                continue  # no date or no time: it is told as it came
+    return told

@@ -1,28 +1,44 @@
-"""Owns C-FIND (PS3.4 C.4.1) over the node's own archive: it reads the identifier, holds the query to its
-model's hierarchy, and sends the matches one by one until it is cancelled. It never matches anything itself:
-the archive does, with the engine that QIDO-RS uses too."""
+"""Owns C-FIND (PS3.4 C.4.1) over the node's own archive: it reads the identifier by its model and by what was
+negotiated, and sends the matches one by one until it is cancelled. It never matches anything itself: the
+archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Semaphore
 from typing import TYPE_CHECKING
 
 from archive.budget import ByteBudget
-from archive.catalog import BY_KEYWORD
-from archive.dataset import attributes
+from archive.dataset.answers import Answers
+from archive.dataset.questions import Model, Question, read_question
 from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
-from archive.model import Level, Query
+from archive.model import Query, Rules
+from archive.zones import is_offset
 from federation.policy import Act, Principal, Reach, require
 from node.dimse.association import Context
-from node.dimse.contexts import PATIENT_ROOT_FIND
+from node.dimse.contexts import (
+    EXPLICIT_BIG,
+    IMPLICIT_LITTLE,
+    PATIENT_ROOT_FIND,
+    PATIENT_STUDY_ONLY_FIND,
+    QUERY_SUPPORT,
+    STUDY_ROOT_FIND,
+)
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier, write_identifier
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier
 from node.dimse.messages import Command
 from node.dimse.services.regional import SearchWindow, Widened, widened
-from node.dimse.status import CANCELLED, PENDING, PENDING_UNSUPPORTED_KEYS, SUCCESS
+from node.dimse.status import (
+    CANCELLED,
+    CANNOT_UNDERSTAND,
+    DOES_NOT_MATCH,
+    OUT_OF_RESOURCES,
+    PENDING,
+    PENDING_UNSUPPORTED_KEYS,
+    SUCCESS,
+)
 
 if TYPE_CHECKING:
     from archive.archive import Archive
@@ -31,13 +47,52 @@ SEARCHES_MAX = 4            # at once; the next one waits for its turn
 SEARCH_WAIT_S = 30.0
 MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
 
-_UNIQUE_KEYS = frozenset(("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
-_ORDER = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
+MODELS: Mapping[str, Model] = {
+    PATIENT_ROOT_FIND: Model.PATIENT_ROOT,
+    STUDY_ROOT_FIND: Model.STUDY_ROOT,
+    PATIENT_STUDY_ONLY_FIND: Model.PATIENT_STUDY_ONLY,
+}
+
+STATUSES: Mapping[int, str] = {
+    SUCCESS: "every match was sent; there may have been none",
+    PENDING: "a match; every key was supported",
+    PENDING_UNSUPPORTED_KEYS: "a match; some keys are not known here, or are told and not matched on",
+    CANCELLED: "a C-CANCEL came; what was sent before it counts",
+    OUT_OF_RESOURCES: "more matches than the node's bound (the first ones were sent), or too many searches at"
+                      " once, or the index is behind",
+    DOES_NOT_MATCH: "the level is missing or none of the model's, the hierarchy is not kept, or a value is"
+                    " none of its VR's",
+    CANNOT_UNDERSTAND: "there is no identifier, or it can't be read",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiated:
+    """What was agreed on beyond the baseline, from the acceptor's answer (PS3.4 Table C.5-2)."""
+
+    relational: bool = False
+    combined_datetime: bool = False
+    fuzzy_names: bool = False
+    timezone: bool = False
+    enhanced_conversion: bool = False
+    empty_values: bool = False
+    multiple_values: bool = False
+
+    @classmethod
+    def of(cls, information: bytes) -> Negotiated:
+        return cls(*(byte == 1 for byte in information[:len(QUERY_SUPPORT)]))
+
+    def rules(self, question: Question) -> Rules:
+        """How the keys match. A timezone is looked at only where it was agreed on."""
+        zone = question.timezone if self.timezone else ""
+        if zone and not is_offset(zone):
+            raise InvalidQuery("Timezone Offset From UTC is written &ZZXX (0008,0201)")
+        return Rules(self.fuzzy_names, self.empty_values, self.multiple_values, zone)
 
 
 @dataclass(frozen=True, slots=True)
 class Find:
-    """C-FIND SCP, Study Root and Patient Root, hierarchical."""
+    """C-FIND SCP of the models above; hierarchical, unless relational queries were negotiated."""
 
     archive: Archive
     ward: str
@@ -56,22 +111,23 @@ class Find:
             raise CannotUnderstand("a C-FIND without an identifier")
         identifier = read_identifier(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
                                      context.transfer_syntax)
-        patient_root = context.abstract_syntax == PATIENT_ROOT_FIND
-        level, keys, wanted, unsupported = careful(
-            lambda: attributes.query_from_dataset(identifier, patient_root=patient_root))
-        refuse_foreign_keys(level, keys, patient_root=patient_root)
+        negotiated = Negotiated.of(exchange.extended.get(context.abstract_syntax, b""))
+        question = careful(lambda: read_question(identifier, MODELS[context.abstract_syntax],
+                                                 relational=negotiated.relational))
         principal = exchange.caller.principal(self.ward)
-        query = Query(level, keys, require(principal, Act.SEARCH), limit=self.responses_max + 1)
-        status = PENDING_UNSUPPORTED_KEYS if unsupported else PENDING
+        query = Query(question.level, question.keys, require(principal, Act.SEARCH),
+                      combine_datetime=negotiated.combined_datetime, rules=negotiated.rules(question),
+                      limit=self.responses_max + 1)
+        status = PENDING_UNSUPPORTED_KEYS if question.unsupported else PENDING
+        answers = Answers(question, self.ae_title, implicit=context.transfer_syntax == IMPLICIT_LITTLE,
+                          little=context.transfer_syntax != EXPLICIT_BIG, timezone=query.rules.timezone)
         with self._matches(query, principal, exchange.caller) as found:
             matches = found.matches
             for match in matches[:self.responses_max]:
                 if association.cancelled(command.message_id):
                     exchange.respond(context, command, CANCELLED)
                     return
-                answer = attributes.to_dataset(match, wanted, level=level, retrieve_ae=self.ae_title)
-                exchange.respond(context, command, status,
-                                 dataset=write_identifier(answer, context.transfer_syntax))
+                exchange.respond(context, command, status, dataset=answers.encode(match))
         if len(matches) > self.responses_max:
             raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
         exchange.respond(context, command, SUCCESS, comment=found.comment(exchange.caller))
@@ -94,16 +150,3 @@ class Find:
             yield found
         finally:
             self.held.give_back(held)
-
-
-def refuse_foreign_keys(level: Level, keys: Sequence[tuple[str, str]], *, patient_root: bool) -> None:
-    """Below its top level a query without negotiated extensions asks nothing of the higher levels but their
-    unique keys (PS3.4 C.4.1.2.1). A Patient ID beside a Study Instance UID passes: many a workstation sends
-    it."""
-    above = {Level.PATIENT, *_ORDER[:_ORDER.index(level)]}
-    if level is Level.PATIENT or (level is Level.STUDY and not patient_root):
-        return  # the top; Study Root's STUDY level holds the patient's keys too (C.6.2.1)
-    for keyword, _ in keys:
-        entry = BY_KEYWORD.get(keyword)
-        if entry is not None and entry.level in above and keyword not in _UNIQUE_KEYS:
-            raise InvalidQuery(f"{keyword} is no key of the {level.value} level")
