@@ -104,6 +104,7 @@ class _Lane:
     failures: int = 0
     resume_us: int = 0
     error: str = ""
+    shown_failing: bool = True  # people may be shown that it fails, perhaps since an earlier life
 
 
 @dataclass(slots=True)
@@ -167,7 +168,7 @@ class Router:
         if error is not None or (turn.busy and not turn.stored):
             self._rest(to, lane, str(error) if error is not None else turn.busy, progress=turn.stored > 0)
         else:
-            self._go_on(to, lane, more=len(rows) >= self._limits.batch)
+            self._go_on(to, lane, reached=bool(turn.told), more=len(rows) >= self._limits.batch)
         return bool(turn.told)
 
     # Which rows
@@ -288,22 +289,24 @@ class Router:
     def _rest(self, to: Destination, lane: _Lane, words: str, *, progress: bool) -> None:
         lane.failures, lane.error = 1 if progress else lane.failures + 1, words
         lane.resume_us = self._clock() + self._pause_us(lane.failures)
+        lane.shown_failing = True
         level = logging.WARNING if lane.failures == 1 else logging.DEBUG
         log.log(level, "%s: %s; trying again", to, words)
         self._queue.note_destination(
             DestinationState(to, lane.failures, lane.resume_us, words, self._clock())
         )
 
-    def _go_on(self, to: Destination, lane: _Lane, *, more: bool) -> None:
-        if lane.failures:
-            log.info("%s takes instances again", to)
-            lane.failures, lane.error = 0, ""
+    def _go_on(self, to: Destination, lane: _Lane, *, reached: bool, more: bool) -> None:
+        next_us = self._queue.next_route_us(to)
+        if lane.shown_failing and (reached or next_us is None):
+            if lane.failures:
+                log.info("%s takes instances again", to)
             self._queue.note_destination(DestinationState(to, 0, 0, "", self._clock()))
+            lane.shown_failing = False
+        lane.failures, lane.error = 0, ""
         if more:
             lane.resume_us = 0
-            return
-        next_us = self._queue.next_route_us(to)
-        if next_us is not None:
+        elif next_us is not None:
             lane.resume_us = min(lane.resume_us, next_us)
 
     def _pause_us(self, failures: int) -> int:
