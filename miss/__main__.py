@@ -7,6 +7,7 @@ import typer
 from miss import (
     bench,
     ca,
+    commitments,
     conflicts,
     console,
     demo,
@@ -42,6 +43,7 @@ app.add_typer(user.app, name="user")
 app.add_typer(conflicts.app, name="conflicts")
 app.add_typer(packs.app, name="packs")
 app.add_typer(routes.app, name="routes")
+app.command("commitments")(commitments.commitments)
 app.command("send")(send.send)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)

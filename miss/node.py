@@ -87,6 +87,7 @@ def status(
       miss node status --state /srv/miss --json
     """
     from miss.backlog import node_backlog
+    from miss.commitments import counted
     from miss.routes import summary_table
 
     require_node(state)
@@ -103,6 +104,7 @@ def status(
     grid.add_row("set aside", str(found.set_aside))
     grid.add_row("conflicts", f"{found.conflicts} open, {found.proposed} proposed corrections"
                  f"; {found.equivalents} the same in another encoding")
+    grid.add_row("commitment", counted(found.commitments))
     grid.add_row("certificate", f"until {when(found.certificate_until_us)}")
     out.print(grid)
     if found.routes:

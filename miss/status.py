@@ -159,6 +159,7 @@ def _totals(settings: Any) -> Totals | None:
 
 
 def _show_backlogs(backlogs: list[Backlog]) -> None:
+    from miss.commitments import counted
     from miss.routes import summary_table
 
     grid = table("node on this machine", "running", ">holds", "the region lacks", ">conflicts",
@@ -169,6 +170,8 @@ def _show_backlogs(backlogs: list[Backlog]) -> None:
                      str(backlog.instances), backlog.words, str(backlog.conflicts))
     out.print(grid)
     for backlog in backlogs:
+        if backlog.commitments.is_any:
+            out.print(f"{backlog.ward}: storage commitment: {counted(backlog.commitments)}", markup=False)
         if backlog.routes:
             out.print(summary_table(backlog.routes, title=f"\n{backlog.ward}: what waits by routing rules"))
 

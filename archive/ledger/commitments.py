@@ -74,6 +74,11 @@ class CommitmentCounts:
     failing: int = 0
     given_up: int = 0
 
+    @property
+    def is_any(self) -> bool:
+        """Whether people may want to know."""
+        return bool(self.open or self.answering or self.given_up)
+
 
 class Commitments(Subject):
     """Storage commitment's transactions of one node."""

@@ -66,8 +66,9 @@ class Committing(Serving):
         return one
 
     def await_state(self, state: str, *, tries: int = 0) -> Commitment:
-        return wait_for(lambda: next((one for one in self.ledger.commitments()
-                                      if one.state == state and one.tries >= tries), None), state)
+        found = wait_for(lambda: [one for one in self.ledger.commitments()
+                                  if one.state == state and one.tries >= tries], state)
+        return found[0]
 
 
 @contextmanager

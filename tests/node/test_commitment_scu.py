@@ -114,7 +114,8 @@ def first_failed(request: Dataset) -> Dataset:
 
 
 def result(node: Committing, uid: str) -> CommitmentResult:
-    return wait_for(lambda: (found := node.commitment.scu.result(uid)).is_over and found, "a result")
+    wait_for(lambda: node.commitment.scu.result(uid).is_over, "a result")
+    return node.commitment.scu.result(uid)
 
 
 def test_a_report_over_the_association_that_asked(node: Committing, pacs: Archive) -> None:
