@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 PENDING_S = 0.05        # at most one pending response in this time, and only when the counts have changed
 PENDING_S_MAX = 5.0     # at least one, that the requestor does not take us for dead
+# Nothing new: said after so long, and twice as long each time. Who is the destination itself, as movescu is,
+# looks whether it is called only when it hears from us, or once a second.
+PENDING_S_FIRST = 0.01
 CANCEL_GRACE_S = 2.0    # what is under way gets when it is cancelled; then its association is cut
 
 STATUSES: Mapping[int, str] = {
@@ -81,17 +84,17 @@ class Move:
             except CannotCount as error:
                 exchange.respond(context, command, CANNOT_COUNT, comment=str(error))
                 return
-            with _Moving(self.forwarder, peer, instances, self.selection.principal(caller),
-                         (caller.ae_title, command.message_id)) as moving:
-                account = moving.account
-                began_s = time.monotonic()
-                try:
+            moving = _Moving(self.forwarder, peer, instances, self.selection.principal(caller),
+                             (caller.ae_title, command.message_id))
+            account, began_s = moving.account, time.monotonic()
+            try:
+                with moving:
                     watch.follow(moving)
-                finally:
-                    log.info("C-MOVE of %s to %s: %s in %.2f s", caller.ae_title, destination, account,
-                             time.monotonic() - began_s)
-                    for status, count in account.statuses.items():
-                        exchange.entry.operations[f"C-MOVE sub-operation {status:04X}"] += count
+            finally:
+                log.info("C-MOVE of %s to %s: %s in %.2f s", caller.ae_title, destination, account,
+                         time.monotonic() - began_s)
+                for status, count in account.statuses.items():
+                    exchange.entry.operations[f"C-MOVE sub-operation {status:04X}"] += count
             final = account.final(cancelled=watch.was_cancelled and account.remaining > 0)
         exchange.respond(context, command, final.status, more=final.more, comment=final.comment,
                          dataset=final.dataset(context.transfer_syntax))
@@ -186,6 +189,7 @@ class _Watch:
         """Say how far it is until it is over. When the requestor is gone, nothing further is begun, and what
         is under way is waited for: then what ended the association is raised (M5)."""
         account, told, told_s, cut_s = moving.account, -1, 0.0, 0.0
+        silence_s = PENDING_S_FIRST
         while not moving.over:
             now_s = time.monotonic()
             if self.cancelled():
@@ -193,16 +197,18 @@ class _Watch:
                 cut_s = cut_s or now_s + CANCEL_GRACE_S
                 if now_s > cut_s:
                     moving.cut()
-            elif now_s - told_s >= (PENDING_S if account.done != told else PENDING_S_MAX):
+            elif now_s - told_s >= (PENDING_S if account.done != told else silence_s):
+                if account.done == told:
+                    silence_s = min(2 * silence_s, PENDING_S_MAX)
                 told, told_s = account.done, now_s
                 self._exchange.respond(self._context, self._command, PENDING, more=account.pending())
-            self._rest(moving.bell)
+            self._rest(moving.bell, min(silence_s, PENDING_S))
 
-    def _rest(self, bell: int) -> None:
+    def _rest(self, bell: int, moment_s: float) -> None:
         """Until it is over, or the requestor says something, or a moment has passed."""
         wire = self._exchange.association.wire
         poll = select.poll()
         poll.register(bell, select.POLLIN)
         if not wire.readable():  # else what lies there is for later
             poll.register(wire.fileno(), select.POLLIN)
-        poll.poll(PENDING_S * 1000)
+        poll.poll(moment_s * 1000)
