@@ -74,10 +74,10 @@ class Requestor:
     def connect(cls, peer: Peer, calling_ae: str, proposed: Sequence[ProposedContext], *,
                 limits: Limits | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S,
                 window: int = 1, user_identity: UserIdentity | None = None,
-                roles: Sequence[Role] = ()) -> Self:
+                roles: Sequence[Role] = (), extended: Sequence[tuple[str, bytes]] = ()) -> Self:
         """Connect and associate. `window` asks for that many open operations, `roles` for others than that we
-        are the SCU of all (PS3.7 D.3.3.4). Raises ConnectionLost, TimedOut, Rejected, PeerAborted or
-        Violation."""
+        are the SCU of all (PS3.7 D.3.3.4), `extended` for what a SOP class leaves open (D.3.3.5). Raises
+        ConnectionLost, TimedOut, Rejected, PeerAborted or Violation."""
         limits = limits or Limits()
         try:
             sock = socket.create_connection((peer.host, peer.port), connect_timeout_s)
@@ -94,7 +94,8 @@ class Requestor:
         try:
             request = AssociateRequest(peer.called_ae, calling_ae, tuple(proposed), limits.max_pdu_bytes,
                                        asynchronous_window=(window, 1) if window > 1 else None,
-                                       user_identity=user_identity, roles=tuple(roles))
+                                       user_identity=user_identity, roles=tuple(roles),
+                                       extended=tuple(extended))
             accept = _negotiate(wire, request, limits.artim_s)
         except BaseException:
             wire.close()

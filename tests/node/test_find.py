@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydicom import dcmread
@@ -22,12 +21,13 @@ from node.dimse.contexts import (
     STUDY_ROOT_FIND,
     VERIFICATION,
 )
-from node.dimse.identifiers import read_identifier, write_identifier
+from node.dimse.identifiers import write_identifier
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
 from node.dimse.services.find import MATCHES_HELD_MAX
 from tests.datasets import make_instance
+from tests.node.finding import find, identifier, study
 from tests.node.serving import AE_TITLE, Raw, data
 from tests.node.storing import Storing, storing
 from tests.peers import dcmtk
@@ -39,32 +39,6 @@ FIND = ProposedContext(1, STUDY_ROOT_FIND, (EXPLICIT_LITTLE,))
 def served(tmp_path: Path) -> Iterator[Storing]:
     with storing(tmp_path) as running:
         yield running
-
-
-def identifier(level: str, **keys: str) -> Dataset:
-    dataset = Dataset()
-    dataset.QueryRetrieveLevel = level
-    for keyword, value in keys.items():
-        setattr(dataset, keyword, value)
-    return dataset
-
-
-def find(served: Storing, query: Dataset, *, root: str = STUDY_ROOT_FIND, syntax: str = EXPLICIT_LITTLE,
-         cancel_after: int | None = None) -> tuple[list[int], list[Dataset]]:
-    """Every status in order, and the identifiers."""
-    with Requestor.connect(served.peer, "CT1", [ProposedContext(1, root, (syntax,))]) as requestor:
-        answers = list(requestor.find(write_identifier(query, syntax), root, cancel_after=cancel_after))
-    return ([answer.status for answer, _ in answers],
-            [read_identifier(octets, syntax) for _, octets in answers if octets is not None])
-
-
-def study(served: Storing, count: int = 1, **elements: Any) -> str:
-    """Store a study of one series; its UID."""
-    first = make_instance(number=1, **elements)
-    rest = [make_instance(number=n, study_uid=first.study_uid, series_uid=first.series_uid, **elements)
-            for n in range(2, count + 1)]
-    assert served.send(first, *rest) == [0] * count
-    return first.study_uid
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG])
