@@ -92,7 +92,8 @@ def test_statuses_and_comments_are_the_peers(served: Storing) -> None:
 
 def test_what_it_does_not_take_is_recoded_or_fails(served: Storing) -> None:
     """MR is not taken at all, CR only in Implicit VR Little Endian."""
-    ct, mr, cr = (make_instance(sop_class=uid, transfer_syntax=RLE, rows=16, columns=16) for uid in (CT, MR, CR))
+    ct, mr, cr = (make_instance(sop_class=uid, transfer_syntax=RLE, rows=16, columns=16)
+                  for uid in (CT, MR, CR))
     served.send(ct, mr, cr)
     outcomes = Outcomes()
     takes = {CT: (RLE, EXPLICIT), CR: (IMPLICIT,)}
