@@ -18,7 +18,7 @@ from archive.errors import EVICTED, Corrupt, Evicted, TooLarge
 from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
 from federation.policy import Principal
-from node.dimse.outbox import FileSource, Source
+from node.dimse.outbox import Source
 
 if TYPE_CHECKING:
     from archive.archive import Archive
@@ -69,6 +69,26 @@ class MemorySource:
     def close(self) -> None:
         if self.rest is not None:
             self.rest.close()
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedSource:
+    """A fetched file, which is closed with it: until then its bytes count in the window's budget."""
+
+    file: BinaryIO
+    length: int
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
+        done = os.preadv(self.file.fileno(), views, offset)
+        if not done:
+            raise OSError("the file ends early")
+        return done
+
+    def confirm(self) -> None:
+        """What was fetched was checked, and nobody else has the file."""
+
+    def close(self) -> None:
+        self.file.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +157,7 @@ class Supply:
         try:
             return self._payloads.archive.open_dataset(instance)
         except Evicted:
-            return _whole(self._fetched(instance))
+            return _fetched_source(self._fetched(instance))
 
     def _recoded(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
         bytes_max = self._payloads.decoded_bytes_max
@@ -145,12 +165,12 @@ class Supply:
         try:
             payload = self._payloads.archive.open_instance(instance)
         except Evicted:
-            source = _whole(self._fetched(instance))
+            source = _fetched_source(self._fetched(instance))
             prefix = part10_prefix(head)
             try:
                 if source.length > bytes_max:
                     raise TooLarge(f"instances of more than {bytes_max} bytes are not recoded") from None
-                whole = prefix + os.pread(source.fd, source.length, 0)
+                whole = prefix + source.file.read()
             finally:
                 source.close()
             place = Location("", 0, len(whole), len(prefix))
@@ -174,10 +194,8 @@ class Supply:
         return window.fetch(self._principal, instance)
 
 
-def _whole(file: BinaryIO) -> FileSource:
-    """A fetched file, which is this source's from now on."""
-    with file:
-        return FileSource(fd := os.dup(file.fileno()), 0, os.fstat(fd).st_size)
+def _fetched_source(file: BinaryIO) -> FetchedSource:
+    return FetchedSource(file, os.fstat(file.fileno()).st_size)
 
 
 def _close_fetched(future: Future[BinaryIO]) -> None:

@@ -313,7 +313,8 @@ def test_a_ledger_of_the_first_schema_opens_with_what_it_holds(database_url: str
     assert ledger.connections() == [
         Connection(1, "10.0.0.5", "CT1", "MISS", "CT", bytes_in=2, bytes_out=3, ended="released", ended_us=4)
     ]
-    changed = replace(device, transport="tls", certificate="ab", sop_classes=frozenset({"1.2", "1.3"}))
+    changed = replace(device, transport="tls", certificate="ab", sop_classes=frozenset({"1.2", "1.3"}),
+                      reach="region", on_incomplete="fail", max_age_s=60)
     ledger.add_device(changed)
     assert ledger.device("CT1") == changed and ledger.devices() == [changed]
     ledger.close()

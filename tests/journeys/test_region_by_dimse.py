@@ -16,6 +16,7 @@ from miss.device import make_device
 from miss.local import HOST, WardPlan
 from miss.processes import free_ports, listening, wait_until
 from tests.cluster import GALLIERA, RADIOLOGY, Cluster, dataset_of
+from tests.commands import miss
 from tests.datasets import Instance, make_study
 from tests.peers import dcmtk
 from tests.waiting import wait_for
@@ -91,6 +92,11 @@ def move(cluster: Cluster, as_ae: str, to: str, study: str) -> str:
     return done.stdout + done.stderr
 
 
+def evict(state: Path, study: str) -> None:
+    done = miss("packs", "evict", "--study", study, "--protected-to", "now", "--state", str(state))
+    assert done.returncode == 0, done.stderr
+
+
 def datasets(files: list[Path]) -> list[bytes]:
     return sorted(dataset_of(path.read_bytes()) for path in files)
 
@@ -135,6 +141,13 @@ def test_what_another_ward_holds_is_found_and_retrieved_byte_for_byte(tmp_path: 
         assert files == []
         rows, said = find(cluster, STORES, tmp_path / "found")
         assert rows == [] and "No Acceptable Presentation Contexts" in said
+
+        # its own ward's evicted bytes come back for any device of it, M10
+        evict(cluster.ward().state, here[0].study_uid)
+        rows, _ = find(cluster, WARD_ONLY, tmp_path / "found")
+        assert [row["InstanceAvailability"] for row in rows] == ["NEARLINE"]
+        files, _ = get(cluster, WARD_ONLY, tmp_path / "back", here[0].study_uid)
+        assert datasets(files) == sent(here)
 
         # AU3: one question, one id, at the node and at the hub
         with cluster.region.ledger() as ledger:
