@@ -10,6 +10,7 @@ from miss import (
     commitments,
     conflicts,
     console,
+    deliveries,
     demo,
     device,
     hub,
@@ -43,6 +44,7 @@ app.add_typer(user.app, name="user")
 app.add_typer(conflicts.app, name="conflicts")
 app.add_typer(packs.app, name="packs")
 app.add_typer(routes.app, name="routes")
+app.add_typer(deliveries.app, name="deliveries")
 app.command("commitments")(commitments.commitments)
 app.command("send")(send.send)
 app.command("status")(status.status)

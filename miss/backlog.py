@@ -10,7 +10,7 @@ from pathlib import Path
 
 from archive.archive import Archive
 from archive.errors import Unavailable
-from archive.ledger import RouteSummary
+from archive.ledger import DeliveryStanding, RouteSummary
 from archive.ledger.commitments import SCP, CommitmentCounts
 from certs.identity import Identity
 from miss import configuration
@@ -44,6 +44,7 @@ class Backlog:
     certificate_until_us: int
     routes: tuple[RouteSummary, ...] = ()
     commitments: CommitmentCounts = CommitmentCounts()
+    deliveries: tuple[DeliveryStanding, ...] = ()
 
     @property
     def words(self) -> str:
@@ -77,13 +78,15 @@ def node_backlog(state: Path) -> Backlog:
     with open_ledger(state) as ledger:
         routes = tuple(ledger.route_summaries())
         commitments = ledger.commitment_counts(SCP)
+        deliveries = tuple(ledger.told_standings())
     return Backlog(
         ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port, listening=running,
         patients=totals.patients, studies=totals.studies, instances=totals.instances, bytes=totals.bytes,
         conflicts=totals.conflicts, proposed=totals.proposed, equivalents=totals.equivalents,
         pending=pending.count, pending_bytes=pending.bytes,
         oldest_pending_us=pending.oldest_us, set_aside=pending.set_aside,
-        certificate_until_us=identity.not_after_us, routes=routes, commitments=commitments)
+        certificate_until_us=identity.not_after_us, routes=routes, commitments=commitments,
+        deliveries=deliveries)
 
 
 def duration(seconds: float) -> str:

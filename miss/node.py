@@ -88,6 +88,7 @@ def status(
     """
     from miss.backlog import node_backlog
     from miss.commitments import counted
+    from miss.deliveries import standing_table
     from miss.routes import summary_table
 
     require_node(state)
@@ -109,6 +110,8 @@ def status(
     out.print(grid)
     if found.routes:
         out.print(summary_table(found.routes, title="\nwhat waits by routing rules"))
+    if found.deliveries:
+        out.print(standing_table(found.deliveries, title="\ndeliveries from and to other wards"))
 
 
 @app.command()

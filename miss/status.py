@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,7 @@ class Report:
             states = ledger.ward_states()
             self.wards = [status_of(ward, states.get(ward.id), self.now_us) for ward in ledger.wards()]
             rows = [row for row in ledger.certificates() if row.ward]
+            self.deliveries = ledger.delivery_standings(self.now_us)
         active = {row.ward for row in rows if row.state == "active"}
         self.revoked = {row.ward for row in rows if row.state == "revoked"} - active
         self.totals = _totals(settings.archive_settings())
@@ -102,10 +104,12 @@ class Report:
                 "set_aside": ward.coverage.set_aside, "complete_to_us": ward.coverage.complete_to_us,
                 "seen_at_us": ward.coverage.seen_at_us, "version": ward.version,
             } for ward in self.wards],
+            "deliveries": [asdict(pair) for pair in self.deliveries],
         }
 
     def show(self) -> None:
         from federation.coverage import plain_words
+        from miss.deliveries import standing_table
 
         out.print(f"hub {self.hub}: " + ("[green]answers[/]" if self.hub_answers else
                                          "[red]does not answer: what follows is as of its last word[/]"))
@@ -123,6 +127,8 @@ class Report:
         out.print(grid)
         if not self.wards:
             err.print("no ward was invited yet: miss ca invite --help")
+        if self.deliveries:
+            out.print(standing_table(self.deliveries, title="\ndeliveries from ward to ward"))
 
     def _link(self, ward: WardStatus) -> Text:
         words = "attached" if self._attached(ward) else "away"

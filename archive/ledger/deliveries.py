@@ -25,6 +25,7 @@ TRIES_MAX = 30             # with the pauses between them: about a day
 PAUSE_FIRST_US = 5_000_000
 PAUSE_MAX_US = 3_600_000_000
 KEPT_US = 30 * 86_400 * 1_000_000  # how long one may stay open, and how long it is known after that
+DAY_US = 86_400 * 1_000_000
 REASON_CHARS_MAX = 200
 _IN_LIST_MAX = 200
 
@@ -71,7 +72,8 @@ class Delivery:
 @dataclass(frozen=True, slots=True)
 class DeliveryStanding:
     """The deliveries of one ward to another, counted. `oldest_us` is when the oldest open one was ordered, 0
-    when none is open; `reason` the last that one failed or was put off for; `at_us` when this was so."""
+    when none is open; `delivered` are those of the last day; `reason` the last that one failed or was put off
+    for; `at_us` when this was so."""
 
     from_ward: str
     to_ward: str
@@ -252,9 +254,12 @@ class DeliveryBook(Subject):
                   for state in DeliveryState]  # fmt: skip
         query = (
             select(*pair, *counts, func.min(case((is_open, delivery.c.ordered_us))))
+            .where(or_(
+                delivery.c.state != DeliveryState.DELIVERED.value, delivery.c.done_us > now_us - DAY_US
+            ))
             .group_by(*pair)
             .order_by(*pair)
-        )
+        )  # fmt: skip
         concerned = or_(delivery.c.from_ward == ward, delivery.c.to_ward == ward)
         if ward is not None:
             query = query.where(concerned)
