@@ -426,12 +426,13 @@ class Known:
 class Standing:
     """How safe a live instance is: `receipt_us` is when the region confirmed exactly this content (0: not
     yet), `contested_by` are the AE titles that sent another content under its UID, of which nobody has
-    decided yet."""
+    decided yet; `uncompared_by` those of them whose content was not even compared with it yet."""
 
     instance: StoredInstance
     receipt_us: int
     damaged: bool
     contested_by: frozenset[str] = frozenset()
+    uncompared_by: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

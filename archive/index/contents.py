@@ -69,16 +69,20 @@ def live(connection: Connection, uid: str) -> StoredInstance | None:
 def standings(connection: Connection, uids: Iterable[str]) -> dict[str, Standing]:
     """How safe the live contents of these UIDs are, of those that are here."""
     wanted = list(uids)
-    undecided = select(conflict.c.sop_instance_uid, conflict.c.calling_ae).where(
+    undecided = select(conflict.c.sop_instance_uid, conflict.c.calling_ae, conflict.c.compared).where(
         conflict.c.state.in_([state.value for state in UNDECIDED])
     )
     contested: dict[str, set[str]] = {}
+    uncompared: dict[str, set[str]] = {}
     for row in by_uid(connection, undecided, conflict.c.sop_instance_uid, wanted):
         contested.setdefault(row.sop_instance_uid, set()).add(row.calling_ae)
+        if not row.compared:
+            uncompared.setdefault(row.sop_instance_uid, set()).add(row.calling_ae)
     return {
         row.sop_instance_uid: Standing(
             instance_of(row), row.receipt_us, bool(row.damaged),
             frozenset(contested.get(row.sop_instance_uid, ())),
+            frozenset(uncompared.get(row.sop_instance_uid, ())),
         )
         for row in by_uid(connection, select(instance), instance.c.sop_instance_uid, wanted)
     }  # fmt: skip

@@ -48,7 +48,7 @@ class _Pass:
     seen: Position | None = None        # and when the last whole one began
     not_before_s: float = 0.0
     began_s: float = 0.0
-    moved: bool = False                 # something lay elsewhere when it was to be read
+    moved: bool = False                 # something may be known soon, though no fact will say so
 
 
 class Verifier:
@@ -187,6 +187,9 @@ class Verifier:
         instance = standing.instance
         if instance.head.sop_class_uid != item.sop_class_uid:
             return replace(item, reason=CLASS_CONFLICT), 0
+        if request.device in standing.uncompared_by and not standing.damaged:
+            state.moved = True  # perhaps it is the same in another encoding: that is found out just now
+            return item, 0
         if standing.damaged or request.device in standing.contested_by:
             # What this device sent last under this UID is not what it would get back.
             return replace(item, reason=PROCESSING_FAILURE), 0

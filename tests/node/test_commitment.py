@@ -14,12 +14,16 @@ from pydicom.uid import generate_uid
 from archive.ledger.commitments import ANSWERING, DONE, GIVEN_UP, OPEN, SCP
 from archive.model import Fact, FactKind
 from node.dimse import commitments as sets
-from node.dimse.contexts import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
-from node.dimse.identifiers import read_identifier
+from node.dimse import messages
+from node.dimse.contexts import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, STORAGE_COMMITMENT
+from node.dimse.identifiers import read_identifier, write_identifier
+from node.dimse.messages import Field
+from node.dimse.pdu import ProposedContext
+from node.dimse.requestor import Requestor
 from node.settings import CommitmentSettings
-from tests.datasets import CT, MR, make_instance, make_study
+from tests.datasets import CT, EXPLICIT, MR, instance_of, make_instance, make_study
 from tests.node.committing import EAGER, Committing, Modality, ask, committing, request_of
-from tests.node.serving import AE_TITLE
+from tests.node.serving import AE_TITLE, QUICK
 from tests.node.storing import WARD
 from tests.waiting import wait_for
 
@@ -197,6 +201,18 @@ def test_other_content_of_this_device_is_not_committed(node: Committing, modalit
         assert modality.event().failed == {first.sop_instance_uid: 0x0110}
 
 
+def test_the_same_content_in_another_encoding_is_committed(node: Committing, modality: Modality) -> None:
+    """Sent again by another transfer syntax, and asked for before the two were compared."""
+    first = make_instance(transfer_syntax=EXPLICIT)
+    again = instance_of(first.read(), IMPLICIT_LITTLE)
+    assert again.dataset != first.dataset
+    node.send(first)
+    node.send(again)
+    with modality.associated(node.port) as association:
+        assert modality.ask(association, [first]) == 0
+        assert modality.event().committed == {first.sop_instance_uid}
+
+
 def test_held_until_the_region_has_a_receipt_for_this_content(tmp_path: Path, modality: Modality) -> None:
     study = make_study(3)
     asked: list[Sequence[str]] = []
@@ -312,8 +328,6 @@ def test_the_information_is_what_pydicom_reads_and_writes(syntax: str) -> None:
 
 
 def test_undefined_lengths_and_other_elements_are_read(tmp_path: Path) -> None:
-    from node.dimse.identifiers import write_identifier
-
     request = request_of([(CT, "1.4"), (CT, "1.5")], uid="1.2.3")
     request.StorageMediaFileSetID = "X"
     request["ReferencedSOPSequence"].is_undefined_length = True
@@ -322,3 +336,57 @@ def test_undefined_lengths_and_other_elements_are_read(tmp_path: Path) -> None:
         item.ReferencedSOPSequence = [Dataset()]
     octets = write_identifier(request, EXPLICIT_LITTLE)
     assert sets.decode(octets, EXPLICIT_LITTLE).referenced == {"1.4": CT, "1.5": CT}
+
+
+def action_request(message_id: int) -> bytes:
+    return messages.normalized_request(Field.N_ACTION, message_id, STORAGE_COMMITMENT, sets.INSTANCE,
+                                       has_dataset=True, more=messages.short(messages.ACTION_TYPE_ID, 1))
+
+
+def test_a_request_that_crosses_the_report_is_served(node: Committing) -> None:
+    """The modality sends an instance while our report is on its way, and answers the report after that."""
+    first, second = make_study(2)
+    node.send(first)
+    proposed = [ProposedContext(1, STORAGE_COMMITMENT, (EXPLICIT_LITTLE,)),
+                ProposedContext(3, CT, (EXPLICIT,))]
+    with Requestor.connect(node.peer, "CT1", proposed, limits=QUICK) as requestor:
+        association = requestor.association
+        commit, storage = requestor.context_of(STORAGE_COMMITMENT), requestor.context_of(CT)
+        assert commit is not None and storage is not None
+        action = action_request(1)
+        information = sets.Information("2.25.1", {first.sop_instance_uid: CT})
+        association.send(commit, action, sets.encode(information, EXPLICIT_LITTLE))
+        assert association.receive()[1].status == 0
+        context, event = association.receive()
+        assert event.field == Field.N_EVENT_REPORT
+        report = sets.decode(association.read_dataset(context, 1 << 20), EXPLICIT_LITTLE)
+        assert set(report.referenced) == {first.sop_instance_uid}
+        store_request = messages.store_request(2, CT, second.sop_instance_uid)
+        association.send(storage, store_request, second.dataset)
+        association.send(commit, messages.response(event, 0))
+        _, answer = association.receive()
+        assert (answer.field, answer.status) == (Field.C_STORE | messages.RESPONSE, 0)
+        assert answer.short(messages.MESSAGE_ID_RESPONDED_TO, 0) == 2
+        node.await_state(DONE)
+        assert requestor.call(storage, messages.store_request(requestor.next_message_id(), CT,
+                                                              first.sop_instance_uid),
+                              first.dataset)[0].status == 0
+
+
+def test_a_report_that_is_never_answered_goes_over_another_association(node: Committing,
+                                                                      modality: Modality) -> None:
+    instance = make_instance()
+    node.send(instance)
+    proposed = [ProposedContext(1, STORAGE_COMMITMENT, (EXPLICIT_LITTLE,))]
+    with Requestor.connect(node.peer, "CT1", proposed, limits=QUICK) as requestor:
+        commit = requestor.context_of(STORAGE_COMMITMENT)
+        assert commit is not None
+        action = action_request(1)
+        information = sets.Information("2.25.1", {instance.sop_instance_uid: CT})
+        requestor.association.send(commit, action, sets.encode(information, EXPLICIT_LITTLE))
+        assert requestor.association.receive()[1].status == 0
+        context, event = requestor.association.receive()
+        assert event.field == Field.N_EVENT_REPORT
+        requestor.association.drain(context)
+        modality.listen()
+    assert modality.event().kind == 1  # as soon as that one is over
