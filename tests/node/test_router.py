@@ -292,12 +292,16 @@ class Simulation(RuleBasedStateMachine):
             self.world.there.break_after = -1
             self.world.start()
 
-    @rule(count=st.integers(1, 6), rank=st.integers(0, 2), commit=st.booleans())
-    def queue(self, count: int, rank: int, commit: bool) -> None:
+    @rule(count=st.integers(1, 6), rank=st.integers(0, 2), verdict=st.sampled_from(Verdict),
+          answer=st.none() | st.sampled_from(Committed))
+    def queue(self, count: int, rank: int, verdict: Verdict, answer: Committed | None) -> None:
+        """Rows of one kind; those with an answer are to be committed."""
         for _ in range(count):
             self.number += 1
-            one = row(self.number, rank=rank, commit=commit, expires_us=10**6 * HOUR)
+            one = row(self.number, rank=rank, commit=answer is not None, expires_us=10**6 * HOUR)
             self.asked.add(one.sop_instance_uid)
+            self.world.there.answers[one.sop_instance_uid] = verdict
+            self.world.there.commits[one.sop_instance_uid] = answer or Committed.NOT_YET
             self.world.queue.add(replace(one, next_try_us=self.world.now_us))
         self.world.router.wake(ONCO)
 
@@ -305,13 +309,11 @@ class Simulation(RuleBasedStateMachine):
     def leave_or_come(self, away: bool) -> None:
         self.world.there.away = away
 
-    @rule(number=st.integers(1, 30), verdict=st.sampled_from(Verdict))
-    def judge(self, number: int, verdict: Verdict) -> None:
-        self.world.there.answers[f"1.2.3.{number}"] = verdict
-
-    @rule(number=st.integers(1, 30), answer=st.sampled_from(Committed))
-    def commit(self, number: int, answer: Committed) -> None:
-        self.world.there.commits[f"1.2.3.{number}"] = answer
+    @rule(verdict=st.sampled_from(Verdict), answer=st.sampled_from(Committed), share=st.integers(1, 3))
+    def change_its_mind(self, verdict: Verdict, answer: Committed, share: int) -> None:
+        for number in range(1, self.number + 1, share):
+            self.world.there.answers[f"1.2.3.{number}"] = verdict
+            self.world.there.commits[f"1.2.3.{number}"] = answer
 
     @rule(after=st.integers(-1, 4))
     def break_later(self, after: int) -> None:
@@ -360,4 +362,4 @@ class Simulation(RuleBasedStateMachine):
 
 
 TestSimulation = Simulation.TestCase
-TestSimulation.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestSimulation.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
