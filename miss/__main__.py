@@ -24,6 +24,7 @@ from miss import (
     settings,
     status,
     user,
+    worklist,
 )
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.add_typer(packs.app, name="packs")
 app.add_typer(routes.app, name="routes")
 app.add_typer(deliveries.app, name="deliveries")
 app.command("commitments")(commitments.commitments)
+app.add_typer(worklist.app, name="worklist")
 app.command("send")(send.send)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)

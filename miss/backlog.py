@@ -12,6 +12,8 @@ from archive.archive import Archive
 from archive.errors import Unavailable
 from archive.ledger import DeliveryStanding, RouteSummary
 from archive.ledger.commitments import SCP, CommitmentCounts
+from archive.ledger.performed import IN_PROGRESS
+from archive.ledger.worklist import OVER
 from certs.identity import Identity
 from miss import configuration
 from miss.configuration import Process
@@ -45,6 +47,8 @@ class Backlog:
     routes: tuple[RouteSummary, ...] = ()
     commitments: CommitmentCounts = CommitmentCounts()
     deliveries: tuple[DeliveryStanding, ...] = ()
+    scheduled_steps: int = 0
+    steps_in_progress: int = 0
 
     @property
     def words(self) -> str:
@@ -79,7 +83,10 @@ def node_backlog(state: Path) -> Backlog:
         routes = tuple(ledger.route_summaries())
         commitments = ledger.commitment_counts(SCP)
         deliveries = tuple(ledger.told_standings())
+        scheduled, performed = ledger.scheduled_counts(), ledger.performed_counts()
     return Backlog(
+        scheduled_steps=sum(count for status, count in scheduled.items() if status not in OVER),
+        steps_in_progress=performed.get(IN_PROGRESS, 0),
         ward=identity.ward, ae_title=settings.dimse.ae_title, port=settings.dimse.port, listening=running,
         patients=totals.patients, studies=totals.studies, instances=totals.instances, bytes=totals.bytes,
         conflicts=totals.conflicts, proposed=totals.proposed, equivalents=totals.equivalents,

@@ -105,6 +105,8 @@ def status(
     grid.add_row("set aside", str(found.set_aside))
     grid.add_row("conflicts", f"{found.conflicts} open, {found.proposed} proposed corrections"
                  f"; {found.equivalents} the same in another encoding")
+    grid.add_row("worklist", f"{found.scheduled_steps} scheduled steps, {found.steps_in_progress} performed "
+                 "steps in progress")
     grid.add_row("commitment", counted(found.commitments))
     grid.add_row("certificate", f"until {when(found.certificate_until_us)}")
     out.print(grid)

@@ -180,6 +180,12 @@ class Worklist(Subject):
         row = self._database.read(lambda c: c.execute(query).fetchone())
         return None if row is None else ScheduledStep(**row._mapping)
 
+    def scheduled_like(self, beginning: str) -> list[ScheduledStep]:
+        """The first two steps whose key begins so."""
+        query = select(scheduled_step).where(scheduled_step.c.id.startswith(beginning, autoescape=True))
+        rows = self._database.read(lambda c: c.execute(query.limit(2)).fetchall())
+        return [ScheduledStep(**row._mapping) for row in rows]
+
     def scheduled_steps(self, search: StepSearch = StepSearch()) -> Iterator[ScheduledStep]:
         """Steps by date, time and key, read page by page."""
         order = (scheduled_step.c.start_date, scheduled_step.c.start_time, scheduled_step.c.id)

@@ -253,7 +253,8 @@ def test_n_get(served: Scheduling, scu: Association) -> None:
     status, shown = scu.send_n_get([], ModalityPerformedProcedureStepRetrieve, UID)
     assert status.Status == 0x0000 and shown is not None
     assert (shown.PatientName, shown.PerformedProcedureStepStatus) == ("Müller^Jürgen", "IN PROGRESS")
-    status, shown = scu.send_n_get([Tag(0x00400252), Tag(0x00102180)], ModalityPerformedProcedureStepRetrieve, UID)
+    two = [Tag(0x00400252), Tag(0x00102180)]
+    status, shown = scu.send_n_get(two, ModalityPerformedProcedureStepRetrieve, UID)
     assert status.Status == 0x0001 and shown is not None
     assert [str(element.keyword) for element in shown] == ["PerformedProcedureStepStatus"]
     assert scu.send_n_get([], ModalityPerformedProcedureStepRetrieve, "1.2.9")[0].Status == 0x0112
