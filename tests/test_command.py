@@ -207,6 +207,17 @@ def test_what_is_no_device(ae_title: str, address: str) -> None:
         make_device(ae_title, address)
 
 
+def test_how_far_a_device_looks_is_said_when_it_is_added(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="reach"):
+        make_device("CT1", HOST, reach="world")
+    with pytest.raises(InvalidInput, match="on-incomplete"):
+        make_device("CT1", HOST, on_incomplete="guess")
+    made = make_device("PACS", HOST, reach="region", on_incomplete="fail", max_age_s=60)
+    assert (made.reach, made.on_incomplete, made.max_age_s) == ("region", "fail", 60)
+    plain = make_device("CT1", HOST)
+    assert (plain.reach, plain.on_incomplete, plain.max_age_s) == ("ward", "succeed", 43_200)
+
+
 def test_a_log_that_a_stranger_wrote_into_offers_no_command(tmp_path: Path) -> None:
     from node.admission import UNKNOWN, remedy
 

@@ -24,6 +24,7 @@ from federation.assertion import sign
 from federation.coverage import CoverageState, WardCoverage
 from federation.fanout import WardMatches
 from federation.hub import Hub
+from federation.hub_channel import HubChannel
 from federation.node_source import NodeSource
 from federation.policy import Principal, Role
 from federation.receiving import Receiver
@@ -82,6 +83,11 @@ def study(uid: str, count: int, *, start: int = 0, **options: Any) -> list[Insta
 
 def technician(node: Node) -> Principal:
     return Principal("anna", Role.TECHNICIAN, node.ward.id)
+
+
+def channel_of(source: RegionSource) -> HubChannel:
+    assert isinstance(source._hub, HubChannel)
+    return source._hub
 
 
 def by_ward(coverage: list[WardCoverage]) -> dict[str, WardCoverage]:
@@ -330,9 +336,9 @@ def test_a_portal_without_a_reader_gets_nothing_from_the_hub(
     first.take(study("1.2.7", 1))
     first.start(hold=True)
     reported(region, first, 1)
-    stub = source._hub.stub
+    stub = channel_of(source).stub
     query = serde.query_to(STUDIES)
-    good = sign(technician(nodes[1]), source._hub.identity, time.time_ns() // 1000)
+    good = sign(technician(nodes[1]), channel_of(source).identity, time.time_ns() // 1000)
     for assertion in (None, serde.assertion_to(replace(good, role="regional physician"))):
         with pytest.raises(grpc.RpcError) as caught:
             stub.Search(region_pb2.SearchRequest(query=query, assertion=assertion))
@@ -350,9 +356,10 @@ def test_the_ward_decides_for_itself_who_may_see(
     first.start(hold=True)
     reported(region, first, 1)
     monkeypatch.setattr(region_service, "require", lambda principal, act: EVERYTHING)
-    assertion = serde.assertion_to(sign(technician(second), source._hub.identity, time.time_ns() // 1000))
+    signed = sign(technician(second), channel_of(source).identity, time.time_ns() // 1000)
+    assertion = serde.assertion_to(signed)
     request = region_pb2.SearchRequest(query=serde.query_to(STUDIES), assertion=assertion)
-    reply = source._hub.stub.Search(request)
+    reply = channel_of(source).stub.Search(request)
     assert list(reply.matches) == []
     coverage = by_ward([serde.coverage_from(one) for one in reply.coverage])[first.ward.id]
     assert coverage.state is CoverageState.INCOMPLETE
@@ -715,7 +722,7 @@ def test_the_wards_status_is_whole(region: Region, nodes: list[Node], source: Re
     assert status.report is not None
     assert (status.report.pending, status.report.hold, status.report.ae_title) == (2, True, "WARD")
     assert status.report.free_bytes > 0
-    reply = source._hub.stub.Wards(region_pb2.WardsRequest())
+    reply = channel_of(source).stub.Wards(region_pb2.WardsRequest())
     assert [serde.status_from(one).coverage.ward for one in reply.wards] == sorted(
         node.ward.id for node in nodes
     )

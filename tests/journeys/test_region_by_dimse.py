@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from pydicom import dcmread
 
 from miss.device import make_device
@@ -39,7 +38,7 @@ def region(folder: Path, *, hold: bool = False) -> Iterator[Cluster]:
         yield cluster
 
 
-def find(cluster: Cluster, as_ae: str, folder: Path, plan: WardPlan = RADIOLOGY, *keys: str
+def find(cluster: Cluster, as_ae: str, folder: Path, plan: WardPlan = RADIOLOGY
          ) -> tuple[list[dict[str, str]], str]:
     """What findscu finds at study level, and what it says."""
     folder.mkdir(exist_ok=True)
@@ -47,11 +46,11 @@ def find(cluster: Cluster, as_ae: str, folder: Path, plan: WardPlan = RADIOLOGY,
         old.unlink()
     peer = cluster.peer(plan)
     asked = [part for key in ("QueryRetrieveLevel=STUDY", "StudyInstanceUID", "PatientID",
-                              "NumberOfStudyRelatedInstances", "RetrieveAETitle",
-                              *keys) for part in ("-k", key)]
+                              "NumberOfStudyRelatedInstances", "RetrieveAETitle")
+             for part in ("-k", key)]
     done = subprocess.run(
-        [dcmtk("findscu"), "-d", "-S", "-X", "-od", str(folder), "-aet", as_ae, "-aec", peer.called_ae, *asked,
-         peer.host, str(peer.port)], capture_output=True, text=True, timeout=60, check=False)
+        [dcmtk("findscu"), "-d", "-S", "-X", "-od", str(folder), "-aet", as_ae, "-aec", peer.called_ae,
+         *asked, peer.host, str(peer.port)], capture_output=True, text=True, timeout=60, check=False)
     answers = [dcmread(path) for path in sorted(folder.glob("rsp*.dcm"))]
     rows = [{element.keyword: str(element.value) for element in answer} for answer in answers]
     return rows, done.stdout + done.stderr
