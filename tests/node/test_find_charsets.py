@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID
 from pynetdicom import AE
 
 from archive.dataset.charsets import decoder
@@ -68,8 +69,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storing]:
 def name_of(answer: Dataset) -> tuple[str, str]:
     """The character set of an answer and the name in it, decoded by us: pydicom knows no ISO_IR 203, and
     leaves the escape sequences of ISO 2022 IR 58 in the text."""
-    term = answer.get_item(0x00080005).value.strip() if 0x00080005 in answer else b""
-    return term.decode("ascii"), decoder(term)(answer.get_item(0x00100010).value).rstrip()
+    told = answer.SpecificCharacterSet
+    term = told if isinstance(told, str) else "\\".join(told)
+    return term, decoder(term.encode())(answer.get_item(0x00100010).value).rstrip()
 
 
 def asked(term: str, key: str) -> Dataset:
@@ -109,8 +111,8 @@ def test_findscu(served: Storing, tmp_path: Path, term: str, name: str, key: str
     """DCMTK's findscu sends a query file as it is, writes what it gets, and dcmdump reads it as UTF-8."""
     query = asked(term, key)
     query.file_meta = FileMetaDataset()
-    query.file_meta.TransferSyntaxUID = EXPLICIT_LITTLE
-    query.file_meta.MediaStorageSOPClassUID = query.file_meta.MediaStorageSOPInstanceUID = "1.2"
+    query.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE)
+    query.file_meta.MediaStorageSOPClassUID = query.file_meta.MediaStorageSOPInstanceUID = UID("1.2")
     query.save_as(tmp_path / "query.dcm", enforce_file_format=True)
     subprocess.run([dcmtk("findscu"), "-S", "-X", "-od", str(tmp_path), "-aet", "CT1", "-aec", AE_TITLE,
                     "127.0.0.1", str(served.port), str(tmp_path / "query.dcm")], check=True, timeout=20,

@@ -10,11 +10,6 @@ import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pynetdicom import AE
-from pynetdicom.sop_class import (
-    PatientRootQueryRetrieveInformationModelFind,
-    PatientStudyOnlyQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelFind,
-)
 
 from archive.model import Fact, FactKind
 from archive.space.eviction import EvictionRequest
@@ -84,10 +79,7 @@ def test_findscu_at_all_levels(served: Storing, tmp_path: Path, model: str, keys
     assert {one.QueryRetrieveLevel for one in found} == {keys[0]}
 
 
-@pytest.mark.parametrize("model", [
-    PatientRootQueryRetrieveInformationModelFind, StudyRootQueryRetrieveInformationModelFind,
-    PatientStudyOnlyQueryRetrieveInformationModelFind,
-])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_pynetdicom_by_each_model(served: Storing, model: str) -> None:
     ae = AE("CT1")
     ae.add_requested_context(model)
