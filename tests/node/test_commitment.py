@@ -11,8 +11,10 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
+from archive.archive import Archive
 from archive.ledger.commitments import ANSWERING, DONE, GIVEN_UP, OPEN, SCP
-from archive.model import Fact, FactKind
+from archive.model import Fact, FactKind, StoredInstance
+from archive.space.eviction import EvictionRequest
 from node.dimse import commitments as sets
 from node.dimse import messages
 from node.dimse.contexts import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, STORAGE_COMMITMENT
@@ -243,6 +245,43 @@ def test_what_the_region_does_not_take_in_time_fails(tmp_path: Path, modality: M
             event = modality.event()
         assert event.committed == {taken.sop_instance_uid}
         assert event.failed == {late.sop_instance_uid: 0x0213}
+
+
+@pytest.mark.parametrize("by_region", [False, True])
+def test_what_was_evicted_counts_by_its_receipt(tmp_path: Path, modality: Modality, by_region: bool) -> None:
+    instance = make_instance(padding=40_000)
+    with committing(tmp_path, by_region=by_region, port=modality.port) as node:
+        node.send(instance)
+        receipt(node, instance.sop_instance_uid, instance.digest)
+        asked = EvictionRequest(protected_to_us=1_000, study_uid=instance.study_uid)
+        assert node.archive.upkeep.evict(asked).result(20).instances == 1
+        with modality.associated(node.port) as association:
+            assert modality.ask(association, [instance]) == 0
+            assert modality.event().committed == {instance.sop_instance_uid}
+
+
+def test_a_stopped_verifier_hashes_nothing_twice(tmp_path: Path, modality: Modality,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(4)
+    hashed: list[str] = []
+    verify = Archive.verify
+
+    def counting(self: Archive, instance: StoredInstance) -> None:
+        hashed.append(instance.head.sop_instance_uid)
+        verify(self, instance)
+
+    monkeypatch.setattr(Archive, "verify", counting)
+    with committing(tmp_path, AT_ONCE, by_region=True, port=modality.port) as node:
+        node.send(*study)
+        with modality.associated(node.port) as association:
+            assert modality.ask(association, study) == 0
+        wait_for(lambda: all(item.digest for item in node.ledger.commitment_items(node.only().id)), "hashing")
+    modality.listen()
+    with committing(tmp_path, AT_ONCE, by_region=True, port=modality.port) as node:
+        for one in study:
+            receipt(node, one.sop_instance_uid, one.digest)
+        assert len(modality.event().committed) == 4
+    assert sorted(hashed) == sorted(one.sop_instance_uid for one in study)
 
 
 def receipt(node: Committing, uid: str, digest: bytes) -> None:
