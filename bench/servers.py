@@ -247,9 +247,13 @@ class Orthanc(Peer):
         file.write_text(json.dumps(settings, indent=1))
         return [programs.find("Orthanc") or "Orthanc", str(file)]
 
+    @property
+    def url(self) -> str:
+        """Of its REST API."""
+        return f"http://{HOST}:{self._http_port}"
+
     def held(self) -> int:
-        url = f"http://{HOST}:{self._http_port}/statistics"
-        with urllib.request.urlopen(url, timeout=ANSWER_S_MAX) as answer:
+        with urllib.request.urlopen(f"{self.url}/statistics", timeout=ANSWER_S_MAX) as answer:
             return int(json.load(answer)["CountInstances"])
 
 
