@@ -11,19 +11,13 @@ from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
 from archive.catalog import BY_KEYWORD, COMPUTED
 from archive.errors import InvalidQuery
-from archive.model import Level
+from archive.model import LITERAL, Level, Rules
 
 VALUE_CHARS_MAX = 65_536  # a list of UIDs; uvicorn bounds the whole request line
 UIDS_MAX = 1_000
 KEYS_MAX = 64
 ORDER = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
-SWITCHES = {
-    "fuzzymatching": "The fuzzymatching parameter is not supported. "
-    "Only literal matching has been performed.",
-    "emptyvaluematching": "The emptyvaluematching parameter is not supported. Empty values match everything.",
-    "multiplevaluematching": "The multiplevaluematching parameter is not supported. "
-    "Only single value matching has been performed.",
-}
+SWITCHES = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")  # PS3.18 8.3.4.2, .5 and .6
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +28,7 @@ class Asked:
     includefield: set[str] | Literal["all"]
     limit: int | None
     offset: int
+    rules: Rules = LITERAL
     warnings: list[str] = field(default_factory=list)
 
 
@@ -45,6 +40,7 @@ def read(parameters: Iterable[tuple[str, str]], level: Level) -> Asked:
     seen: set[str] = set()
     fields: list[str] = []
     numbers: dict[str, int] = {}
+    switches: dict[str, bool] = {}
     warnings: list[str] = []
     for name, value in parameters:
         if len(value) > VALUE_CHARS_MAX or len(seen) > KEYS_MAX:
@@ -60,8 +56,7 @@ def read(parameters: Iterable[tuple[str, str]], level: Level) -> Asked:
         if attribute in ("limit", "offset"):
             numbers[attribute] = _number(attribute, value)
         elif attribute in SWITCHES:
-            if _switch(attribute, value):
-                warnings.append(SWITCHES[attribute])
+            switches[attribute] = _switch(attribute, value)
         elif attribute != "accept":
             if can_match(attribute, level):
                 keys[attribute] = _value(attribute, value)
@@ -69,8 +64,9 @@ def read(parameters: Iterable[tuple[str, str]], level: Level) -> Asked:
                 warnings.append(
                     f"The attribute {attribute} is not supported for matching here and was ignored."
                 )
+    rules = Rules(*(switches.get(name, False) for name in SWITCHES))
     return Asked(
-        tuple(keys.items()), _fields(fields), numbers.get("limit"), numbers.get("offset", 0), warnings
+        tuple(keys.items()), _fields(fields), numbers.get("limit"), numbers.get("offset", 0), rules, warnings
     )
 
 

@@ -92,7 +92,12 @@ class Qido:
         settings = self._context.settings.dicomweb
         limit = min(settings.results_default if asked.limit is None else asked.limit, settings.results_max)
         return Query(
-            resource.level, tuple(keys.items()), combine_datetime=True, limit=limit, offset=asked.offset
+            resource.level,
+            tuple(keys.items()),
+            combine_datetime=True,
+            rules=asked.rules,
+            limit=limit,
+            offset=asked.offset,
         )
 
     async def _ask(self, request: Request, query: Query) -> Answer:

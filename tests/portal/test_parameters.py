@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from archive.errors import InvalidQuery
-from archive.model import Level
+from archive.model import LITERAL, Level, Rules
 from portal.parameters import read
 
 
@@ -42,11 +42,11 @@ def test_include_fields_repeat_and_list() -> None:
 
 def test_paging_and_switches() -> None:
     asked = read([("limit", "101"), ("offset", "5"), ("fuzzymatching", "true")], Level.STUDY)
-    assert (asked.limit, asked.offset) == (101, 5)
-    assert asked.warnings == [
-        "The fuzzymatching parameter is not supported. Only literal matching has been performed."
-    ]
-    assert read([("fuzzymatching", "false")], Level.STUDY).warnings == []
+    assert (asked.limit, asked.offset, asked.warnings) == (101, 5, [])
+    assert asked.rules == Rules(fuzzy_names=True)
+    assert read([("fuzzymatching", "false")], Level.STUDY).rules == LITERAL
+    both = [("emptyvaluematching", "true"), ("multiplevaluematching", "true")]
+    assert read(both, Level.STUDY).rules == Rules(empty_values=True, multiple_values=True)
 
 
 def test_known_but_unsupported_keys_match_nothing_and_warn() -> None:
