@@ -75,7 +75,7 @@ def test_what_is_no_date_or_uid_is_refused(node: Path, option: str, value: str) 
 def test_performed_steps_are_listed_and_shown(node: Path) -> None:
     ledger = Ledger.open(load(NodeSettings, node / "node.toml").ledger_url)
     dataset = '{"00100020":{"vr":"LO","Value":["P1"]}}'
-    step = PerformedStep("1.2.3", "IN PROGRESS", "CT1", "PPS1", "CT1", "CT", "P1", "20261122", "1000", dataset)
+    step = PerformedStep("1.2.3", "IN PROGRESS", "CT1", "PPS1", "CT1", "CT", "P1", "20261122", "10", dataset)
     ledger.create_performed(step)
     ledger.close()
     assert "IN PROGRESS" in miss("worklist", "performed", "--in-progress", "--state", node).stdout

@@ -27,8 +27,30 @@ COMBINED = ((START_DATE, START_TIME),)
 STATION, MODALITY, STATUS = "00400001", "00080060", "00400020"
 PATIENT_ID, ACCESSION_NUMBER, STUDY_UID = "00100020", "00080050", "0020000D"
 
-# Every attribute that a step has is matched on and returned; these are matched on by anybody (type R).
-REQUIRED_KEYS = ("00400001", "00400002", "00400003", "00080060", "00400006", "00100010", "00100020")
+_IN_STEP = "ScheduledProcedureStepSequence."
+# The matching keys of Table K.6-1, required and optional. Whatever else a step's data set has is matched on
+# and returned in the same way, attributes within its sequences too.
+KEYS: Mapping[str, str] = {
+    **dict.fromkeys((
+        _IN_STEP + "ScheduledStationAETitle", _IN_STEP + "ScheduledProcedureStepStartDate",
+        _IN_STEP + "ScheduledProcedureStepStartTime", _IN_STEP + "Modality",
+        _IN_STEP + "ScheduledPerformingPhysicianName", "PatientName", "PatientID",
+    ), "R"),
+    **dict.fromkeys((
+        _IN_STEP + "ScheduledProcedureStepDescription", _IN_STEP + "ScheduledStationName",
+        _IN_STEP + "ScheduledProcedureStepLocation", _IN_STEP + "ScheduledProtocolCodeSequence",
+        _IN_STEP + "PreMedication", _IN_STEP + "ScheduledProcedureStepID",
+        _IN_STEP + "RequestedContrastAgent", _IN_STEP + "ScheduledProcedureStepStatus",
+        "RequestedProcedureID", "RequestedProcedureDescription", "RequestedProcedureCodeSequence",
+        "StudyInstanceUID",
+        "ReferencedStudySequence", "RequestedProcedurePriority", "PatientTransportArrangements",
+        "AccessionNumber", "RequestingPhysician", "ReferringPhysicianName", "AdmissionID",
+        "CurrentPatientLocation", "ReferencedPatientSequence", "IssuerOfPatientID", "OtherPatientIDsSequence",
+        "PatientBirthDate", "PatientSex", "PatientWeight", "PatientSize",
+        "ConfidentialityConstraintOnPatientDataDescription", "PatientState", "PregnancyStatus",
+        "MedicalAlerts", "Allergies", "SpecialNeeds", "PatientComments",
+    ), "O"),
+}
 OFFERED = tuple(status for status in STEP_STATUSES if status not in OVER)
 
 STATUSES: Mapping[int, str] = {
