@@ -205,7 +205,7 @@ def _condition(key: str, name: str, value: Any) -> Condition:
     if not texts:
         raise _Mistake(key, "a value is needed")
     if name in SOURCES:
-        return SourceIs(name, tuple(_source_value(key, name, text) for text in texts))
+        return SourceIs(name, tuple(_source_value(key, name, text) for text in texts), texts)
     if name not in _MATCHED:
         known = (*_MATCHED, *SOURCES, "received")
         there = name in COMPUTED or tag_for_keyword(name.rpartition(".")[2]) is not None

@@ -43,10 +43,12 @@ class AttributeIs:
 
 @dataclass(frozen=True, slots=True)
 class SourceIs:
-    """Where an instance came from, or how it is encoded, fits one of these patterns of `*` and `?`."""
+    """Where an instance came from, or how it is encoded, fits one of these patterns of `*` and `?`; `words`
+    is how the file has them."""
 
     name: str
     values: tuple[str, ...]
+    words: tuple[str, ...]
 
     def holds(self, one: Described) -> bool:
         return self.fits_head(one.stored.head)
@@ -56,7 +58,7 @@ class SourceIs:
         return any(fits(pattern, value) for pattern in self.values)
 
     def __str__(self) -> str:
-        return f"{self.name} is {_either(self.values)}"
+        return f"{self.name} is {_either(self.words)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,12 @@ class Rule:
         told = [to.name for to in self.to if to.kind is RouteKind.NOTICE]
         sent = [str(to) for to in self.to if to.kind is not RouteKind.NOTICE]
         acts = [f"is sent to {_both(sent)}"] if sent else []
-        acts += [f"is told of to {_both(told)}"] if told else []
+        acts += [f"is announced to {_both(told)}"] if told else []
         how = [f"with {name} priority" for name, rank in RANKS.items() if rank == self.rank != 1]
         how += [f"after {self.delay_s:g} s"] if self.delay_s else []
         how += [f"between {self.hours}"] if self.hours else []
-        how += ["and the destination is asked to commit it"] if self.commit else []
         how += [f"tried for {self.retry_days:g} days"]
+        how += ["to be committed there"] if self.commit else []
         where = f" where {', and '.join(wheres)}" if wheres else ""
         return f"{what}{where} {' and '.join(acts)}; {', '.join(how)}"
 
