@@ -20,7 +20,6 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -281,14 +280,19 @@ class WindowService(window_pb2_grpc.WindowServicer):
             if not busy[ward]:
                 del busy[ward]
 
-    def _in_thread(
-        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> Awaitable[T]:
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs it, and keeps the turn until its thread has ended, also when who asked has left: else threads
+        that still wait for wards would be more than turns."""
         loop = asyncio.get_running_loop()
         try:
-            return loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+            work = loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
         except RuntimeError:
             raise Unavailable("the hub stops") from None
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait((work,))
+            raise
 
 
 class OwnWards:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from archive.archive import Archive
 
 RECODING_AT_ONCE = 2  # instances of all retrieves: each may take several times its bound of memory
+DAMAGED = "its bytes here are known to be damaged"
 FETCHES_AT_ONCE = 4   # from the region, of all retrieves
 DECODED_BYTES_MAX = 512 << 20
 
@@ -138,7 +139,7 @@ class Supply:
     def expect(self, instance: StoredInstance) -> None:
         """It is to be opened soon. Waits for nothing."""
         window, uid = self._payloads.window, instance.head.sop_instance_uid
-        if instance.evicted and window is not None and uid not in self._ahead:
+        if (instance.evicted or instance.damaged) and window is not None and uid not in self._ahead:
             with suppress(RuntimeError):  # the node is being stopped
                 self._ahead[uid] = self._payloads.fetching.submit(window.fetch, self._principal, instance)
 
@@ -146,8 +147,8 @@ class Supply:
         """Its data set in one of its syntaxes. Raises Corrupt for what is known to be damaged, NotFound and
         Unavailable when it can't be had, CannotUnderstand or TooLarge when it can't be recoded. What is sent
         as it is stored is not hashed again here: the scrub and the peer's own checks are for that."""
-        if instance.damaged:
-            raise Corrupt("its bytes here are known to be damaged")
+        if instance.damaged and self._payloads.window is None:
+            raise Corrupt(DAMAGED)
         if transfer_syntax_uid == instance.head.transfer_syntax_uid:
             return self._stored(instance)
         with self._payloads.recoding:
@@ -155,6 +156,7 @@ class Supply:
 
     def _stored(self, instance: StoredInstance) -> Source:
         try:
+            _require_good(instance)
             return self._payloads.archive.open_dataset(instance)
         except Evicted:
             return _fetched_source(self._fetched(instance))
@@ -163,6 +165,7 @@ class Supply:
         bytes_max = self._payloads.decoded_bytes_max
         head = instance.head
         try:
+            _require_good(instance)
             payload = self._payloads.archive.open_instance(instance)
         except Evicted:
             source = _fetched_source(self._fetched(instance))
@@ -192,6 +195,12 @@ class Supply:
         if window is None:
             raise Evicted(EVICTED)
         return window.fetch(self._principal, instance)
+
+
+def _require_good(instance: StoredInstance) -> None:
+    """Bytes that are known to be damaged here are as good as gone: the region may have them."""
+    if instance.damaged:
+        raise Evicted(DAMAGED)
 
 
 def _fetched_source(file: BinaryIO) -> FetchedSource:

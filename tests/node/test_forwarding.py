@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -12,8 +13,10 @@ from archive.archive import Archive
 from archive.errors import NotFound
 from archive.ledger import Device
 from archive.model import Location, StoredInstance
+from federation.policy import Principal
 from node.destinations import Destinations
 from node.dimse.errors import AssociationEnded
+from node.dimse.payloads import Payloads
 from node.forwarding import Forwarder
 from node.settings import TlsSettings
 from tests.datasets import CR, CT, EXPLICIT, IMPLICIT, MR, RLE, Instance, make_instance
@@ -42,7 +45,7 @@ class Outcomes:
             self.statuses[uid], self.comments[uid] = status, comment
 
 
-def forwarder(served: Storing, peer: Receiver, **options: int) -> Forwarder:
+def forwarder(served: Storing, peer: Receiver, **options: Any) -> Forwarder:
     served.ledger.add_device(Device("OTHER", "127.0.0.1", "another", port=peer.port))
     return Forwarder(served.archive, Destinations(served.ledger, TlsSettings()), "MISS", **options)
 
@@ -137,6 +140,43 @@ def test_evicted_and_damaged_ones_fail_and_the_rest_arrive(served: Storing) -> N
         forwarder(served, peer).send("OTHER", found, outcomes)
     assert [outcomes.statuses[one.sop_instance_uid] for one in sent] == [0xA700, 0x0110, 0]
     assert set(peer.received) == {sent[2].sop_instance_uid}
+
+
+class Region:
+    """What a node's window on the region fetches; `opened` are the files that it gave."""
+
+    def __init__(self, folder: Path, *instances: Instance) -> None:
+        self._folder = folder
+        self._datasets = {one.sop_instance_uid: one.dataset for one in instances}
+        self.opened: list[BinaryIO] = []
+
+    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
+        dataset = self._datasets.get(instance.head.sop_instance_uid)
+        if dataset is None:
+            raise NotFound("no such instance")
+        file = (self._folder / instance.head.sop_instance_uid).open("w+b")
+        file.write(dataset)
+        file.seek(0)
+        self.opened.append(file)
+        return file
+
+
+def test_evicted_and_damaged_ones_come_from_the_region(served: Storing, tmp_path: Path) -> None:
+    sent = [make_instance(number=n) for n in range(4)]
+    served.send(*sent)
+    found = stored(served.archive, *sent)
+    for each in found[:2]:
+        object.__setattr__(each, "evicted", True)
+    object.__setattr__(found[2], "damaged", True)
+    outcomes, region = Outcomes(), Region(tmp_path, sent[0], sent[2])
+    payloads = Payloads(served.archive, region)
+    with receiver() as peer:
+        forwarder(served, peer, payloads=payloads).send("OTHER", found, outcomes)
+    payloads.close()
+    assert [outcomes.statuses[one.sop_instance_uid] for one in sent] == [0, 0x0112, 0, 0]
+    assert peer.received[sent[0].sop_instance_uid].dataset == sent[0].dataset
+    assert peer.received[sent[2].sop_instance_uid].dataset == sent[2].dataset
+    assert len(region.opened) == 2 and all(file.closed for file in region.opened)
 
 
 @pytest.mark.parametrize("padding", [20_000, 3 << 20])
