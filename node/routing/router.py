@@ -94,7 +94,7 @@ class RouterLimits:
     tries_max: int = 10
     backoff_first_s: float = 10.0
     backoff_cap_s: float = 3600.0
-    commit_poll_s: float = 30.0
+    commit_poll_s: float = 5.0
 
 
 @dataclass(slots=True)

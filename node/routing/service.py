@@ -29,6 +29,7 @@ MISSING_S = 5.0           # an editor takes a file away and puts another there: 
 LIST_AGAIN_S = 30.0       # destinations that another process put into the queue
 TRIM_EVERY_S = 3600.0
 RETRY_S = 2.0
+COMMIT_POLL_S = 5.0
 STOP_GRACE_S = 5.0
 _STOP_S_MAX = 60.0
 
@@ -39,8 +40,9 @@ class Routing:
     def __init__(
         self, archive: Archive, ledger: Ledger, ward: str, settings: RoutingSettings, rules: Path,
         senders: Senders, *, clock: Callable[[], int] = lambda: time.time_ns() // 1000,
-        chance: random.Random | None = None,
+        chance: random.Random | None = None, commit_poll_s: float = COMMIT_POLL_S,
     ) -> None:  # fmt: skip
+        """`commit_poll_s` is how often it is looked whether a destination has committed."""
         self._ledger = ledger
         self._settings = settings
         self._file = RulesFile(rules)
@@ -51,7 +53,7 @@ class Routing:
         )
         limits = RouterLimits(
             tries_max=settings.tries_max, backoff_first_s=settings.backoff_first_s,
-            backoff_cap_s=settings.backoff_cap_s,
+            backoff_cap_s=settings.backoff_cap_s, commit_poll_s=commit_poll_s,
         )  # fmt: skip
         self._router = Router(ledger, senders, clock, limits, chance or random.Random())
         self._lock = threading.Lock()

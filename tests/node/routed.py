@@ -12,6 +12,7 @@ from typing import Any
 
 from archive.ledger import Destination, Device, Routed, RouteKind, RouteSummary
 from node.availability import AvailabilityScu
+from node.commitment import CommitmentScu
 from node.destinations import Destinations
 from node.forwarding import Forwarder
 from node.routing.orders import RouteOrders
@@ -53,7 +54,9 @@ def device(served: Storing, ae_title: str, port: int) -> None:
 
 
 @contextmanager
-def routing(served: Storing, rules: str | None, **settings: Any) -> Iterator[RunningRoutes]:
+def routing(
+    served: Storing, rules: str | None, *, commitment: CommitmentScu | None = None, **settings: Any
+) -> Iterator[RunningRoutes]:
     """Routing with these rules (None: without a file) and these settings over quick ones."""
     path = served.archive.settings.state / "routes.toml"
     if rules is not None:
@@ -61,8 +64,8 @@ def routing(served: Storing, rules: str | None, **settings: Any) -> Iterator[Run
     chosen = RoutingSettings(**{**QUICK, **settings})
     destinations = Destinations(served.ledger, TlsSettings())
     senders = Senders(served.archive, Forwarder(served.archive, destinations, "MISS", ward=WARD),
-                      AvailabilityScu(destinations, "MISS"))
-    running = Routing(served.archive, served.ledger, WARD, chosen, path, senders)
+                      AvailabilityScu(destinations, "MISS"), commitment=commitment)
+    running = Routing(served.archive, served.ledger, WARD, chosen, path, senders, commit_poll_s=0.05)
     orders = RouteOrders(served.archive, served.ledger, WARD, path, chosen.queue_max, running.changed)
     running.start()
     try:
