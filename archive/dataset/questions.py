@@ -53,15 +53,15 @@ UNIQUE: Mapping[Level, str] = {
     Level.SERIES: "SeriesInstanceUID",
     Level.IMAGE: "SOPInstanceUID",
 }
-_REQUIRED: Mapping[Level, frozenset[str]] = {
+REQUIRED: Mapping[Level, frozenset[str]] = {
     Level.PATIENT: frozenset({"PatientName"}),
     Level.STUDY: frozenset({"StudyDate", "StudyTime", "AccessionNumber", "StudyID"}),
     Level.SERIES: frozenset({"Modality", "SeriesNumber"}),
     Level.IMAGE: frozenset({"InstanceNumber"}),
 }
 
-# Kept with the rows, and matched on all the same; other computed attributes are returned only.
-_MATCHED = frozenset({"ModalitiesInStudy", "SOPClassesInStudy"})
+# Told, and not matched on: counts, the availability, titles. The lists of a study are kept and matched.
+RETURNED_ONLY = frozenset(COMPUTED) - {"ModalitiesInStudy", "SOPClassesInStudy"}
 # Attributes of lower levels that are understood of a study, as one of its instances'.
 OF_STUDY_TOO = frozenset({"Modality", "SOPClassUID"})
 # What a request carries beside its keys (PS3.4 C.4.1.1.3.1).
@@ -89,14 +89,14 @@ def supported_keys(level: Level) -> dict[str, Kind]:
     keys: dict[str, Kind] = {}
     for entry in CATALOG:
         if entry.level is level and entry.keyword != _ZONE:
-            required = entry.keyword in _REQUIRED[level]
+            required = entry.keyword in REQUIRED[level]
             unique = entry.keyword == UNIQUE[level]
             keys[entry.keyword] = (
                 Kind.UNIQUE if unique else Kind.REQUIRED if required else Kind.OPTIONAL
             )  # fmt: skip
     for keyword, own in COMPUTED.items():
         if own is level and keyword not in _NOT_RETURNED:
-            keys[keyword] = Kind.OPTIONAL if keyword in _MATCHED else Kind.RETURNED
+            keys[keyword] = Kind.RETURNED if keyword in RETURNED_ONLY else Kind.OPTIONAL
     return keys
 
 
@@ -122,8 +122,8 @@ def read_question(dataset: Dataset, model: Model, *, relational: bool = False) -
             timezone = value
         if not value or keyword == _ZONE:
             continue
-        if keyword in COMPUTED and keyword not in _MATCHED:
-            unsupported.append(keyword)  # counts, availability and titles are told, not matched on
+        if keyword in RETURNED_ONLY:
+            unsupported.append(keyword)
         else:
             keys.append((keyword, value))
     if not relational:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import pytest
 from pynetdicom import AE
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 
-from node.dimse.contexts import EXPLICIT_LITTLE, PATIENT_ROOT_FIND, STUDY_ROOT_FIND, STUDY_ROOT_MOVE
+from node.dimse.contexts import (
+    EXPLICIT_LITTLE,
+    PATIENT_ROOT_FIND,
+    QUERY_SUPPORT,
+    STUDY_ROOT_FIND,
+    STUDY_ROOT_MOVE,
+)
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
+from node.dimse.services.find import EXTENDED, Negotiated
 from tests.datasets import make_instance
 from tests.node.finding import find, identifier
 from tests.node.serving import AE_TITLE
@@ -61,6 +69,11 @@ def test_no_more_is_answered_than_was_asked_for(
         found = dict(requestor.accept.extended)
         assert found.get(STUDY_ROOT_FIND) == answered
         assert PATIENT_ROOT_FIND not in found  # there is no context for it
+
+
+def test_what_is_said_to_be_supported_is() -> None:
+    assert [bool(done) for _, done in EXTENDED] == [bool(byte) for byte in QUERY_SUPPORT]
+    assert len(fields(Negotiated)) == len(QUERY_SUPPORT)
 
 
 def test_relational_queries_ask_of_any_level(served: Storing) -> None:

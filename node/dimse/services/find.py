@@ -53,6 +53,17 @@ MODELS: Mapping[str, Model] = {
     PATIENT_STUDY_ONLY_FIND: Model.PATIENT_STUDY_ONLY,
 }
 
+# Extended negotiation by item byte, from 1: what may be asked for, and what is done then (empty: refused).
+EXTENDED: tuple[tuple[str, str], ...] = (
+    ("relational queries", "keys of any level above, and no unique keys of those levels"),
+    ("date-time matching", "the ranges of a date and its time are one range"),
+    ("fuzzy semantic matching of person names", "each word of the key begins a word of the name"),
+    ("timezone query adjustment", "keys and answers in the zone of (0008,0201), where the stored is known"),
+    ("enhanced multi-frame image conversion", ""),
+    ("empty value matching", "a key of two quotation marks matches what has no value"),
+    ("multiple value matching", "each of a key's values is to be there"),
+)
+
 STATUSES: Mapping[int, str] = {
     SUCCESS: "every match was sent; there may have been none",
     PENDING: "a match; every key was supported",
