@@ -64,7 +64,11 @@ def read(parameters: Iterable[tuple[str, str]], level: Level) -> Asked:
                 warnings.append(
                     f"The attribute {attribute} is not supported for matching here and was ignored."
                 )
-    rules = Rules(*(switches.get(name, False) for name in SWITCHES))
+    rules = Rules(
+        fuzzy_names=switches.get("fuzzymatching", False),
+        empty_values=switches.get("emptyvaluematching", False),
+        multiple_values=switches.get("multiplevaluematching", False),
+    )
     return Asked(
         tuple(keys.items()), _fields(fields), numbers.get("limit"), numbers.get("offset", 0), rules, warnings
     )

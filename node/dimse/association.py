@@ -410,16 +410,15 @@ class Association:
 
     def send(self, context: Context, command: bytes, dataset: bytes | None = None) -> None:
         """A message with a small data set, or none, in one piece."""
-        octets = self.encode(context, command)
-        if dataset is not None:
-            octets += b"".join(self._pdus(context.id, 0, dataset))
-        self.wire.send(octets)
+        self.wire.send(self.encode(context, command, dataset))
 
-    def encode(self, context: Context, command: bytes) -> bytes:
-        """The PDUs of a command set."""
+    def encode(self, context: Context, command: bytes, dataset: bytes | None = None) -> bytes:
+        """The PDUs of a command set, and of the data set that goes with it."""
         if len(command) <= self._fragment_bytes:
-            return data_header(context.id, COMMAND_FRAGMENT | LAST_FRAGMENT, len(command)) + command
-        return b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
+            octets = data_header(context.id, COMMAND_FRAGMENT | LAST_FRAGMENT, len(command)) + command
+        else:
+            octets = b"".join(self._pdus(context.id, COMMAND_FRAGMENT, command))
+        return octets if dataset is None else octets + b"".join(self._pdus(context.id, 0, dataset))
 
     def send_stream(self, context: Context, command: bytes, chunks: Iterable[Buffer]) -> None:
         """A message whose data set comes in chunks, sent without a copy; the last fragment is known when they

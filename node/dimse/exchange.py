@@ -140,9 +140,11 @@ class Exchange:
         answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid, error_id)
         self.association.send(context, answer, dataset)
 
-    def pending(self, context: Context, command: Command, more: bytes) -> bytes:
+    def pending(self, context: Context, command: Command, more: bytes = b"", *, status: int = codes.PENDING,
+                dataset: bytes | None = None) -> bytes:
         """A pending response as octets, to be sent together with what comes next."""
-        return self.association.encode(context, self._answer(command, codes.PENDING, "", False, more))
+        answer = self._answer(command, status, "", dataset is not None, more)
+        return self.association.encode(context, answer, dataset)
 
     def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
                stored: Durable | None = None) -> None:

@@ -4,7 +4,7 @@ archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Semaphore
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 SEARCHES_MAX = 4            # at once; the next one waits for its turn
 SEARCH_WAIT_S = 30.0
 MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
+BATCH_BYTES = 16 << 10      # of responses that are sent in one write; a C-CANCEL is looked for before each
 
 MODELS: Mapping[str, Model] = {
     PATIENT_ROOT_FIND: Model.PATIENT_ROOT,
@@ -134,11 +135,14 @@ class Find:
                           little=context.transfer_syntax != EXPLICIT_BIG, timezone=query.rules.timezone)
         with self._matches(query, principal, exchange.caller) as found:
             matches = found.matches
-            for match in matches[:self.responses_max]:
+            exchange.settle()
+            for responses in _batches(exchange.pending(context, command, status=status,
+                                                       dataset=answers.encode(match))
+                                      for match in matches[:self.responses_max]):
                 if association.cancelled(command.message_id):
                     exchange.respond(context, command, CANCELLED)
                     return
-                exchange.respond(context, command, status, dataset=answers.encode(match))
+                association.wire.send(responses)
         if len(matches) > self.responses_max:
             raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
         exchange.respond(context, command, SUCCESS, comment=found.comment(exchange.caller))
@@ -161,3 +165,15 @@ class Find:
             yield found
         finally:
             self.held.give_back(held)
+
+
+def _batches(responses: Iterable[bytes]) -> Iterator[bytes]:
+    """Responses by the packet: one write for each costs more than finding them."""
+    batch = bytearray()
+    for response in responses:
+        batch += response
+        if len(batch) >= BATCH_BYTES:
+            yield bytes(batch)
+            batch.clear()
+    if batch:
+        yield bytes(batch)
