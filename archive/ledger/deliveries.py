@@ -159,12 +159,14 @@ class DeliveryBook(Subject):
         )
         return self._deliveries(query.limit(max(0, min(limit, PAGE_MAX))))
 
+    def deliveries(self, keys: Sequence[DeliveryKey]) -> list[Delivery]:
+        """Those of these that there are, as they stand, in their order."""
+        found = {one.key: one for one in self._database.read(lambda c: list(map(_delivery, _rows(c, keys))))}
+        return [found[key] for key in keys if key in found]
+
     def ready_of(self, keys: Sequence[DeliveryKey]) -> list[Delivery]:
         """Those of these that the ward may fetch, in their order."""
-        found = {one.key: one for one in self._database.read(
-            lambda c: [_delivery(row) for row in _rows(c, keys) if row.state == DeliveryState.READY.value]
-        )}  # fmt: skip
-        return [found[key] for key in keys if key in found]
+        return [one for one in self.deliveries(keys) if one.state is DeliveryState.READY]
 
     def wards_with_deliveries(self, now_us: int) -> list[str]:
         """The wards for which something may be fetched now."""
@@ -176,11 +178,12 @@ class DeliveryBook(Subject):
         return [row.to_ward for row in self._database.read(lambda c: c.execute(query).fetchall())]
 
     def finish_deliveries(self, keys: Sequence[DeliveryKey], now_us: int) -> None:
-        """These are durable at their ward."""
+        """These are durable at their ward, which is so whatever was thought before."""
         if keys:
             self._database.write(lambda connection: _change(
                 connection, keys,
-                {"state": DeliveryState.DELIVERED.value, "done_us": now_us, "reason": ""}, only=OPEN,
+                {"state": DeliveryState.DELIVERED.value, "done_us": now_us, "reason": ""},
+                only=(*OPEN, DeliveryState.FAILED),
             ))  # fmt: skip
 
     def refuse_delivery(self, key: DeliveryKey, reason: str, now_us: int, *, permanent: bool) -> None:
