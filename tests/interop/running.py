@@ -20,6 +20,8 @@ from miss.device import make_device
 from miss.ledgers import open_ledger
 from miss.load.temporary_node import AE_TITLE, HOST, Place
 from miss.processes import free_ports, listening, wait_until
+from node.dimse.errors import AssociationEnded
+from node.dimse.requestor import Peer, echo
 from tests.cluster import dataset_of
 from tests.datasets import Instance
 from tests.waiting import wait_for
@@ -47,15 +49,12 @@ class RunningNode:
         """The instances of a study and their data sets, once there are so many."""
         archive = self.place.open_archive()
         try:
-            found = wait_for(lambda: _whole(archive.instances(study_uid), count),
-                             f"{count} instances of the study in the node")
+            wait_for(lambda: len(archive.instances(study_uid)) >= count,
+                     f"{count} instances of the study in the node")
+            found = archive.instances(study_uid)
             return [(one, b"".join(archive.dataset_chunks(one.location))) for one in found]
         finally:
             archive.close()
-
-
-def _whole(found: list[StoredInstance], count: int) -> list[StoredInstance] | None:
-    return found if len(found) >= count else None
 
 
 def same_instances(node: RunningNode, sent: Sequence[Instance]) -> None:
@@ -95,23 +94,30 @@ def run(command: Sequence[str | Path], *, folder: Path | None = None, code: int 
 
 
 @contextmanager
-def serving(command: Sequence[str | Path], port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A foreign server, while it listens on `port`."""
+def serving(command: Sequence[str | Path], port: int, folder: Path, *, echoes_as: str = ""
+            ) -> Iterator[subprocess.Popen[bytes]]:
+    """A foreign server, while it listens on `port`. One that a mere connection would end is asked by C-ECHO,
+    as the AE title that it has."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(list(map(str, command)), cwd=folder, env=programs.environment(),
                                    stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
-        wait_until(str(command[0]), lambda: _up(process, port, log), timeout_s=PROGRAM_S_MAX)
+        wait_until(str(command[0]), lambda: _up(process, port, log, echoes_as), timeout_s=PROGRAM_S_MAX)
         yield process
     finally:
         process.terminate()
         process.wait(PROGRAM_S_MAX)
 
 
-def _up(process: subprocess.Popen[bytes], port: int, log: Path) -> bool | None:
+def _up(process: subprocess.Popen[bytes], port: int, log: Path, echoes_as: str) -> bool | None:
     assert process.poll() is None, log.read_text(errors="replace")[-2000:]
-    return listening(HOST, port)
+    if not echoes_as:
+        return listening(HOST, port)
+    try:
+        return echo(Peer(HOST, port, echoes_as), MODALITY) == 0 or None
+    except AssociationEnded:
+        return None
 
 
 def free_port() -> int:

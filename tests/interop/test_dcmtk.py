@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
@@ -42,7 +43,7 @@ def keys(level: str, **values: str) -> list[str]:
     return [part for keyword, value in pairs.items() for part in ("-k", f"{keyword}={value}")]
 
 
-def study(patient_id: str, count: int = 3, **rest: object) -> list[Instance]:
+def study(patient_id: str, count: int = 3, **rest: Any) -> list[Instance]:
     return make_study(count, patient_id=patient_id, **rest)
 
 

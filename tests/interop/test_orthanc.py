@@ -149,12 +149,12 @@ def commitment(orthanc: Beside, instances: list[Instance]) -> dict[str, Any]:
     """Asks the node to commit; what its report, which comes on an association of its own, said."""
     asked = orthanc.post(f"{MODALITIES}/storage-commitment", {
         "DicomInstances": [[one.sop_class_uid, one.sop_instance_uid] for one in instances]})
-    found = wait_for(lambda: _reported(orthanc.get(asked["Path"])), "the node's report")
-    return found
+    return reported(orthanc, asked["Path"])
 
 
-def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
-    return None if report["Status"] == "Pending" else report
+def reported(orthanc: Beside, path: str) -> dict[str, Any]:
+    wait_for(lambda: orthanc.get(path)["Status"] != "Pending", "the node's report")
+    return dict(orthanc.get(path))
 
 
 def test_it_is_told_what_is_committed(orthanc: Beside, in_node: list[Instance]) -> None:
@@ -179,8 +179,7 @@ def test_it_stores_and_has_it_committed_at_once(orthanc: Beside, node: RunningNo
     instances = make_study(2, patient_id="ORTHANC-3")
     done = orthanc.post(f"{MODALITIES}/store", {"Resources": [orthanc.upload(instances)], "Synchronous": True,
                                                 "StorageCommitment": True})
-    path = f"/storage-commitment/{done['StorageCommitmentTransactionUID']}"
-    report = wait_for(lambda: _reported(orthanc.get(path)), "the node's report")
+    report = reported(orthanc, f"/storage-commitment/{done['StorageCommitmentTransactionUID']}")
     assert report["Status"] == "Success" and len(report["Success"]) == 2, report
 
 
