@@ -18,7 +18,6 @@ from tests.interop.running import (
     HOST,
     MODALITY,
     RunningNode,
-    data_sets,
     free_port,
     program,
     run,
@@ -76,4 +75,6 @@ def test_simple_storage_is_moved_and_sent_to(node: RunningNode, tmp_path: Path) 
         asker.release()
         done = miss("send", tmp_path / "sent", "--to", f"{STORAGE}@{HOST}:{port}")
         assert done.returncode == 0, done.stderr
-    assert set(data_sets(receiving)) == {one.sop_instance_uid for one in (*moved, *sent)}
+    files = {path.name: path.read_bytes() for path in receiving.rglob("*") if path.is_file()}
+    assert set(files) == {one.sop_instance_uid for one in (*moved, *sent)}
+    assert all(files[one.sop_instance_uid].endswith(one.dataset) for one in sent)
