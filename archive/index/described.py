@@ -3,25 +3,17 @@ their patient's, as the routing rules ask of them. Reads rows; writes nothing.""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, select
+from sqlalchemy import Connection, select
 
-from archive.catalog import at_level
+from archive.index.rows import fields_of
 from archive.index.schema import instance, series, study
 from archive.index.statements import by_uid
 from archive.index.stored import instance_of
 from archive.model import Fields, Level, StoredInstance
-
-_HOMES = {Level.PATIENT: study, Level.STUDY: study, Level.SERIES: series}
-_LABELS = [
-    (entry.keyword, f"{level.value}_{entry.column}", table.c[entry.column])
-    for level, table in _HOMES.items()
-    for entry in at_level(level)
-]
-_LISTS = [("ModalitiesInStudy", study.c.modalities), ("SOPClassesInStudy", study.c.sop_classes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +30,56 @@ class Described:
 
 def described(connection: Connection, uids: Iterable[str]) -> list[Described]:
     """The live instances of these UIDs; those that are not here are left out."""
-    return [_described(row) for row in by_uid(connection, _query(), instance.c.sop_instance_uid, uids)]
+    rows = by_uid(connection, select(instance), instance.c.sop_instance_uid, uids)
+    return _described(connection, [instance_of(row) for row in rows])
 
 
 def of_study(connection: Connection, study_uid: str) -> list[Described]:
     """The live instances of a study, by UID."""
-    query = _query().where(instance.c.study_instance_uid == study_uid).order_by(instance.c.sop_instance_uid)
-    return [_described(row) for row in connection.execute(query)]
+    query = select(instance).where(instance.c.study_instance_uid == study_uid)
+    rows = connection.execute(query.order_by(instance.c.sop_instance_uid))
+    return _described(connection, [instance_of(row) for row in rows])
 
 
 def received_since(connection: Connection, since_us: int, after_uid: str, limit: int) -> list[Described]:
     """The live instances received at `since_us` or later, by UID, those after `after_uid`."""
-    query = _query().where(instance.c.received_at_us >= since_us, instance.c.sop_instance_uid > after_uid)
+    query = select(instance).where(
+        instance.c.received_at_us >= since_us, instance.c.sop_instance_uid > after_uid
+    )
     rows = connection.execute(query.order_by(instance.c.sop_instance_uid).limit(limit))
-    return [_described(row) for row in rows]
+    return _described(connection, [instance_of(row) for row in rows])
 
 
-def _query() -> Select[Any]:
-    same_series = and_(
-        series.c.study_instance_uid == instance.c.study_instance_uid,
-        series.c.series_instance_uid == instance.c.series_instance_uid,
-    )
-    rows = instance.join(series, same_series).join(
-        study, study.c.study_instance_uid == instance.c.study_instance_uid
-    )
-    labelled = [column.label(label) for _, label, column in _LABELS]
-    return select(instance, *labelled, *(column for _, column in _LISTS)).select_from(rows)
+def _described(connection: Connection, stored: Sequence[StoredInstance]) -> list[Described]:
+    """Each with its series' and its study's values, which are read once: many instances share them."""
+    studies = {
+        row.study_instance_uid: _study(row)
+        for row in by_uid(
+            connection, select(study), study.c.study_instance_uid, {one.study_uid for one in stored}
+        )
+    }
+    all_series = {
+        (row.study_instance_uid, row.series_instance_uid): fields_of(Level.SERIES, row._mapping)
+        for row in by_uid(
+            connection, select(series), series.c.series_instance_uid, {one.series_uid for one in stored}
+        )
+    }
+    nothing: Fields = {}
+    return [
+        Described(one, {
+            **studies.get(one.study_uid, nothing),
+            **all_series.get((one.study_uid, one.series_uid), nothing),
+            **one.instance,
+        })
+        for one in stored
+    ]  # fmt: skip
 
 
-def _described(row: Any) -> Described:
+def _study(row: Any) -> Fields:
+    """A study's row holds its patient's values too, and the lists that it keeps."""
     values = row._mapping
-    stored = instance_of(row)
-    fields = dict(stored.instance)
-    for keyword, label, _ in _LABELS:
-        if values[label]:
-            fields[keyword] = values[label]
-    for keyword, column in _LISTS:
-        if values[column]:
-            fields[keyword] = values[column]
-    return Described(stored, fields)
+    lists = {"ModalitiesInStudy": row.modalities, "SOPClassesInStudy": row.sop_classes}
+    return {
+        **fields_of(Level.PATIENT, values), **fields_of(Level.STUDY, values),
+        **{keyword: value for keyword, value in lists.items() if value},
+    }  # fmt: skip

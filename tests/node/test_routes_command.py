@@ -22,6 +22,7 @@ from tests.federation.regions import make_region
 from tests.node.receiving import receiver
 from tests.node.routed import QUICK
 from tests.node.storing import store
+from tests.node.test_availability import ris
 from tests.waiting import wait_for
 
 ALL = '[[rule]]\nname = "all"\nto = "ONCO"\n[rule.match]\nModality = "CT"\n'
@@ -75,13 +76,10 @@ def test_what_waits_is_seen_tried_again_and_dropped(settings: NodeSettings) -> N
     ledger.queue_routes(rows)
     ledger.close()
     state = ("--state", settings.state)
-    summary, = json.loads(miss("routes", "queue", "--json", *state).stdout)
-    assert (summary["destination"], summary["waiting"], summary["set_aside"]) == ("ONCO", 1, 1)
     row, = json.loads(miss("routes", "queue", "--set-aside", "--json", *state).stdout)
     assert (row["sop_instance_uid"], row["status"]) == ("1.2.3.1", "A900")
-    assert "does not match" in miss("routes", "queue", "--rows", *state).stdout
-    status = json.loads(miss("status", "--json", *state).stdout)
-    assert status["routes"] == [summary]
+    summary, = json.loads(miss("status", "--json", *state).stdout)["routes"]
+    assert (summary["destination"], summary["waiting"], summary["set_aside"]) == ("ONCO", 1, 1)
     assert "what waits by routing rules" in miss("status", *state).stdout
     assert "1 will be tried now" in miss("routes", "retry", "--set-aside", *state).stderr
     assert miss("routes", "drop", *state).returncode == 1
@@ -114,3 +112,23 @@ def test_a_node_routes_and_takes_orders(settings: NodeSettings) -> None:
     assert miss("routes", "apply", "all", "--since", "soon", "--state", settings.state).returncode == 1
     unknown = miss("routes", "apply", "other", "--since", "2020-01-01", "--state", settings.state)
     assert unknown.returncode == 1 and "no rule of this name" in unknown.stderr
+
+
+def test_a_node_tells_of_a_study_that_is_complete(settings: NodeSettings) -> None:
+    """Nothing came for it for a while: the last way by which a study is complete."""
+    one = make_instance()
+    settings = replace(settings, completion=replace(settings.completion, quiet_s=1.0))
+    settings.routes_path.write_text(
+        '[[rule]]\nname = "ris"\nwhen = "study complete"\nnotify = "RIS"\nto = "ONCO"\n')
+    with ris() as told, receiver() as peer:
+        ledger = Ledger.open(settings.ledger_url)
+        ledger.add_device(Device("ONCO", "127.0.0.1", port=peer.port))
+        ledger.add_device(Device("RIS", "127.0.0.1", port=told.port))
+        ledger.close()
+        with Node(settings) as node:
+            proposed = [ProposedContext(1, CT, (EXPLICIT,))]
+            with Requestor.connect(Peer("127.0.0.1", node.dicom_port, "MISS"), "CT1", proposed) as requestor:
+                assert store(requestor, one) == 0
+            wait_for(lambda: told.told and one.sop_instance_uid in peer.received, "the notice and the study")
+            wait_for(lambda: not node.ledger.routes(10), "an empty queue")
+    assert [dataset.StudyInstanceUID for _, dataset in told.told] == [one.study_uid]
