@@ -250,9 +250,12 @@ def _show(attributes: dict[str, Any], as_json: bool) -> None:
     if as_json:
         out.print_json(json.dumps(attributes))
         return
-    from archive.dataset.jsonsets import to_dataset
+    from archive.dataset.encoding import EXPLICIT_LITTLE
+    from archive.dataset.jsonwriting import encoded
+    from node.dimse.identifiers import read_identifier
 
-    out.print(str(to_dataset(attributes)), markup=False, highlight=False, soft_wrap=True)
+    shown = read_identifier(encoded(attributes, EXPLICIT_LITTLE), EXPLICIT_LITTLE)
+    out.print(str(shown), markup=False, highlight=False, soft_wrap=True)
 
 
 def _attributes(given: Sequence[tuple[str, str, str]]) -> dict[str, Any]:

@@ -1,24 +1,18 @@
 """Small data sets in the DICOM JSON model: identifiers, worklist items, performed steps. Owns their way from
-octets and files into JSON, text decoded, and back into pydicom's form to be encoded in UTF-8. It reads
-nothing that is stored as an image."""
+octets and files into JSON, text decoded, and what their values are in words; `jsonwriting.py` is the way
+back. It reads nothing that is stored as an image."""
 
 from __future__ import annotations
 
 import struct
-from base64 import b64decode
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-from pydicom import config
-from pydicom.dataelem import DataElement
-from pydicom.dataset import Dataset
-
-from archive.dataset.charsets import UTF_8
 from archive.dataset.dicomjson import JsonLimits, metadata
 from archive.dataset.elements import WalkLimits
 from archive.dataset.encoding import EXPLICIT_LITTLE, IMPLICIT_LITTLE, known_vr
-from archive.dataset.jsonvalues import DECIMAL_VRS, INTEGER_VRS, json_element
+from archive.dataset.jsonvalues import json_element
 from archive.dataset.part10 import PREAMBLE_BYTES, PREFIX
 from archive.errors import CannotUnderstand
 
@@ -35,6 +29,11 @@ _DS_CHARS_MAX = 16
 
 def from_octets(octets: bytes, transfer_syntax_uid: str) -> dict[str, Any]:
     """A data set without file meta information, as messages carry it. Raises CannotUnderstand."""
+    return with_character_set(octets, transfer_syntax_uid)[0]
+
+
+def with_character_set(octets: bytes, transfer_syntax_uid: str) -> tuple[dict[str, Any], bytes]:
+    """The same, and the raw value of its Specific Character Set."""
     uid = transfer_syntax_uid.encode("ascii")
     uid += b"\0" * (len(uid) & 1)
     meta = struct.pack("<HH2sH", 2, 0x10, b"UI", len(uid)) + uid
@@ -48,14 +47,15 @@ def from_file(octets: bytes) -> dict[str, Any]:
         raise CannotUnderstand(f"more than {BYTES_MAX:,} bytes")
     is_part10 = octets[PREAMBLE_BYTES : PREAMBLE_BYTES + len(PREFIX)] == PREFIX
     if is_part10 or octets.startswith((PREFIX, b"\2\0")):
-        return _read(octets)
+        return _read(octets)[0]
     explicit = len(octets) >= 6 and octets[4:6].isalpha() and octets[4:6].isupper()
     return from_octets(octets, EXPLICIT_LITTLE if explicit else IMPLICIT_LITTLE)
 
 
-def _read(octets: bytes) -> dict[str, Any]:
+def _read(octets: bytes) -> tuple[dict[str, Any], bytes]:
     attributes = metadata(BytesIO(octets), bulk_uri=lambda path: "", limits=_LIMITS)
-    return _decoded(attributes)
+    character_set = text_of(attributes, _CHARACTER_SET).encode("ascii", "replace")
+    return _decoded(attributes), character_set
 
 
 def _decoded(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def text_of(attributes: Attributes, tag: str) -> str:
     element = attributes.get(tag)
     if not element or element["vr"] == "SQ":
         return ""
-    return "\\".join(_text(value) for value in element.get("Value", ()))
+    return "\\".join(value_text(value) for value in element.get("Value", ()))
 
 
 def first_of(attributes: Attributes, tag: str) -> Attributes:
@@ -103,7 +103,8 @@ def put(attributes: dict[str, Any], tag: str, vr: str, text: str) -> None:
     attributes[tag] = json_element(vr, text)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """One value in DICOM's string form."""
     if value is None:
         return ""
     if isinstance(value, dict):  # a person's name (PS3.18 F.2.2)
@@ -113,52 +114,3 @@ def _text(value: Any) -> str:
         text = str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
         return text if len(text) <= _DS_CHARS_MAX else f"{value:.9g}"
     return str(value)
-
-
-def to_dataset(attributes: Attributes) -> Dataset:
-    """To be encoded. What is not ASCII is written in UTF-8 (ISO_IR 192)."""
-    dataset = _to_dataset(attributes)
-    if not _is_ascii(attributes):
-        dataset.add(DataElement(0x00080005, "CS", UTF_8))
-    return dataset
-
-
-def _to_dataset(attributes: Attributes) -> Dataset:
-    dataset = Dataset()
-    for tag in sorted(attributes):
-        element = attributes[tag]
-        if element["vr"] == "SQ":
-            items = [_to_dataset(item) for item in items_of(attributes, tag)]
-            dataset.add(DataElement(int(tag, 16), "SQ", items))
-        else:
-            dataset.add(_element(int(tag, 16), element))
-    return dataset
-
-
-def _element(tag: int, element: Mapping[str, Any]) -> DataElement:
-    """Values were kept as they came: bad ones must neither warn nor fail the answer, and go out empty when
-    their VR can't hold them."""
-    vr: str = element["vr"]
-    value: Any = ""
-    try:
-        if "InlineBinary" in element:
-            value = b64decode(element["InlineBinary"])
-        elif vr == "AT":
-            value = [int(part, 16) for part in element.get("Value", ()) if part]
-        elif vr in INTEGER_VRS - {"IS"} or vr in DECIMAL_VRS - {"DS"}:
-            value = [part for part in element.get("Value", ()) if isinstance(part, int | float)]
-        else:
-            texts = [_text(part) for part in element.get("Value", ())]
-            value = texts[0] if len(texts) == 1 else texts
-        return DataElement(tag, vr, value, validation_mode=config.IGNORE)
-    except (ValueError, TypeError, OverflowError, ArithmeticError):
-        return DataElement(tag, vr, b"" if "InlineBinary" in element else "")
-
-
-def _is_ascii(attributes: Attributes) -> bool:
-    return all(
-        all(map(_is_ascii, element.get("Value", ()))) if element["vr"] == "SQ"
-        else all(_text(value).isascii() for value in element.get("Value", ()))
-        for element in attributes.values()
-    )  # fmt: skip
-

@@ -154,7 +154,8 @@ def test_character_sets_of_keys_and_answers(served: Scheduling) -> None:
                     worklist_item(2, PatientName="Çelik^Ümit"))
     asked = query(PatientName="çelik^Ümit", SpecificCharacterSet="ISO_IR 148")
     _, found = find(served, asked)
-    assert [str(one.PatientName) for one in found] == ["Çelik^Ümit"]
+    one, = found
+    assert str(one.PatientName) == "Çelik^Ümit" and one.SpecificCharacterSet == "ISO_IR 148"  # as it asked
     japanese = query(PatientName="*=山田*", SpecificCharacterSet="ISO_IR 192")
     one, = find(served, japanese)[1]
     assert str(one.PatientName) == "Yamada^Tarou=山田^太郎" and one.SpecificCharacterSet == "ISO_IR 192"
@@ -248,7 +249,7 @@ def test_todays_steps_of_one_station_among_ten_thousand_take_milliseconds(served
             answers = list(requestor.find(write_identifier(asked, EXPLICIT_LITTLE), WORKLIST_FIND))
             took.append(time.perf_counter() - begun_s)
     assert len(answers) == 26
-    assert min(took) < 0.1, took  # some 10 ms on a machine of its own; the table read through takes 0.5 s
+    assert min(took) < 0.05, took  # 2 ms on a machine of its own; reading through the table takes 200
 
 
 # Real clients

@@ -20,6 +20,7 @@ from pydicom.uid import UID
 
 from archive.database import sqlite_url
 from archive.dataset import jsonsets
+from archive.dataset.jsonwriting import encoded
 from archive.errors import InvalidInput, MissError, TooLarge
 from archive.ledger import Ledger
 from archive.ledger.worklist import steps_of
@@ -201,5 +202,5 @@ def test_whatever_a_file_holds_it_is_taken_or_refused(changes: list[tuple[int, i
             assert isinstance(error, MissError) and "Rossi" not in str(error)
         else:
             for step in found:
-                written = write_identifier(jsonsets.to_dataset(step.attributes), IMPLICIT_LITTLE)
+                written = encoded(step.attributes, IMPLICIT_LITTLE)
                 assert jsonsets.from_octets(written, IMPLICIT_LITTLE)["00400100"]["Value"]

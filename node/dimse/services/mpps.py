@@ -13,8 +13,8 @@ from typing import Any
 from pydicom.datadict import keyword_for_tag
 from pydicom.uid import generate_uid
 
-from archive.dataset import jsonsets
-from archive.dataset.jsonsets import Attributes, items_of, text_of
+from archive.dataset.jsonsets import Attributes, from_octets, items_of, text_of
+from archive.dataset.jsonwriting import encoded
 from archive.errors import Forbidden, NotFound
 from archive.ledger import Ledger, PerformedStep, StepReference
 from archive.ledger.performed import FINAL, IN_PROGRESS, PERFORMED_STATES
@@ -24,7 +24,7 @@ from node.dimse import status as codes
 from node.dimse.association import Context
 from node.dimse.contexts import PERFORMED_STEP, PERFORMED_STEP_RETRIEVE
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import careful, write_identifier
+from node.dimse.identifiers import careful
 from node.dimse.messages import (
     AFFECTED_SOP_CLASS_UID,
     ATTRIBUTE_IDENTIFIER_LIST,
@@ -161,14 +161,13 @@ class PerformedSteps:
         asked = _tags(command.elements.get(ATTRIBUTE_IDENTIFIER_LIST, b""))
         known = {tag: attributes[tag] for tag in asked if tag in attributes} if asked else attributes
         status = SOME_ATTRIBUTES_UNKNOWN if len(known) < len(asked) else codes.SUCCESS
-        dataset = write_identifier(jsonsets.to_dataset(known), context.transfer_syntax)
-        exchange.respond(context, command, status, dataset=dataset)
+        exchange.respond(context, command, status, dataset=encoded(known, context.transfer_syntax))
 
 
 def _read(octets: bytes, context: Context) -> dict[str, Any]:
     if not octets:
         raise Refused(codes.MISSING_ATTRIBUTE, "no data set")
-    return careful(lambda: jsonsets.from_octets(octets, context.transfer_syntax))
+    return careful(lambda: from_octets(octets, context.transfer_syntax))
 
 
 def _require(attributes: Attributes, tags: Iterable[str]) -> None:

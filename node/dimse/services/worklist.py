@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from archive.dataset import jsonsets
+from archive.dataset.jsonsets import with_character_set
+from archive.dataset.jsonwriting import encoded
 from archive.dataset.nestedkeys import Keys, answered, fits, keys_of
 from archive.errors import CannotUnderstand, OutOfResources
 from archive.ledger import Ledger, ScheduledStep, StepSearch
@@ -17,7 +18,7 @@ from federation.policy import Act, Principal, Role, require
 from node.dimse import status as codes
 from node.dimse.association import Context
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, write_identifier
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful
 from node.dimse.messages import Command
 
 # A date range and a time range are one span of time (Table K.6-1, Scheduled Procedure Step Start Time).
@@ -83,7 +84,8 @@ class WorklistFind:
         if not command.has_dataset:
             raise CannotUnderstand("a C-FIND without an identifier")
         octets = association.read_dataset(context, IDENTIFIER_BYTES_MAX)
-        identifier = careful(lambda: jsonsets.from_octets(octets, context.transfer_syntax))
+        syntax = context.transfer_syntax
+        identifier, character_set = careful(lambda: with_character_set(octets, syntax))
         keys = keys_of(identifier, combined=COMBINED)
         caller = exchange.caller.ae_title
         require(Principal(caller, Role.DEVICE, self.ward), Act.SEARCH)
@@ -98,9 +100,8 @@ class WorklistFind:
                 continue
             if sent >= self.responses_max:
                 raise OutOfResources(f"more than {self.responses_max} matches: ask more narrowly")
-            answer = jsonsets.to_dataset(answered(keys, attributes))
             exchange.respond(context, command, status,
-                             dataset=write_identifier(answer, context.transfer_syntax))
+                             dataset=encoded(answered(keys, attributes), syntax, character_set))
             sent += 1
         exchange.respond(context, command, codes.SUCCESS)
 
