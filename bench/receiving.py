@@ -1,5 +1,5 @@
-"""Destinations of C-MOVE that cost next to nothing: each a process that takes every object, reads no faster
-than it is told to, answers 0000 and keeps nothing."""
+"""Who a node calls, at next to no cost: each a process that takes every object and every report, reads no
+faster than it is told to, answers 0000 and keeps nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Receiver:
 
     @property
     def instances(self) -> int:
-        """How many were answered 0000 so far."""
+        """How many, objects and reports, were answered 0000 so far."""
         return self._counts[0]
 
     @property
@@ -131,10 +131,10 @@ class Pace:
 
 
 def _accept(body: bytes) -> bytes:
-    """Every context, with the first transfer syntax that was proposed for it."""
+    """Every context, with the first transfer syntax that was proposed for it, and every role."""
     request = decode_request(memoryview(body))
     return encode_accept(AssociateAccept(
         request.called_ae, request.calling_ae,
         tuple(AnsweredContext(one.id, ContextResult.ACCEPTANCE, one.transfer_syntaxes[0])
               for one in request.contexts),
-        PDU_BYTES_MAX, as_received=request.as_received))
+        PDU_BYTES_MAX, roles=request.roles, as_received=request.as_received))
