@@ -44,7 +44,10 @@ def encoder(specific_character_set: bytes) -> TextEncoder:
     terms = terms_of(specific_character_set)
     if terms[0] in STAND_ALONE:
         return TextEncoder(terms[0], lambda text: _encoded(text, ENCODINGS[terms[0]]))
-    term = "\\".join(terms)
+    if len(terms) > 1:
+        first = terms[0] if terms[0] in ENCODINGS else ""
+        terms = [first, *(each for each in terms[1:] if each in ENCODINGS)]
+    term = "\\".join(terms).encode("ascii", "replace").decode("ascii")
     if len(terms) == 1:
         first = ENCODINGS.get(terms[0], "")
         if not first or terms[0] in ("", "ISO_IR 6", "ISO 2022 IR 6"):

@@ -67,6 +67,18 @@ def test_terms_as_they_are_met() -> None:
     assert encoder(b"ISO 2022 IR 87")("山") == b"\x1b$B;3\x1b(B"  # without the empty first value
 
 
+STRANGE = [b"ISO 2022 IR 100\\\xff\xff", b"\xff\\ISO 2022 IR 87", b"\\", b"ISO_IR 192\\\xff"]
+
+
+@given(st.binary(max_size=40) | st.sampled_from(STRANGE), st.text())
+def test_no_term_is_too_strange(term: bytes, text: str) -> None:
+    encode = encoder(term)
+    octets = encode(text)
+    assert encode.term.isascii()
+    if octets is not None:
+        assert decoder(encode.term.encode())(octets).count("\ufffd") == text.count("\ufffd")
+
+
 LETTERS = st.sampled_from("aZ~ ^=\\\n" + "".join(text for _, text, _ in EXAMPLES) + "日本語ｱ丂뷁é")
 
 
