@@ -60,12 +60,11 @@ class Deliveries:
             reply: delivery_pb2.DeliveryOrderReply = await DeliveriesStub(line).Order(order, timeout=ORDER_S)
             return reply
 
-        reply = self._uplink.call(ask, ORDER_S)
-        if reply.added and self._uplink.settings.hold:  # or the region would not get them
+        self._uplink.call(ask, ORDER_S)
+        if self._uplink.settings.hold:  # or the region would not get them
             for one in instances:
                 self._archive.index.mark_urgent(one.study_uid, one.head.sop_instance_uid)
-        if reply.added:
-            self._uplink.ordered()
+        self._uplink.ordered()
 
     def _ordered(self, ward_id: str, one: StoredInstance) -> Delivery:
         origin = one.head.provenance

@@ -19,7 +19,7 @@ from archive.ledger.deliveries import ORDER_MAX, PAGE_MAX
 from archive.model import Provenance, Scope
 from federation import serde
 from federation.deliveries_grants import DeliveryGrants, origin_device
-from federation.reading import Content, find_content, raise_if_passing, read_chunks
+from federation.reading import Content, checked_chunks, find_content, raise_if_passing
 from protos import delivery_pb2, uplink_pb2
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class DeliveryDesk:
         yield uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=content.digest))
 
     def _chunks(self, content: Content) -> Iterator[bytes]:
-        return read_chunks(self._archive, content.head.sop_instance_uid, content.digest, content.location)
+        return checked_chunks(self._archive, content.head.sop_instance_uid, content.digest, content.location)
 
     def _blame(self, delivery: Delivery, error: MissError | OSError) -> None:
         raise_if_passing(error)

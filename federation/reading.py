@@ -1,14 +1,15 @@
 """Data sets on their way out of an archive to another member: found where they lie by now, and read in chunks
-of at most 1 MiB. Whoever gets them checks the digest. It decides nothing about who may have them."""
+of at most 1 MiB. Whoever gets them checks the digest as well. It decides nothing about who may have them."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from archive.archive import Archive
-from archive.errors import Evicted, NotFound, Unavailable
+from archive.errors import Corrupt, Evicted, NotFound, Unavailable
 from archive.model import ConflictState, InstanceHead, Location
 
 CHUNK_BYTES = 1 << 20
@@ -55,6 +56,20 @@ def read_chunks(archive: Archive, uid: str, digest: bytes, location: Location) -
     if first:
         yield first
     yield from chunks
+
+
+def checked_chunks(archive: Archive, uid: str, digest: bytes, location: Location) -> Iterator[bytes]:
+    """The same; the last chunk comes only when the whole is what its digest says, else Corrupt is raised."""
+    running, held = hashlib.sha256(), b""
+    for chunk in read_chunks(archive, uid, digest, location):
+        if held:
+            yield held
+        running.update(chunk)
+        held = chunk
+    if running.digest() != digest:
+        raise Corrupt("a stored instance does not match its digest")
+    if held:
+        yield held
 
 
 def raise_if_passing(error: Exception) -> None:

@@ -14,7 +14,6 @@ read when the one before it was taken.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections import Counter, OrderedDict
@@ -34,7 +33,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from archive.archive import Archive
 from archive.errors import (
-    Corrupt,
     InvalidQuery,
     MissError,
     NotAuthenticated,
@@ -53,6 +51,7 @@ from federation.assertion import Assertion, countersign, verify
 from federation.fanout import WardMatches
 from federation.policy import Act, Principal, Reach, Role, granted, narrowed, reach_named, require
 from federation.pools import Pools
+from federation.reading import checked_chunks
 from federation.region_source import RegionSource
 from federation.settings import HubSettings
 from federation.source import Promoted, WardsSaid
@@ -63,7 +62,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 256 << 10
 MATCHES_MAX = 100_001  # of one search
 HUB_WAIT_S = 5.0  # for the hub's own loop, beyond the wards' deadline
@@ -160,7 +158,9 @@ class WindowService(window_pb2_grpc.WindowServicer):
                 if not self._remembers(asker, request.study_uid):
                     await self._audit(asker, "retrieve", _of(request.study_uid))
                     self._remember(asker, request.study_uid)
-                chunks = self._checked_chunks(instance)
+                chunks = checked_chunks(
+                    self._archive, request.sop_instance_uid, instance.digest, instance.location
+                )
                 while (chunk := await self._pools.work(next, chunks, None)) is not None:
                     yield window_pb2.WindowChunk(dataset=chunk)
         except Exception as error:
@@ -215,19 +215,6 @@ class WindowService(window_pb2_grpc.WindowServicer):
             if instance.digest == request.digest:
                 return instance
         raise NotFound("no such instance, or none with this digest")
-
-    def _checked_chunks(self, instance: StoredInstance) -> Iterator[bytes]:
-        """The data set; its last chunk only when the whole is what its digest says."""
-        running, held = hashlib.sha256(), b""
-        for chunk in self._archive.dataset_chunks(instance.location, chunk_bytes=CHUNK_BYTES):
-            if held:
-                yield held
-            running.update(chunk)
-            held = chunk
-        if running.digest() != instance.digest:
-            raise Corrupt("a stored instance does not match its digest")
-        if held:
-            yield held
 
     # The audit log.
 

@@ -63,10 +63,15 @@ def batch(count: int, **options: Any) -> list[Instance]:
 
 
 def attached(node: Node) -> Node:
-    uplink = node.start().uplink
+    node.start()
+    await_attached(node)
+    return node
+
+
+def await_attached(node: Node) -> None:
+    uplink = node.uplink
     assert uplink is not None
     wait_for(lambda: uplink.status().attached, "the node is attached")
-    return node
 
 
 def deliveries(node: Node) -> Deliveries:
@@ -151,6 +156,20 @@ def test_a_ward_that_is_away_gets_it_when_it_comes(region: Region, sender: Node,
     check_taken(taker, instances)
 
 
+def test_what_is_ordered_travels_though_replication_is_held_back(
+    region: Region, sender: Node, taker: Node
+) -> None:
+    handed, kept = batch(3), batch(2)
+    sender.take(handed + kept)
+    sender.start(hold=True)
+    attached(taker)
+    await_attached(sender)
+    deliveries(sender).send(GALLIERA, stored(sender, handed))
+    delivered(region, 3)
+    check_taken(taker, handed)
+    assert sender.pending == 2
+
+
 def test_without_a_hub_an_order_is_refused_and_nothing_else_stops(hub: Hub, sender: Node) -> None:
     instances = batch(1)
     attached(sender).take(instances)
@@ -172,9 +191,7 @@ def test_hub_and_wards_are_stopped_in_the_middle(
     current = hub
     try:
         for part in range(6):
-            assert sender.uplink is not None
-            uplink = sender.uplink
-            wait_for(lambda up=uplink: up.status().attached, "the sender is attached")
+            await_attached(sender)
             deliveries(sender).send(GALLIERA, stored(sender, instances[part * 50 : part * 50 + 50]))
             if part % 2:
                 current.stop(grace_s=0)
@@ -234,9 +251,7 @@ def test_who_may_deliver_to_whom(region: Region, sender: Node, taker: Node, hub:
     current = Hub(replace(hub.settings, deliveries=(f"{GALLIERA} > *",)))
     current.start()
     try:
-        uplink = sender.uplink
-        assert uplink is not None
-        wait_for(lambda: uplink.status().attached, "the sender is attached again")
+        await_attached(sender)
         with pytest.raises(Forbidden):
             deliveries(sender).send(GALLIERA, stored(sender, instances))
         assert region.ledger.delivery_standings(0) == []
@@ -299,6 +314,30 @@ def test_a_full_disk_puts_it_off_with_the_reason(region: Region, sender: Node, t
     object.__setattr__(taker.store.intake.limits, "free_bytes_min", 1 << 20)
     delivered(region, 2)
     check_taken(taker, instances)
+
+
+@pytest.mark.parametrize("rows", [16, 1200])
+def test_bytes_that_changed_in_the_region_are_not_delivered(
+    region: Region, hub: Hub, sender: Node, taker: Node, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (instance,) = instances = [make_instance(rows=rows, columns=rows)]
+    attached(sender).take(instances)
+    wait_for(lambda: sender.pending == 0, "the region has it")
+    read = Archive.dataset_chunks
+
+    def flipped(self: Archive, location: Location, **options: Any) -> Iterator[bytes]:
+        for chunk in read(self, location, **options):
+            yield chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+    monkeypatch.setattr(Archive, "dataset_chunks", flipped)
+    deliveries(sender).send(GALLIERA, stored(sender, instances))
+    attached(taker)
+    wait_for(lambda: region.ledger.troubled_deliveries(), "it is put off")
+    assert "digest" in standing(region).reason
+    assert taker.store.search(Query(Level.IMAGE)) == []
+    monkeypatch.undo()
+    delivered(region, 1)
+    check_taken(taker, [instance])
 
 
 @pytest.mark.parametrize("rows", [16, 1200])

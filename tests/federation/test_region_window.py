@@ -70,10 +70,15 @@ def windows(nodes: list[Node], region: Region, audited: list[AuditRow]) -> Itera
     for node in nodes:
         node.start()
         made.append(window_of(node, audit=audited.append))
-    wait_for(lambda: all(node.reported(region).attached for node in nodes), "both wards are attached")
+    wait_for(lambda: all(attached(node, region) for node in nodes), "both wards are attached")
     yield made
     for window in made:
         window.close()
+
+
+def attached(node: Node, region: Region) -> bool:
+    """Whether both ends say so."""
+    return node.uplink is not None and node.uplink.status().attached and node.reported(region).attached
 
 
 def window_of(node: Node, **options: Any) -> RegionWindow:
@@ -229,7 +234,7 @@ def test_what_only_a_ward_holds_is_found_and_brought(
     theirs.take(instances)
     theirs.start(hold=True)
     mine.start()
-    wait_for(lambda: mine.reported(region).attached and theirs.reported(region).pending == 2,
+    wait_for(lambda: attached(mine, region) and theirs.reported(region).pending == 2,
              "two are pending at the other ward")
     window = window_of(mine, audit=audited.append)
     answer = window.search(device(mine), ALL)
@@ -264,8 +269,8 @@ def test_bytes_that_do_not_match_their_digest_never_count(
     monkeypatch.setattr(Archive, "dataset_chunks", flipped)
     with pytest.raises(Corrupt, match="a stored instance"):  # the hub held the last chunk back
         windows[0].fetch(device(mine), found)
-    monkeypatch.setattr(window_service.WindowService, "_checked_chunks",
-                        lambda self, instance: flipped(self._archive, instance.location))
+    monkeypatch.setattr(window_service, "checked_chunks",
+                        lambda archive, uid, digest, location: flipped(archive, location))
     with pytest.raises(Corrupt, match="fetched from the region"):  # a hub that does not check
         windows[0].fetch(device(mine), found)
     assert windows[0].spooled_bytes == 0
