@@ -1,4 +1,5 @@
-"""Writes docs/settings.md and docs/command.md from the code, or with `--check` shows whether they are it.
+"""Writes docs/settings.md, docs/command.md and docs/conformance.md from the code, or with `--check` shows
+whether they are it.
 
     python -m miss.reference [--check]
 
@@ -16,6 +17,7 @@ from typing import Any
 import typer
 
 from archive.settings import SettingDoc, describe
+from miss import conformance
 from miss.configuration import Process, settings_class
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -110,7 +112,7 @@ def _parameter_row(parameter: Any) -> str:
     return f"| {name} | {shown} | {meaning} |\n"
 
 
-PAGES = {"settings.md": settings_page, "command.md": command_page}
+PAGES = {"settings.md": settings_page, "command.md": command_page, "conformance.md": conformance.page}
 
 
 def stale() -> list[str]:
