@@ -21,7 +21,7 @@ from archive.packs.recovery import Damage
 from node.routing.rules import Rule, When
 
 BATCH_RECORDS = 500
-STUDIES_AT_ONCE = 50
+STUDIES_AT_ONCE = 1000
 MARK_EVERY_US = 5_000_000
 
 
@@ -43,6 +43,7 @@ class Following:
         self._unwritten: set[str] = set()
         self._written_us = 0
         self._seen: tuple[bytes, Position] | None = None
+        self._full: dict[str, frozenset[Destination]] = {}  # by complete study: who had no room for it
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -79,10 +80,11 @@ class Following:
         following = [rule for rule in self._rules if rule.when is When.STORED]
         following.sort(key=lambda rule: self._place(rule, epoch))
         for start, group in groupby(following, lambda rule: self._place(rule, epoch)):
-            rules = [rule for rule in group if self._has_room(rule.to)]
             if start >= end:
                 continue
-            stalled = stalled or not rules
+            behind = list(group)
+            rules = [rule for rule in behind if self._has_room(rule.to)]
+            stalled = stalled or len(rules) < len(behind)
             if rules:
                 more = self._look(rules, epoch, start, end) or more
         self._seen = None if more or stalled else (epoch, end)
@@ -94,10 +96,8 @@ class Following:
             return False
         studies = self._ledger.complete_studies(STUDIES_AT_ONCE)
         self._archive.wait_indexed()
-        for study in studies:
-            if not self._complete(study):
-                return False
-        return len(studies) == STUDIES_AT_ONCE
+        done = [self._complete(study) for study in studies]
+        return all(done) and len(done) == STUDIES_AT_ONCE
 
     def write_marks(self) -> None:
         """How far the rules have looked, to the ledger."""
@@ -146,7 +146,10 @@ class Following:
         return reached < end
 
     def _complete(self, study: CompleteStudy) -> bool:
-        """False when there is no room for it now: it stays."""
+        """False when a destination has no room for it now: it stays, and is read again when there is room.
+        The others get it meanwhile."""
+        if not self._has_room(self._full.get(study.study_uid, ())):
+            return False
         asked = [rule for rule in self._rules if rule.when is When.STUDY_COMPLETE
                  and study.at_us >= self._marks[rule.name].since_us]  # fmt: skip
         rows: list[Routed] = []
@@ -155,11 +158,15 @@ class Following:
             for rule in asked:
                 if rule.takes_study(instances):
                     rows += routes_of_study(rule, study.study_uid, instances, self._ward, self._clock())
-        if not self._has_room({row.to for row in rows}):
-            return False
-        self._ledger.queue_routes(merged(rows), (), [study])
-        self._on_queued({row.to for row in rows})
-        return True
+        wanted = {row.to for row in rows}
+        full = frozenset(to for to in wanted if not self._has_room([to]))
+        chosen = merged([row for row in rows if row.to not in full])
+        self._ledger.queue_routes(chosen, (), () if full else [study])
+        self._on_queued(wanted - full)
+        self._full.pop(study.study_uid, None)
+        if full:
+            self._full[study.study_uid] = full
+        return not full
 
 
 def routes_of_study(

@@ -60,6 +60,7 @@ class Routing:
         self._destinations: set[Destination] = set()
         self._having_turns: set[Destination] = set()
         self._look = threading.Event()
+        self._unread = False  # the file has rules that are not followed yet
         self._stopping = False
         self._pool = ThreadPoolExecutor(settings.destinations_at_once, "routing")
         self._thread = threading.Thread(target=self._run, name="routing", daemon=True)
@@ -140,10 +141,12 @@ class Routing:
         return self._settings.poll_s if self._following.rules or self._destinations else FILE_POLL_S
 
     def _reread(self) -> None:
-        if not self._file.changed():
+        self._unread = self._file.changed() or self._unread
+        if not self._unread:
             return
         rules = self._file.rules
         self._following.use(rules)
+        self._unread = False
         self._router.use_hours({rule.name: rule.hours for rule in rules if rule.hours is not None})
         if rules or self._file.path.exists():
             log.info("%d routing rules from %s", len(rules), self._file.path)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
@@ -50,7 +51,7 @@ def ris(answer: Callable[[], int] = lambda: 0, *, syntax: str = ExplicitVRLittle
         takes: bool = True) -> Iterator[Ris]:
     running = Ris()
 
-    def create(event: evt.Event) -> tuple[int, Dataset | None]:
+    def create(event: Any) -> tuple[int, Dataset | None]:
         with running.lock:
             running.told.append((str(event.request.AffectedSOPInstanceUID), event.attribute_list))
         return answer(), None
@@ -58,7 +59,7 @@ def ris(answer: Callable[[], int] = lambda: 0, *, syntax: str = ExplicitVRLittle
     ae = AE("RIS")
     ae.add_supported_context(InstanceAvailabilityNotification if takes else Verification, syntax)
     server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_N_CREATE, create)])
-    assert server is not None
+    assert server is not None and server.socket is not None
     running.port = server.socket.getsockname()[1]
     try:
         yield running

@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from archive.database import sqlite_url
-from archive.ledger import Destination, Device, Ledger, RouteKind, RouteState
+from archive.ledger import (
+    CompleteStudy,
+    Destination,
+    Device,
+    Ledger,
+    RouteChoice,
+    Routed,
+    RouteKind,
+    RouteState,
+)
 from node.dimse.errors import AssociationEnded
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
@@ -213,8 +222,9 @@ def test_an_unknown_destination_waits_with_the_reason(served: Storing) -> None:
     one = make_instance()
     with routing(served, ALL) as running:
         served.send(one)
-        state = wait_for(lambda: running.summary("ONCO").state if running.summary("ONCO").state
-                         and running.summary("ONCO").state.failures else None, "a failure")  # type: ignore[union-attr]
+        wait_for(lambda: (state := running.summary("ONCO").state) and state.failures, "a failure")
+        state = running.summary("ONCO").state
+        assert state is not None
         assert "no device has this AE title" in state.error
         with receiver() as peer:
             device(served, "ONCO", peer.port)
@@ -400,6 +410,43 @@ def store_all(port: int, sent: list[Instance], acknowledged: set[str]) -> None:
         for one in sent:
             if one.sop_instance_uid not in acknowledged and store(requestor, one) == 0:
                 acknowledged.add(one.sop_instance_uid)
+
+
+def test_a_rule_without_room_goes_on_without_anything_new(served: Storing) -> None:
+    """Its destination is full in the very batch that is the last: what was passed over is not forgotten."""
+    following = Following(served.archive, served.ledger, WARD, queue_max=1, clock=lambda: 1)
+    following.use(parse_rules(ALL + '[[rule]]\nname = "other"\nto = "PACS"\n'))
+    full = Routed("all", Destination(RouteKind.DEVICE, "ONCO"), "1.2", "1.3", "1.4", b"d", 1, 1, 2)
+    served.ledger.queue_routes([full])
+    served.send(make_instance(), make_instance(number=2))
+    served.archive.wait_indexed()
+    following.step()
+    assert {row.to.name: row.rule for row in served.ledger.routes(10)} == {"ONCO": "all", "PACS": "other"}
+    assert served.ledger.route_count(full.to) == 1
+    served.ledger.drop_routes(RouteChoice(to=full.to))
+    following.step()
+    assert served.ledger.route_count(full.to) == 2
+
+
+def test_a_complete_study_waits_for_room_and_holds_no_other_up(served: Storing) -> None:
+    rule = '[[rule]]\nname = "{0}"\nwhen = "study complete"\nto = "{0}"\n[rule.match]\nModality = "{1}"\n'
+    rules = parse_rules(rule.format("ONCO", "CT") + rule.format("PACS", "MR"))
+    following = Following(served.archive, served.ledger, WARD, queue_max=2, clock=lambda: 1)
+    following.use(rules)
+    onco, pacs = (Destination(RouteKind.DEVICE, name) for name in ("ONCO", "PACS"))
+    ct, mr = make_instance(), make_instance(modality="MR", sop_class=MR)
+    served.send(ct, mr)
+    served.ledger.queue_routes([
+        Routed("ONCO", onco, "1.2", "1.3", f"1.4.{n}", b"d", 1, 1, 2) for n in range(2)])
+    for one in (ct, mr):
+        served.ledger.note_complete(CompleteStudy(one.study_uid, "quiet", 5))
+    assert not following.complete()
+    assert (served.ledger.route_count(onco), served.ledger.route_count(pacs)) == (2, 1)
+    assert [one.study_uid for one in served.ledger.complete_studies(10)] == [ct.study_uid]
+    served.ledger.drop_routes(RouteChoice(to=onco))
+    following.complete()
+    assert (served.ledger.route_count(onco), served.ledger.route_count(pacs)) == (1, 1)
+    assert not served.ledger.has_complete_studies()
 
 
 @pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK is not installed")

@@ -72,7 +72,7 @@ def pacs() -> Iterator[Pacs]:
     ae.add_supported_context(StorageCommitmentPushModel)
     server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[
         (evt.EVT_C_STORE, running.store), (evt.EVT_N_ACTION, running.ask)])
-    assert server is not None
+    assert server is not None and server.socket is not None
     running.port = server.socket.getsockname()[1]
     try:
         yield running

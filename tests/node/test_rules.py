@@ -17,7 +17,7 @@ from archive.ledger import Destination, RouteKind
 from node.routing import rulefile
 from node.routing.hours import Hours
 from node.routing.rulefile import parse_rules, read_rules
-from node.routing.rules import When
+from node.routing.rules import SOURCES, When
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "routing.md").read_text()
@@ -25,7 +25,8 @@ RULE = '[[rule]]\nname = "r"\nto = "ONCO"\n'
 
 
 def test_the_examples_of_the_page_are_rules_and_say_what_they_do() -> None:
-    example, = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    example, *others = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    assert all(parse_rules(other) for other in others if "[[rule]]" in other)
     rules = {rule.name: rule for rule in parse_rules(example)}
     assert [str(rule) for rule in rules.values()] == [
         "each instance where Modality is CT and StudyDescription is *RT*PLAN* or *planning*, and not "
@@ -43,7 +44,7 @@ def test_the_examples_of_the_page_are_rules_and_say_what_they_do() -> None:
 
 
 def test_every_key_and_source_is_on_the_page() -> None:
-    for word in (*rulefile._KEYS, *rulefile.SOURCES, "received"):
+    for word in (*rulefile._KEYS, *SOURCES, "received"):
         assert f"`{word}`" in PAGE, word
     assert f"{rulefile.RULES_MAX} rules" in PAGE
     assert f"{rulefile.DESTINATIONS_MAX} destinations and {rulefile.CONDITIONS_MAX} conditions" in PAGE
