@@ -329,13 +329,13 @@ def test_bytes_that_changed_in_the_region_are_not_delivered(
         for chunk in read(self, location, **options):
             yield chunk[:-1] + bytes([chunk[-1] ^ 1])
 
-    monkeypatch.setattr(Archive, "dataset_chunks", flipped)
-    deliveries(sender).send(GALLIERA, stored(sender, instances))
-    attached(taker)
-    wait_for(lambda: region.ledger.troubled_deliveries(), "it is put off")
-    assert "digest" in standing(region).reason
-    assert taker.store.search(Query(Level.IMAGE)) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(Archive, "dataset_chunks", flipped)
+        deliveries(sender).send(GALLIERA, stored(sender, instances))
+        attached(taker)
+        wait_for(lambda: region.ledger.troubled_deliveries(), "it is put off")
+        assert "digest" in standing(region).reason
+        assert taker.store.search(Query(Level.IMAGE)) == []
     delivered(region, 1)
     check_taken(taker, [instance])
 
@@ -347,13 +347,13 @@ def test_what_the_region_can_t_read_is_put_off_and_the_others_come(
     instances = [make_instance(number=number, rows=rows, columns=rows) for number in range(3)]
     attached(sender).take(instances)
     wait_for(lambda: sender.pending == 0, "the region has all")
-    monkeypatch.setattr(Archive, "dataset_chunks", _damaging(Archive.dataset_chunks, instances[1]))
-    deliveries(sender).send(GALLIERA, stored(sender, instances))
-    attached(taker)
-    wait_for(lambda: standing(region).delivered == 2, "the others are taken")
-    (row,) = region.ledger.troubled_deliveries()
-    assert row.key.sop_instance_uid == instances[1].sop_instance_uid and "checksum" in row.reason
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(Archive, "dataset_chunks", _damaging(Archive.dataset_chunks, instances[1]))
+        deliveries(sender).send(GALLIERA, stored(sender, instances))
+        attached(taker)
+        wait_for(lambda: standing(region).delivered == 2, "the others are taken")
+        (row,) = region.ledger.troubled_deliveries()
+        assert row.key.sop_instance_uid == instances[1].sop_instance_uid and "checksum" in row.reason
     delivered(region, 3)
     check_taken(taker, instances)
 
