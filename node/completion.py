@@ -166,7 +166,10 @@ class Completion:
                 counts = self._archive.index.instance_counts(some)
                 new = [uid for uid in some if uid not in known or known[uid].instances != counts.get(uid)]
                 with self._lock:
-                    self._moved(uid for uid in new if uid not in self._open)
+                    fresh = [uid for uid in new if uid not in self._open]
+                    self._moved(fresh)
+                    for uid in fresh:
+                        self._open[uid].since_us = followed_us  # open since then, for the next start too
         else:  # a node that never looked: what it holds already is nothing new
             self._ledger.note_completion_followed(time.time_ns() // 1000)
 

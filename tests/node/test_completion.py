@@ -46,6 +46,15 @@ class Watched:
     def wait(self, study_uid: str, *whys: str) -> None:
         wait_for(lambda: self.whys(study_uid) == list(whys), f"{whys}, not {self.heard}")
 
+    def wait_open(self, count: int) -> None:
+        wait_for(lambda: self.completion.open_studies == count, f"{count} open studies")
+
+    def wait_noted(self, since_us: int) -> None:
+        """The ledger says from where to look again, and goes on saying so."""
+        wait_for(lambda: self.ledger.completion_followed_us() == since_us, "that it is noted")
+        noted_s = self.completion._noted_s
+        wait_for(lambda: self.completion._noted_s > noted_s, "that it is noted again")
+
     def idle(self) -> None:
         """Everything that came was looked at."""
         wait_for(lambda: not any(study.look for study in self.completion._open.values()), "a look")
@@ -195,6 +204,21 @@ def test_what_came_before_a_restart_is_announced_after_it_and_only_once(served: 
         watched.wait(open_[0].study_uid, QUIET)
         wait_for(lambda: watched.completion.open_studies == 0, "the end of it")
         assert watched.whys(done[0].study_uid) == []
+
+
+def test_a_study_that_stays_open_is_recalled_at_every_start(served: Storing) -> None:
+    one, = study(1)
+    since_us = 0
+    for _ in range(3):
+        with watching(served.archive, served.ledger) as watched:
+            if not since_us:
+                served.send(one)
+            watched.wait_open(1)
+            since_us = since_us or watched.completion._open[one.study_uid].since_us
+            watched.wait_noted(since_us)
+        assert served.ledger.completion_followed_us() == since_us
+    with watching(served.archive, served.ledger, quiet_s=0.1) as watched:
+        watched.wait(one.study_uid, QUIET)
 
 
 def test_a_node_that_never_looked_does_not_announce_what_it_holds(served: Storing) -> None:
