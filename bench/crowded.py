@@ -1,5 +1,5 @@
-"""The rows about a node that calls others, alone and beside thousands of idle associations: the destination of
-a C-MOVE, a device that waits for its commitment report, and where a rule forwards to."""
+"""The rows about a node that calls others, alone and beside thousands of idle associations: the destination
+of a C-MOVE, a device that waits for its commitment report, and where a rule forwards to."""
 
 from __future__ import annotations
 
