@@ -90,7 +90,7 @@ def retry(from_ward: From = "", to_ward: To = "", state: State = Path(".")) -> N
         for ward in (from_ward, to_ward):
             require_known_ward(ledger, ward)
         count = ledger.retry_deliveries(from_ward=from_ward or None, to_ward=to_ward or None)
-    err.print(f"{count} deliveries are tried again", style="green" if count else "yellow")
+    err.print(f"tried again: {count}", style="green" if count else "yellow")
 
 
 def standing_table(standings: Sequence[DeliveryStanding], *, title: str = "") -> Any:
