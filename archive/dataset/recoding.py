@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy
 import pydicom
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.pixels.decoders.base import get_decoder
@@ -147,6 +147,7 @@ def spliced(payload: BinaryIO, stored: StoredInstance, target: str, bytes_max: i
         return None
     if at > bytes_max:
         raise TooLarge(f"more than {bytes_max} bytes stand before its pixel data")
+    _require_whole(dataset, stored)
     try:
         octets = _encoded(dataset, target)
     except Exception as error:
@@ -176,6 +177,7 @@ def read(payload: BinaryIO, stored: StoredInstance, bytes_max: int) -> Dataset:
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(head.transfer_syntax_uid)
     except Exception as error:
         raise CannotUnderstand(f"the data set can't be read ({type(error).__name__})") from None
+    _require_whole(dataset, stored)
     return dataset
 
 
@@ -218,12 +220,12 @@ def _encoded(dataset: Dataset, target: str) -> bytes:
 
 def _decompress(dataset: Dataset) -> None:
     """The pixels, and those of icons and of whatever else is nested: a native syntax has no fragments."""
+    _decompress_items(dataset, dataset.file_meta.TransferSyntaxUID, 0)
     if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
         dataset.decompress(generate_instance_uid=False)
-    _decompress_items(dataset, dataset, 0)
 
 
-def _decompress_items(within: Dataset, whole: Dataset, depth: int) -> None:
+def _decompress_items(within: Dataset, transfer_syntax_uid: pydicom.uid.UID, depth: int) -> None:
     if depth > _NESTING_MAX:
         raise CannotUnderstand(f"sequences nest deeper than {_NESTING_MAX}")
     for element in within:
@@ -231,8 +233,15 @@ def _decompress_items(within: Dataset, whole: Dataset, depth: int) -> None:
             continue
         for item in element.value:
             if "PixelData" in item and item["PixelData"].is_undefined_length:
-                item.file_meta = whole.file_meta.__class__()
-                item.file_meta.TransferSyntaxUID = whole.file_meta["TransferSyntaxUID"].value
+                item.file_meta = FileMetaDataset()
+                item.file_meta.TransferSyntaxUID = transfer_syntax_uid
                 item.decompress(generate_instance_uid=False)
                 del item.file_meta
-            _decompress_items(item, whole, depth + 1)
+            _decompress_items(item, transfer_syntax_uid, depth + 1)
+
+
+def _require_whole(dataset: Dataset, stored: StoredInstance) -> None:
+    """Raises CannotUnderstand where pydicom gave up in the middle, which it does without a word: of a data
+    set that is cut it may leave nothing."""
+    if str(dataset.get("SOPInstanceUID", "")) != stored.head.sop_instance_uid:
+        raise CannotUnderstand("the data set can't be read to its end")

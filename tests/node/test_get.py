@@ -199,7 +199,7 @@ def test_a_window_is_used(served: Storing) -> None:
     with Getter(served, (CT, (EXPLICIT,)), window=(1, 3)) as getter:
         assert getter.accept.asynchronous_window == (1, 3)
         getter.ask("STUDY", StudyInstanceUID=sent[0].study_uid)
-        held = []
+        held: list[tuple[int, Command]] = []
         while len(held) < 3:
             context_id, command, dataset = getter.message()
             if command.field == Field.C_STORE:
@@ -234,7 +234,7 @@ def test_a_hole_in_the_middle_of_a_large_one_aborts(served: Storing, monkeypatch
 
     large = make_instance(padding=3 << 20)
     served.send(large)
-    asked = []
+    asked: list[StoredDataset] = []
 
     def confirm(self: StoredDataset) -> None:
         asked.append(self)
@@ -244,7 +244,7 @@ def test_a_hole_in_the_middle_of_a_large_one_aborts(served: Storing, monkeypatch
     monkeypatch.setattr(StoredDataset, "confirm", confirm)
     with Getter(served, (CT, (EXPLICIT,))) as getter:
         getter.ask("STUDY", StudyInstanceUID=large.study_uid)
-        kinds = []
+        kinds: list[int] = []
         while not kinds or kinds[-1] == pdu.PduType.P_DATA_TF:
             kind, body = getter.raw.receive()
             assert kind != pdu.PduType.P_DATA_TF or body[5] != pdu.LAST_FRAGMENT, "the last fragment went out"
