@@ -24,7 +24,7 @@ from node.routing.router import Committed, Router, RouterLimits, Tell, Verdict
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
 ONCO = Destination(RouteKind.DEVICE, "ONCO")
-LIMITS = RouterLimits(batch=4, settle_rows=2, tries_max=3)
+LIMITS = RouterLimits(batch=4, settle_rows=2, tries_max=3, commit_poll_s=30.0)
 
 
 class Crash(BaseException):
