@@ -54,7 +54,12 @@ class UnsupportedClass(InvalidInput):
 
 
 class InvalidQuery(InvalidInput):
-    """A key, level or parameter that is not allowed."""
+    """A key, level or parameter that is not allowed. `keyword` is the attribute that it is about, where it is
+    about one."""
+
+    def __init__(self, message: str = "", keyword: str = "") -> None:
+        super().__init__(message)
+        self.keyword = keyword
 
 
 class NotFound(MissError):

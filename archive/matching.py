@@ -91,7 +91,10 @@ def parse(query: Query) -> tuple[Predicate, ...]:
         raise InvalidQuery(f"more than {KEYS_MAX} keys")
     predicates: list[Predicate] = []
     for keyword, value in query.keys:
-        predicate = _predicate(query.level, keyword, value, query.rules)
+        try:
+            predicate = _predicate(query.level, keyword, value, query.rules)
+        except InvalidQuery as error:
+            raise InvalidQuery(str(error), keyword) from None
         if predicate is not None:
             predicates.append(predicate)
     predicates = _by_item(predicates)

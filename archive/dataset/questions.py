@@ -145,7 +145,7 @@ def _level(dataset: Dataset, text: TextDecoder, model: Model) -> Level:
     element = dataset.get_item(0x00080052)
     name = "" if element is None else _value(element, text)
     if name not in Level.__members__ or Level[name] not in model.value:
-        raise InvalidQuery("Query/Retrieve Level missing or none of this model")
+        raise InvalidQuery("Query/Retrieve Level missing or none of this model", "QueryRetrieveLevel")
     return Level[name]
 
 
@@ -155,7 +155,7 @@ def _require_hierarchy(level: Level, keys: Mapping[str, str], model: Model) -> N
         value = keys.get(UNIQUE[higher], "")
         single = is_uid(value) if higher is not Level.PATIENT else not any(c in value for c in "*?\\")
         if not value or not single:
-            raise InvalidQuery(f"a query at this level names one {UNIQUE[higher]}")
+            raise InvalidQuery(f"a query at this level names one {UNIQUE[higher]}", UNIQUE[higher])
     if not above:
         return  # the top of Study Root holds the patient's keys too (C.6.2.1)
     uniques = set(UNIQUE.values())
@@ -163,7 +163,7 @@ def _require_hierarchy(level: Level, keys: Mapping[str, str], model: Model) -> N
         entry = BY_KEYWORD.get(keyword)
         own = entry.level if entry is not None else COMPUTED[keyword]
         if ORDER.index(own) < ORDER.index(level) and keyword not in uniques:
-            raise InvalidQuery(f"{keyword} is no key of the {level.value} level")
+            raise InvalidQuery(f"{keyword} is no key of the {level.value} level", keyword)
 
 
 def _asked(dataset: Dataset, text: TextDecoder) -> Iterator[tuple[str, str]]:
@@ -193,7 +193,7 @@ def _asked_in_items(dataset: Dataset, tag: int, keyword: str, text: TextDecoder)
     except Exception as error:  # pydicom reads it only now, and fails in many ways
         raise InvalidQuery("a sequence key can't be read") from error
     if len(items) > 1:
-        raise InvalidQuery("a sequence key has one item (PS3.4 C.2.2.2.6)")
+        raise InvalidQuery("a sequence key has one item (PS3.4 C.2.2.2.6)", keyword)
     asked = 0
     for item in items or ():
         for path, value in _asked_leaves(item, keyword, text):

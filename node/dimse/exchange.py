@@ -132,12 +132,13 @@ class Exchange:
 
     def respond(self, context: Context, command: Command, status: int, *, comment: str = "",
                 dataset: bytes | None = None, more: bytes = b"", sop_instance_uid: str = "",
-                error_id: int = 0) -> None:
+                error_id: int = 0, offending: int = 0) -> None:
         """Send a response and, when it is the last one, count it. `more` are further elements of the command
         set, above (0000,1000); `sop_instance_uid` names what the request did not, `error_id` goes into
-        (0000,0903)."""
+        (0000,0903), `offending` is the tag of an element that was found wrong (0000,0901)."""
         self.settle()
-        answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid, error_id)
+        answer = self._answer(command, status, comment, dataset is not None, more, sop_instance_uid, error_id,
+                              offending)
         self.association.send(context, answer, dataset)
 
     def pending(self, context: Context, command: Command, more: bytes = b"", *, status: int = codes.PENDING,
@@ -199,11 +200,11 @@ class Exchange:
         return self._answer(owed.command, status, comment, False)
 
     def _answer(self, command: Command, status: int, comment: str, has_dataset: bool, more: bytes = b"",
-                sop_instance_uid: str = "", error_id: int = 0) -> bytes:
+                sop_instance_uid: str = "", error_id: int = 0, offending: int = 0) -> bytes:
         if status not in (codes.PENDING, codes.PENDING_UNSUPPORTED_KEYS):
             self.entry.operations[f"{command.name} {status:04X}"] += 1
         return response(command, status, comment=comment, has_dataset=has_dataset, more=more,
-                        sop_instance_uid=sop_instance_uid, error_id=error_id)
+                        sop_instance_uid=sop_instance_uid, error_id=error_id, offending=offending)
 
 
 class Service(Protocol):

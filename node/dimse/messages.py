@@ -49,6 +49,7 @@ MOVE_DESTINATION = 0x0600
 PRIORITY = 0x0700
 DATASET_TYPE = 0x0800
 STATUS = 0x0900
+OFFENDING_ELEMENT = 0x0901
 ERROR_COMMENT = 0x0902
 ERROR_ID = 0x0903
 AFFECTED_SOP_INSTANCE_UID = 0x1000
@@ -170,13 +171,16 @@ def build(*elements: bytes) -> bytes:
 
 
 def response(request: Command, status: int, *, comment: str = "", has_dataset: bool = False,
-             more: bytes = b"", sop_instance_uid: str = "", error_id: int = 0) -> bytes:
+             more: bytes = b"", sop_instance_uid: str = "", error_id: int = 0, offending: int = 0) -> bytes:
     """The response to `request`: the SOP UIDs that it named are sent back as they came (PS3.7 9.1, 10.1),
-    what was requested as what is affected. `more` are further elements, in order, above (0000,1000)."""
+    what was requested as what is affected. `more` are further elements, in order, above (0000,1000);
+    `offending` is the tag of the element that was found wrong."""
     named = request.elements
     sop_class = named.get(AFFECTED_SOP_CLASS_UID) or named.get(REQUESTED_SOP_CLASS_UID)
     before = _response_head(sop_class or b"", request.field)
     after = _response_tail(status, has_dataset)
+    if offending:
+        after += element(OFFENDING_ELEMENT, struct.pack("<HH", offending >> 16, offending & 0xFFFF))
     if comment:
         after += element(ERROR_COMMENT, _comment(comment))
     if error_id:

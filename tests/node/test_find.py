@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from node.dimse.identifiers import write_identifier
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
-from node.dimse.services.find import MATCHES_HELD_MAX
+from node.dimse.services.find import MATCHES_HELD_MAX, STATUSES
 from tests.datasets import make_instance
 from tests.node.finding import find, identifier, study
 from tests.node.serving import AE_TITLE, Raw, data
@@ -107,8 +108,38 @@ def test_a900(served: Storing, query: Dataset) -> None:
         (answer, octets), = requestor.find(write_identifier(query, EXPLICIT_LITTLE))
         assert (answer.status, octets) == (0xA900, None)
         assert answer.text(messages.ERROR_COMMENT)
+        assert messages.OFFENDING_ELEMENT in answer.elements
         good = write_identifier(identifier("STUDY", StudyInstanceUID=""), EXPLICIT_LITTLE)
         assert [answer.status for answer, _ in requestor.find(good)] == [0]
+
+
+def test_the_offending_element_is_named(served: Storing) -> None:
+    """PS3.4 Table C.4-1; the value is not repeated."""
+    query = write_identifier(identifier("STUDY", StudyDate="2026*"), EXPLICIT_LITTLE)
+    with Requestor.connect(served.peer, "CT1", [FIND]) as requestor:
+        (answer, _), = requestor.find(query)
+    assert answer.status == 0xA900
+    assert answer.elements[messages.OFFENDING_ELEMENT] == b"\x08\x00\x20\x00"
+    assert "2026" not in answer.text(messages.ERROR_COMMENT)
+
+
+def test_mutated_identifiers_are_answered_by_the_table(served: Storing) -> None:
+    uid = study(served, 2, patient_name="Müller^A", SpecificCharacterSet="ISO_IR 100")
+    item = identifier("STUDY", ScheduledProcedureStepID="A*", RequestedProcedureID="?")
+    query = identifier("SERIES", PatientID="123", PatientName="M*^*", StudyInstanceUID=uid, Modality="CT",
+                       SeriesDate="20200101-", RequestAttributesSequence=[item], StudyDescription="")
+    query.SpecificCharacterSet = ["ISO 2022 IR 100", "ISO 2022 IR 87"]
+    octets = write_identifier(query, EXPLICIT_LITTLE)
+    chance = random.Random(20260101)
+    asked = [(STUDY_ROOT_FIND, b"\1" * 7)]
+    with Requestor.connect(served.peer, "CT1", [FIND], extended=asked) as requestor:
+        for _ in range(150):
+            mutated = bytearray(octets)
+            for _ in range(chance.randrange(1, 5)):
+                mutated[chance.randrange(len(mutated))] = chance.choice([0, 255, 92, 42, 45, 27, 65])
+            if chance.random() < 0.2:
+                del mutated[chance.randrange(len(mutated)):]
+            assert {answer.status for answer, _ in requestor.find(bytes(mutated))} <= set(STATUSES)
 
 
 def test_patient_id_beside_a_study_passes(served: Storing) -> None:
