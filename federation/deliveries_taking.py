@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -77,6 +78,7 @@ class Taking:
         self._clock = clock
         self._note = note
         self._noted: list[DeliveryStanding] | None = None
+        self._asked_s = 0.0
         self._stub: DeliveriesAsyncStub | None = None
         self._wake = asyncio.Event()
         self._chance = random.Random()
@@ -103,9 +105,13 @@ class Taking:
             if (stub := self._stub) is None:
                 continue
             try:
-                while await self._round(stub):
-                    failures = 0
-                await self._ask_standing(stub)
+                try:
+                    while await self._round(stub):
+                        failures = 0
+                        await self._ask_standing(stub, every_s=STANDING_S)
+                finally:  # also of what goes wrong people are to know how it stands
+                    if self._stub is stub and not _is_leaving():
+                        await self._ask_standing(stub)
             except (Exception, asyncio.CancelledError) as error:
                 raise_if_ours(error)
                 if isinstance(error, grpc.aio.AioRpcError) and error.code() in _NOT_OFFERED:
@@ -137,7 +143,7 @@ class Taking:
         wanted = [key for key in keys if self._accepted.takes_from(key.from_ward)]
         await self._say_done(stub, refused=[
             (key, "the ward does not take deliveries of this one", True)
-            for key in keys if key not in set(wanted)
+            for key in keys if not self._accepted.takes_from(key.from_ward)
         ])  # fmt: skip
         here = set(await self._in_pool(self._here, wanted))
         await self._say_done(stub, delivered=[key for key in wanted if key in here])
@@ -243,7 +249,10 @@ class Taking:
             timeout=CALL_S,
         )
 
-    async def _ask_standing(self, stub: DeliveriesAsyncStub) -> None:
+    async def _ask_standing(self, stub: DeliveriesAsyncStub, *, every_s: float = 0.0) -> None:
+        if every_s and time.monotonic() - self._asked_s < every_s:
+            return
+        self._asked_s = time.monotonic()
         reply = await stub.Standing(delivery_pb2.DeliveryStandingRequest(), timeout=CALL_S)
         now_us = self._clock()
         told = [serde.standing_from(one, at_us=now_us) for one in reply.standings]
@@ -267,6 +276,11 @@ def _undated(standings: Sequence[DeliveryStanding]) -> list[DeliveryStanding]:
 def _wait_durable(pushed: Sequence[Pushed]) -> None:
     for one in pushed:
         one.ticket.wait_durable()
+
+
+def _is_leaving() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _say(what: str, error: BaseException) -> None:

@@ -310,6 +310,7 @@ def test_a_full_disk_puts_it_off_with_the_reason(region: Region, sender: Node, t
     attached(taker)
     wait_for(lambda: region.ledger.troubled_deliveries(), "it is put off")
     assert "room" in standing(region).reason and standing(region).failed == 0
+    wait_for(lambda: any("room" in one.reason for one in taker.standings), "its people can see why")
     assert taker.store.search(Query(Level.IMAGE)) == []
     object.__setattr__(taker.store.intake.limits, "free_bytes_min", 1 << 20)
     delivered(region, 2)
