@@ -224,7 +224,7 @@ class Router:
             self._set_aside(turn, row, status, words)
         else:
             if verdict is Verdict.BUSY:
-                turn.busy = words or "it has no room"
+                turn.busy = f"it has no room ({status:04X})"
             self._try_later(turn, row, status, words, give_up=verdict is Verdict.AGAIN)
 
     def _try_later(self, turn: _Turn, row: Routed, status: int, words: str, *, give_up: bool) -> None:
@@ -240,8 +240,9 @@ class Router:
         turn.told.add(row.key)
         turn.changed.append(replace(
             row, state=RouteState.SET_ASIDE, tries=row.tries + 1, status=status, comment=words))  # fmt: skip
-        log.warning("set aside for %s by rule %r: %s %s", row.to, row.rule,
-                    row.sop_instance_uid or row.study_uid, words)  # fmt: skip
+        # Its words may be the peer's own: they are for people, in the queue, not for a log.
+        log.warning("set aside for %s by rule %r: %s, status %04X", row.to, row.rule,
+                    row.sop_instance_uid or row.study_uid, status)  # fmt: skip
 
     def _write(self, turn: _Turn) -> None:
         """A row keeps its place in the queue until this has returned for it."""

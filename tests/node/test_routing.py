@@ -231,7 +231,9 @@ def test_an_unknown_destination_waits_with_the_reason(served: Storing) -> None:
             have(peer, one)
 
 
-def test_refusals_are_set_aside_while_the_others_pass(served: Storing) -> None:
+def test_refusals_are_set_aside_while_the_others_pass(
+    served: Storing, caplog: pytest.LogCaptureFixture
+) -> None:
     """MR is not taken at all, one CT is refused for good, one as often as it is tried."""
     good, bad, flaky = (make_instance(number=n) for n in range(3))
     mr = make_instance(modality="MR", sop_class=MR)
@@ -248,6 +250,7 @@ def test_refusals_are_set_aside_while_the_others_pass(served: Storing) -> None:
                 bad.sop_instance_uid: (0xA900, 1), mr.sop_instance_uid: (0x0122, 1),
                 flaky.sop_instance_uid: (0x0110, 3)}
             assert "its own words" in rows[bad.sop_instance_uid].comment
+            assert "set aside" in caplog.text and "its own words" not in caplog.text  # it may name a patient
             assert "3 times" in rows[flaky.sop_instance_uid].comment
             answers.clear()
             assert running.orders.retry({"state": "set aside"}, "anna") == "3 will be tried now"
