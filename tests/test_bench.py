@@ -8,22 +8,29 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import psutil
 import pytest
+from pydicom import dcmread
 
 from bench import programs, runs, servers, table
-from bench.__main__ import ROWS, Row, chosen, machine, run
+from bench.__main__ import LONG_ROWS, ROWS, Row, chosen, machine, run
+from bench.asking import Asker, study_identifier
 from bench.certificates import make_certificates
+from bench.finding import holding
+from bench.population import Population, Study
+from bench.questions import Question, questions
 from bench.rates import RATE_ROWS
+from bench.receiving import CREDIT_S_MAX, Receiver
 from bench.runs import TINY, Bench, Run
 from bench.servers import ForkingStorescp, Miss, Orthanc, Pynetdicom, Server, Storescp
 from bench.table import Bar, Report, Result
-from miss.load.sender import Plan, Tally, send
+from miss.load.sender import Plan, Tally, Target, send
 from miss.processes import wait_until
 
-SCALE = replace(TINY, seconds=0.2, lag_seconds=0.8)
+SCALE = replace(TINY, seconds=0.2, lag_seconds=0.8, mixed_seconds=0.4)
 
 
 @pytest.fixture
@@ -32,13 +39,13 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def row(key: str) -> Row:
-    [found] = [one for one in ROWS if one.key == key]
+    [found] = [one for one in (*ROWS, *LONG_ROWS) if one.key == key]
     return found
 
 
 # One of each kind: the others differ in parameters alone.
 KINDS = ("small-1", "mg-1", "native", "encapsulated", "tls-small-1", "cpu-ct", "untuned-small", "send", "lag",
-         "idle", "silent")
+         "idle", "silent", "find", "growth", "retrieve", "mixed-small", "crowd")
 
 
 @pytest.mark.parametrize("key", KINDS)
@@ -51,7 +58,8 @@ def test_a_row_is_complete_and_true(key: str, bench: Bench) -> None:
             assert "not" in result.void and not result.void.startswith("void"), result.void
         else:
             assert len(result.ours) == 1 and result.our_median is not None
-            assert bool(result.theirs) == (bool(result.peer) and result.ratio is not None)
+            assert bool(result.theirs) == bool(result.peer)  # less than a clock tick is 0, and no ratio
+            assert (result.ratio is not None) == any(result.theirs)
         assert len(result.cells()) == len(table.COLUMNS)
     left = [path.name for path in bench.folder.iterdir() if not path.name.startswith(("files-", "certif"))]
     assert left == []
@@ -76,6 +84,72 @@ def test_a_server_over_tls(kind: type[Server], bench: Bench) -> None:
         pytest.skip(why)
     found = bench.run(kind, bench.small, 1, count=3, tls=True)
     assert found.tally.stored == 3 and found.problem == ""
+
+
+def test_a_population_is_the_same_each_time_and_what_is_asked_of_it_is_true() -> None:
+    population = Population(200)
+    assert population.studies == Population(200).studies
+    names = {study.patient_name for study in population.studies}
+    assert 30 < len(names) < 200  # some people came more than once
+    instance = population.instance(17)
+    read = dcmread(BytesIO(instance.part10_head() + b"".join(instance.chunks())))
+    assert read.StudyInstanceUID == population.studies[1].uid and read.pixel_array.shape == (32, 32)
+    asked = questions(population)
+    assert len(asked) == 5
+    for kind, values in asked.items():
+        for one in values:
+            assert one.matches == sum(_matches(one, study) for study in population.studies), (kind, one)
+
+
+def _matches(question: Question, study: Study) -> bool:
+    value = question.value.strip("*")
+    if question.keyword == "StudyDate":
+        first, last = value.split("-")
+        return first <= study.date <= last
+    if question.keyword == "PatientName":
+        family = study.patient_name.partition("^")[0]
+        return value in family if question.value.startswith("*") else study.patient_name.startswith(value)
+    return value == (study.patient_id if question.keyword == "PatientID" else study.accession_number)
+
+
+@pytest.mark.parametrize("kind", [Miss, Orthanc])
+def test_what_was_kept_is_held_again(kind: type[Server], bench: Bench) -> None:
+    if why := kind.missing(tls=False):
+        pytest.skip(why)
+    population = Population(3)
+    bench.kept = bench.folder / "files-kept"
+    asked = Question("PatientID", population.studies[0].patient_id, 0)
+    found = []
+    said: list[str] = []
+    bench.say = said.append
+    for _ in range(2):
+        with holding(bench, kind, population) as server:
+            asker = Asker(server.target)
+            found.append(asker.find(study_identifier(asked)))
+            asker.release()
+    assert found[0] == found[1] > 0
+    assert [("loaded" in text, "as kept" in text) for text in said] == [(True, False), (False, True)]
+
+
+def test_a_search_that_finds_another_number_voids_its_row(
+        bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Orthanc, "missing", lambda **_: "Orthanc is not installed")
+    monkeypatch.setattr(Asker, "find", lambda *_: 4711)
+    [result] = row("find").measure(bench)
+    assert result.void.startswith("void: MISS: ") and "4711 matches" in result.void
+
+
+def test_a_receiver_reads_no_faster_than_it_is_told(bench: Bench) -> None:
+    corpus = bench.ct
+    with Receiver("SLOW", bytes_per_s=2e6) as slow, Receiver("FAST") as fast:
+        spent = {}
+        for receiver in (slow, fast):
+            tally = send(Target(receiver.port, receiver.ae_title), corpus, Plan(2, 60, 4))
+            assert tally.stored == 4 == receiver.instances
+            assert receiver.received_bytes == tally.bytes
+            spent[receiver.ae_title] = tally.wall_s
+    size = 4 * corpus.instance(0).size
+    assert spent["SLOW"] > size / 2e6 - CREDIT_S_MAX > 0 and spent["FAST"] < spent["SLOW"]
 
 
 def test_a_peer_that_is_not_there_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +215,7 @@ def test_rows_are_chosen_by_name_and_by_its_beginning() -> None:
     assert [one.key for one in chosen(["small"])] == ["small-1", "small-4", "small-8"]
     assert [one.key for one in chosen(["lag", "native"])] == ["native", "lag"]
     assert chosen([]) == list(ROWS) and len({one.key for one in ROWS}) == len(ROWS)
+    assert chosen(["growth"]) == list(LONG_ROWS)
     with pytest.raises(SystemExit, match="there is no row fast"):
         chosen(["fast"])
     assert all(one.peers or one.alone for one in RATE_ROWS)
