@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from io import BytesIO
 from typing import BinaryIO
 
@@ -52,6 +53,7 @@ _PIXELS = {PIXEL_DATA: b"OW", FLOAT_PIXEL_DATA: b"OF", DOUBLE_PIXEL_DATA: b"OD"}
 _NESTING_MAX = 100
 
 
+@lru_cache(maxsize=256)  # asked for every instance that is sent
 def can_decode(transfer_syntax_uid: str) -> bool:
     """Whether a decoder for it is installed."""
     if transfer_syntax_uid in NATIVE:

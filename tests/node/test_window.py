@@ -74,12 +74,13 @@ class Disk:
 
 
 @pytest.mark.parametrize(("asked", "granted"), [
-    (None, None), ((8, 1), (8, 1)), ((3, 1), (3, 1)), ((1, 1), (1, 1)), ((100, 100), (8, 1)),
-    ((0, 0), (8, 1)), ((65535, 0), (8, 1)),
+    (None, None), ((8, 1), (8, 1)), ((3, 1), (3, 1)), ((1, 1), (1, 1)), ((100, 100), (8, 8)),
+    ((0, 0), (8, 8)), ((65535, 0), (8, 8)), ((2, 3), (2, 3)),
 ])
 def test_what_is_granted(served: Storing, asked: tuple[int, int] | None,
                          granted: tuple[int, int] | None) -> None:
-    """The smaller of what is asked and what is set; unlimited is bounded; unasked is absent."""
+    """The smaller of what is asked and what is set, of either side (ours are C-GET's); unlimited is bounded;
+    unasked is absent."""
     with Raw(served.port) as raw:
         assert raw.associate(asking(asked)).asynchronous_window == granted
 
@@ -97,7 +98,7 @@ def test_a_peer_of_another_make_reads_the_answer(served: Storing) -> None:
     ae.add_requested_context(contexts.VERIFICATION)
     association = ae.associate("127.0.0.1", served.port, ae_title=AE_TITLE, ext_neg=[item])
     assert association.is_established
-    assert association.acceptor.asynchronous_operations == (5, 1)
+    assert association.acceptor.asynchronous_operations == (5, 5)
     assert association.send_c_echo().Status == 0
     association.release()
 
