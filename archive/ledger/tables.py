@@ -393,45 +393,26 @@ def _fourth(connection: Connection) -> None:
 
 
 def _fifth(connection: Connection) -> None:
-    """Where a device listens, when that is not where it comes from."""
-    _add_columns(connection, {"device": {"host": "TEXT NOT NULL DEFAULT ''"}})
+    """Where a device listens, when that is not where it comes from; how far it looks, and what becomes of an
+    answer that lacks a ward."""
+    added = {
+        "host": "TEXT NOT NULL DEFAULT ''",
+        "reach": "TEXT NOT NULL DEFAULT 'ward'",
+        "on_incomplete": "TEXT NOT NULL DEFAULT 'succeed'",
+        "max_age_s": "INTEGER NOT NULL DEFAULT 43200",
+    }
+    _add_columns(connection, {"device": added})
 
 
 def _sixth(connection: Connection) -> None:
-    """Storage commitment."""
-    commitment.create(connection, checkfirst=True)
-    commitment_item.create(connection, checkfirst=True)
-
-
-def _seventh(connection: Connection) -> None:
-    """Worklist, performed steps, and which studies are complete."""
-    for table in (scheduled_step, scheduled_station, performed_step, performed_reference, study_completion):
-        table.create(connection, checkfirst=True)
-
-
-def _ninth(connection: Connection) -> None:
-    """How far a device looks, and what becomes of an answer that lacks a ward."""
-    _add_columns(
-        connection,
-        {
-            "device": {
-                "reach": "TEXT NOT NULL DEFAULT 'ward'",
-                "on_incomplete": "TEXT NOT NULL DEFAULT 'succeed'",
-                "max_age_s": "INTEGER NOT NULL DEFAULT 43200",
-            }
-        },
-    )
-
-
-def _eighth(connection: Connection) -> None:
-    """The queue of the routing rules."""
-    for table in (route, route_sent, route_rule, route_destination, route_study):
-        table.create(connection, checkfirst=True)
-
-
-def _tenth(connection: Connection) -> None:
-    """Deliveries from ward to ward."""
-    for table in (delivery, delivery_told):
+    """Storage commitment; worklist, performed steps, and which studies are complete; the queue of the routing
+    rules; deliveries from ward to ward."""
+    for table in (
+        commitment, commitment_item,
+        scheduled_step, scheduled_station, performed_step, performed_reference, study_completion,
+        route, route_sent, route_rule, route_destination, route_study,
+        delivery, delivery_told,
+    ):  # fmt: skip
         table.create(connection, checkfirst=True)
 
 
@@ -444,9 +425,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (
-    _first, _second, _third, _fourth, _fifth, _ninth, _eighth, _tenth, _sixth, _seventh,
-)  # fmt: skip
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _sixth)
 
 
 def log_key(at_us: int) -> str:
