@@ -55,7 +55,7 @@ def test_send_image(node: RunningNode, tmp_path: Path, options: tuple[str, ...])
 
 
 def test_mwl_query(node: RunningNode) -> None:
-    """Its query names no key that anything scheduled here would match."""
+    """Whatever is scheduled, the query ends well."""
     assert "Successful operation" in ctn("mwlQuery", node)
 
 
