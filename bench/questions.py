@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bench.population import DAYS, FIRST_DAY, Population
 
 VALUES = 25        # different ones of each kind, asked in turn
-PART_CHARS = 5     # of a family name, for `*contains*`
+PART_CHARS = 5     # of a name, for `*contains*`
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def questions(population: Population) -> dict[str, list[Question]]:
     studies = population.studies
     names = [study.patient_name for study in studies]
     prefixes = Counter(name[:length] for name in names for length in range(3, len(name)))
-    parts = Counter(part for name in names for part in _parts(name.partition("^")[0]))
+    parts = Counter(part for name in names for part in _parts(name))
     return {
         "Patient ID": _chosen("PatientID", Counter(study.patient_id for study in studies), 2),
         "name prefix": _chosen("PatientName", prefixes, 10, "{}*"),
@@ -49,8 +49,9 @@ def _chosen(keyword: str, counted: Counter[str], matches: int, form: str = "{}")
     return [Question(keyword, form.format(value), counted[value]) for value in best[::step][:VALUES]]
 
 
-def _parts(family: str) -> set[str]:
-    return {family[at:at + PART_CHARS] for at in range(1, len(family) - PART_CHARS)}
+def _parts(name: str) -> set[str]:
+    """Wherever they are in one of the name's components."""
+    return {one[at:at + PART_CHARS] for one in name.split("^") for at in range(len(one) - PART_CHARS + 1)}
 
 
 def _periods(dates: Sequence[str], matches: int) -> Counter[str]:
