@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydicom.datadict import keyword_for_tag
+
 from archive.dataset.jsonsets import Attributes, items_of, text_of, vr_of
 from archive.errors import InvalidQuery
 from archive.folding import comparable
@@ -84,13 +86,20 @@ def _key(
     if vr == "SQ":
         items = items_of({tag: element}, tag)
         if len(items) > 1:
-            raise InvalidQuery("a sequence key has more than one item (PS3.4 C.2.2.2.6)")
+            raise InvalidQuery("a sequence key has more than one item (PS3.4 C.2.2.2.6)", _keyword(tag))
         inner = keys_of(items[0], combined=combined, depth=depth + 1) if items and items[0] else None
         return Key(tag, vr, items=inner), True
     text = text_of({tag: element}, tag)
     if vr not in _MULTIPLE_VRS | _ONE_VALUE_VRS:
         return Key(tag, vr), not text and "InlineBinary" not in element
-    return Key(tag, vr, predicate_of(tag, vr, text, multiple=vr in _MULTIPLE_VRS)), True
+    try:
+        return Key(tag, vr, predicate_of(tag, vr, text, multiple=vr in _MULTIPLE_VRS)), True
+    except InvalidQuery as error:
+        raise InvalidQuery(str(error), _keyword(tag)) from None
+
+
+def _keyword(tag: str) -> str:
+    return keyword_for_tag(int(tag, 16))
 
 
 def _combined(

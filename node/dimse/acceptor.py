@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
+from pydicom.datadict import tag_for_keyword
+
 from archive.dataset.encoding import DEFLATED_SYNTAXES
-from archive.errors import MissError
+from archive.errors import InvalidQuery, MissError
 from node.dimse import status as codes
 from node.dimse.association import Association, Context, Limits
 from node.dimse.closing import await_close
@@ -287,16 +289,16 @@ class Acceptor:
         except AssociationEnded:
             raise
         except MissError as error:
-            self._fail(exchange, context, command, codes.status_of(error), str(error))
+            self._fail(exchange, context, command, codes.status_of(error), str(error), _offending(error))
         except Exception as error:
             log_unexpected(command.name, error)
             self._fail(exchange, context, command, codes.PROCESSING_FAILURE, "")
 
-    def _fail(self, exchange: Exchange, context: Context, command: Command, status: int,
-              comment: str) -> None:
+    def _fail(self, exchange: Exchange, context: Context, command: Command, status: int, comment: str,
+              offending: int = 0) -> None:
         log.info("%s from %s: %04X %s", command.name, exchange.caller.ae_title, status, comment)
         exchange.association.drain(context)
-        exchange.answer(context, command, status, comment=comment)
+        exchange.answer(context, command, status, comment=comment, offending=offending)
 
     def _never_associated(self, why: str) -> None:
         """The connection ends without an association; `why` is one of few texts, and names no peer."""
@@ -310,6 +312,13 @@ class Acceptor:
             self._gate.record(self._entry)
         except Exception as error:
             log_unexpected("the connection log", error)
+
+
+def _offending(error: MissError) -> int:
+    """The tag of what a query or retrieve is refused for (PS3.4 Tables C.4-1 to C.4-3): of a dotted path the
+    sequence's, 0 where it is no single element."""
+    keyword = error.keyword if isinstance(error, InvalidQuery) else ""
+    return tag_for_keyword(keyword.partition(".")[0]) or 0
 
 
 def log_unexpected(what: str, error: Exception) -> None:

@@ -90,6 +90,7 @@ class _Owed:
     status: int
     comment: str
     stored: Durable | None
+    offending: int
 
 
 Heard = Callable[[Command | None], None]  # the peer's response; None when the association ended without it
@@ -148,10 +149,10 @@ class Exchange:
         return self.association.encode(context, answer, dataset)
 
     def answer(self, context: Context, command: Command, status: int, *, comment: str = "",
-               stored: Durable | None = None) -> None:
+               stored: Durable | None = None, offending: int = 0) -> None:
         """Owe the peer the final response to `command`: sent at the next pause, in order, and only when
         `stored` is on disk. Where it does not get there, the response says so."""
-        self.owed.append(_Owed(context, command, status, comment, stored))
+        self.owed.append(_Owed(context, command, status, comment, stored, offending))
 
     def settle(self) -> None:
         """Send what is owed, waiting for the disk and for the peer."""
@@ -197,7 +198,7 @@ class Exchange:
         except MissError as error:
             status, comment = codes.status_of(error), str(error)
             log.info("%s from %s: %04X %s", owed.command.name, self.caller.ae_title, status, comment)
-        return self._answer(owed.command, status, comment, False)
+        return self._answer(owed.command, status, comment, False, offending=owed.offending)
 
     def _answer(self, command: Command, status: int, comment: str, has_dataset: bool, more: bytes = b"",
                 sop_instance_uid: str = "", error_id: int = 0, offending: int = 0) -> bytes:

@@ -180,6 +180,23 @@ def test_an_identifier_that_does_not_fit_is_a900(served: Storing, model: str, le
             assert mover.end() == (0xA900, (None,) * 4, None)
 
 
+@pytest.mark.parametrize(("level", "keys", "offending"), [
+    ("", {"StudyInstanceUID": "1.2"}, b"\x08\x00\x52\x00"),
+    ("STUDY", {"StudyInstanceUID": "1.2.*"}, b"\x20\x00\x0d\x00"),
+    ("IMAGE", {"StudyInstanceUID": "1.2", "SOPInstanceUID": "1.3"}, b"\x20\x00\x0e\x00"),
+])
+def test_the_offending_element_of_an_identifier_is_named(served: Storing, level: str, keys: dict[str, str],
+                                                         offending: bytes) -> None:
+    """PS3.4 Table C.4-2."""
+    with receiver() as peer:
+        listed(served, peer)
+        with Mover(served) as mover:
+            mover.ask(level, **keys)
+            answer, _ = mover.response()
+    assert answer.status == 0xA900
+    assert answer.elements[messages.OFFENDING_ELEMENT] == offending
+
+
 def test_an_unknown_destination_is_a801(served: Storing) -> None:
     sent = series(1)
     served.send(*sent)

@@ -20,6 +20,7 @@ from pynetdicom.sop_class import ModalityWorklistInformationFind  # type: ignore
 from archive.ledger import Device
 from archive.ledger.worklist import steps_of
 from miss.processes import free_ports, listening
+from node.dimse import messages
 from node.dimse.contexts import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, WORKLIST_FIND
 from node.dimse.identifiers import read_identifier, write_identifier
 from node.dimse.pdu import ProposedContext
@@ -188,14 +189,20 @@ def test_a_device_without_the_service_gets_no_context(served: Scheduling) -> Non
         assert not peer.association.contexts
 
 
-@pytest.mark.parametrize("asked", [
-    query({"ScheduledProcedureStepStartDate": "2026-2027-2028"}),
-    query({"ScheduledProcedureStepStartTime": "2500"}),
-    dataset(ScheduledProcedureStepSequence=[dataset(Modality="CT"), dataset(Modality="MR")]),
+@pytest.mark.parametrize(("asked", "offending"), [
+    (query({"ScheduledProcedureStepStartDate": "2026-2027-2028"}), b"\x40\x00\x02\x00"),
+    (query({"ScheduledProcedureStepStartTime": "2500"}), b"\x40\x00\x03\x00"),
+    (dataset(ScheduledProcedureStepSequence=[dataset(Modality="CT"), dataset(Modality="MR")]),
+     b"\x40\x00\x00\x01"),
 ], ids=["date", "time", "two items"])  # fmt: skip
-def test_what_a_vr_does_not_allow_is_a900(served: Scheduling, asked: Dataset) -> None:
+def test_what_a_vr_does_not_allow_is_a900(served: Scheduling, asked: Dataset, offending: bytes) -> None:
+    """And the element is named (PS3.4 Table K.4-1)."""
     served.schedule(worklist_item(1))
-    assert find(served, asked) == ([0xA900], [])
+    proposed = [ProposedContext(1, WORKLIST_FIND, (EXPLICIT_LITTLE,))]
+    with Requestor.connect(served.peer, "CT1", proposed) as requestor:
+        (answer, octets), = requestor.find(write_identifier(asked, EXPLICIT_LITTLE), WORKLIST_FIND)
+    assert (answer.status, octets) == (0xA900, None)
+    assert answer.elements[messages.OFFENDING_ELEMENT] == offending
 
 
 def test_a_key_that_is_not_matched_on_is_said_to_be(served: Scheduling) -> None:

@@ -4,14 +4,11 @@ archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Semaphore
 from typing import TYPE_CHECKING
-
-from pydicom.datadict import tag_for_keyword
 
 from archive.budget import ByteBudget
 from archive.dataset.answers import Answers
@@ -45,8 +42,6 @@ from node.dimse.status import (
 
 if TYPE_CHECKING:
     from archive.archive import Archive
-
-log = logging.getLogger(__name__)
 
 SEARCHES_MAX = 4            # at once; the next one waits for its turn
 SEARCH_WAIT_S = 30.0
@@ -123,15 +118,6 @@ class Find:
         return False
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
-        try:
-            self._serve(exchange, context, command)
-        except InvalidQuery as error:
-            # Nothing was sent yet: what is asked is looked at first. The table names the element too (C.4-1).
-            log.info("C-FIND from %s: %04X %s", exchange.caller.ae_title, DOES_NOT_MATCH, error)
-            exchange.respond(context, command, DOES_NOT_MATCH, comment=str(error),
-                             offending=tag_for_keyword(error.keyword.partition(".")[0]) or 0)
-
-    def _serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         association = exchange.association
         if not command.has_dataset:
             raise CannotUnderstand("a C-FIND without an identifier")

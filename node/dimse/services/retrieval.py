@@ -82,7 +82,7 @@ def _wanted(identifier: Dataset, levels: Sequence[Level]) -> Wanted:
     name = str(identifier.get("QueryRetrieveLevel") or "").strip()
     level = next((each for each in levels if each.value == name), None)
     if level is None:
-        raise InvalidQuery("the Query/Retrieve Level is missing, or none of this model")
+        raise InvalidQuery("the Query/Retrieve Level is missing, or none of this model", "QueryRetrieveLevel")
     values = {each: _values(identifier, each, lowest=each is level)
               for each in levels[:levels.index(level) + 1]}
     patient_id, = values.get(Level.PATIENT, ("",))
@@ -95,14 +95,14 @@ def _values(identifier: Dataset, level: Level, *, lowest: bool) -> tuple[str, ..
     several = list(value) if isinstance(value, MultiValue | list) else [value]
     values = tuple(dict.fromkeys(text for each in several if each and (text := str(each).strip())))
     if not values:
-        raise InvalidQuery(f"{keyword} is missing")
+        raise InvalidQuery(f"{keyword} is missing", keyword)
     if len(values) > 1 and (not lowest or level is Level.PATIENT):
-        raise InvalidQuery(f"{keyword} has several values")
+        raise InvalidQuery(f"{keyword} has several values", keyword)
     if level is Level.PATIENT:
         if "*" in values[0] or "?" in values[0]:
-            raise InvalidQuery(f"{keyword} is not a single value")
+            raise InvalidQuery(f"{keyword} is not a single value", keyword)
     elif not all(map(is_uid, values)):
-        raise InvalidQuery(f"{keyword} is not a UID")
+        raise InvalidQuery(f"{keyword} is not a UID", keyword)
     return values
 
 
@@ -165,7 +165,7 @@ class _Search:
         issuers = {match.issuer for match in self._matches(query)}
         if not any_of and len(issuers) > 1:
             if issuer not in issuers:
-                raise InvalidQuery("this Patient ID is of several issuers: retrieve by study")
+                raise InvalidQuery("this Patient ID is of several issuers: retrieve by study", "PatientID")
             issuers = {issuer}
         return frozenset(PatientKey(each, patient_id) for each in issuers)
 
