@@ -44,7 +44,8 @@ def check(process: Which, settings: SettingsFile = None, overrides: Overrides = 
     path = found(settings, process)
     effective = load(settings_class(process), path, os.environ, flags(overrides))
     if process is Process.NODE:
-        from node.service import load_identity, tls_listener
+        from node.composition import tls_listener
+        from node.service import load_identity
 
         effective.check()
         if effective.dimse.tls.enabled:
