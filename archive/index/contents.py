@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, exists, select, update
 
 from archive.index.schema import conflict, instance, refusal
 from archive.index.statements import by_uid
-from archive.index.stored import conflict_of, instance_of
+from archive.index.stored import INSTANCE_COLUMNS, conflict_of, instance_of
 from archive.model import UNDECIDED, ConflictRow, ConflictState, Refusal, Standing, StoredInstance
 
 CONFLICTS_MAX = 10_000
@@ -62,7 +62,8 @@ def note_compared(connection: Connection, pairs: Sequence[tuple[str, bytes, byte
 
 
 def live(connection: Connection, uid: str) -> StoredInstance | None:
-    row = connection.execute(select(instance).where(instance.c.sop_instance_uid == uid)).fetchone()
+    query = select(*INSTANCE_COLUMNS).where(instance.c.sop_instance_uid == uid)
+    row = connection.execute(query).fetchone()
     return None if row is None else instance_of(row)
 
 
@@ -78,13 +79,14 @@ def standings(connection: Connection, uids: Iterable[str]) -> dict[str, Standing
         contested.setdefault(row.sop_instance_uid, set()).add(row.calling_ae)
         if not row.compared:
             uncompared.setdefault(row.sop_instance_uid, set()).add(row.calling_ae)
+    query = select(*INSTANCE_COLUMNS, instance.c.receipt_us)
     return {
         row.sop_instance_uid: Standing(
             instance_of(row), row.receipt_us, bool(row.damaged),
             frozenset(contested.get(row.sop_instance_uid, ())),
             frozenset(uncompared.get(row.sop_instance_uid, ())),
         )
-        for row in by_uid(connection, select(instance), instance.c.sop_instance_uid, wanted)
+        for row in by_uid(connection, query, instance.c.sop_instance_uid, wanted)
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, select
 from archive.index.rows import fields_of
 from archive.index.schema import instance, series, study
 from archive.index.statements import by_uid
-from archive.index.stored import instance_of
+from archive.index.stored import INSTANCE_COLUMNS, instance_of
 from archive.model import Fields, Level, StoredInstance
 
 
@@ -30,20 +30,20 @@ class Described:
 
 def described(connection: Connection, uids: Iterable[str]) -> list[Described]:
     """The live instances of these UIDs; those that are not here are left out."""
-    rows = by_uid(connection, select(instance), instance.c.sop_instance_uid, uids)
+    rows = by_uid(connection, select(*INSTANCE_COLUMNS), instance.c.sop_instance_uid, uids)
     return _described(connection, [instance_of(row) for row in rows])
 
 
 def of_study(connection: Connection, study_uid: str) -> list[Described]:
     """The live instances of a study, by UID."""
-    query = select(instance).where(instance.c.study_instance_uid == study_uid)
+    query = select(*INSTANCE_COLUMNS).where(instance.c.study_instance_uid == study_uid)
     rows = connection.execute(query.order_by(instance.c.sop_instance_uid))
     return _described(connection, [instance_of(row) for row in rows])
 
 
 def received_since(connection: Connection, since_us: int, after_uid: str, limit: int) -> list[Described]:
     """The live instances received at `since_us` or later, by UID, those after `after_uid`."""
-    query = select(instance).where(
+    query = select(*INSTANCE_COLUMNS).where(
         instance.c.received_at_us >= since_us, instance.c.sop_instance_uid > after_uid
     )
     rows = connection.execute(query.order_by(instance.c.sop_instance_uid).limit(limit))

@@ -44,7 +44,7 @@ from archive.index.schema import (
     series_ward,
     study,
 )
-from archive.index.stored import instance_of
+from archive.index.stored import INSTANCE_COLUMNS, instance_of
 from archive.index.tallies import Tally, Unit, evicted, holders, tallies, uid_lists
 from archive.matching import parse
 from archive.model import EVERYTHING, Level, Match, Query, Scope, StoredInstance
@@ -52,6 +52,7 @@ from archive.predicates import AllOf, Empty, Like, Named, OneOf, Predicate, Word
 
 COMMON_MIN = 20_000
 
+_INSTANCES = select(*INSTANCE_COLUMNS)
 _TABLES = {Level.PATIENT: patient, Level.STUDY: study, Level.SERIES: series, Level.IMAGE: instance}
 _ABOVE = {
     Level.PATIENT: (Level.PATIENT,),
@@ -97,7 +98,7 @@ def instances(
     if scope.wards is not None:
         conditions.append(_instance_in(sorted(scope.wards)))
     order = (instance.c.series_instance_uid, instance.c.number, instance.c.sop_instance_uid)
-    rows = connection.execute(select(instance).where(*conditions).order_by(*order))
+    rows = connection.execute(_INSTANCES.where(*conditions).order_by(*order)).fetchall()
     return [instance_of(row) for row in rows]
 
 

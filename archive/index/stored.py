@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from archive.index.rows import fields_of
+from archive.catalog import at_level
+from archive.index.schema import instance
 from archive.model import (
     ConflictRow,
     ConflictState,
@@ -14,6 +15,20 @@ from archive.model import (
     Provenance,
     StoredInstance,
 )
+
+_OF_IMAGE = at_level(Level.IMAGE)
+_KEYWORDS = tuple(entry.keyword for entry in _OF_IMAGE)
+
+# What a StoredInstance is made of, in the order in which `instance_of` takes it: by place, since a retrieve
+# reads hundreds, and by name each took three times as long.
+INSTANCE_COLUMNS = (
+    *(instance.c[name] for name in (
+        "study_instance_uid", "series_instance_uid", "sop_class_uid", "sop_instance_uid",
+        "transfer_syntax_uid", "ward", "issuer", "device", "calling_ae", "received_at_us", "digest", "pack",
+        "payload_offset", "payload_length", "dataset_offset", "evicted", "damaged",
+    )),
+    *(instance.c[entry.column].label(f"image_{entry.column}") for entry in _OF_IMAGE),
+)  # fmt: skip
 
 
 def head_of(row: Any) -> InstanceHead:
@@ -26,15 +41,20 @@ def location_of(row: Any) -> Location:
 
 
 def instance_of(row: Any) -> StoredInstance:
+    """Of a row that begins with INSTANCE_COLUMNS."""
+    (study_uid, series_uid, sop_class_uid, uid, syntax_uid, ward, issuer, device, calling_ae, received_at_us,
+     digest, pack, offset, length, dataset_offset, evicted, damaged, *values) = row  # fmt: skip
     return StoredInstance(
-        study_uid=row.study_instance_uid,
-        series_uid=row.series_instance_uid,
-        head=head_of(row),
-        digest=bytes(row.digest),
-        location=location_of(row),
-        instance=fields_of(Level.IMAGE, row._mapping),
-        evicted=bool(row.evicted),
-        damaged=bool(row.damaged),
+        study_uid,
+        series_uid,
+        InstanceHead(
+            sop_class_uid, uid, syntax_uid, Provenance(ward, issuer, device, calling_ae, received_at_us)
+        ),
+        bytes(digest),
+        Location(pack, offset, length, dataset_offset),
+        {keyword: value for keyword, value in zip(_KEYWORDS, values, strict=False) if value},
+        bool(evicted),
+        bool(damaged),
     )
 
 

@@ -8,10 +8,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 ASSOCIATE_BYTES_MAX = 64 << 10  # 128 contexts with twenty transfer syntaxes each stay below it
 CONTEXTS_MAX = 128              # odd IDs from 1 to 255 (PS3.8 9.3.2.2)
+KNOWN_BYTES_MAX = 512            # of a presentation context item that is kept when it was read
 MAX_PDU_BYTES_UNSAID = 16 << 10  # what a peer gets that leaves its maximum out against PS3.8 D.1.1
 HEADER_BYTES = 6                # of a PDU: type, reserved, length
 PDV_HEADER_BYTES = 6            # of a presentation data value: length, context ID, message control header
@@ -249,7 +251,7 @@ def decode_request(body: memoryview) -> AssociateRequest:
         if kind == 0x10:
             application_context = _uid(value)
         elif kind == 0x20:
-            context = _parse_proposed(value)
+            context = _known(bytes(value)) if len(value) <= KNOWN_BYTES_MAX else _parse_proposed(value)
             if context.id in contexts:
                 raise InvalidPdu("a presentation context ID is used twice")
             contexts[context.id] = context
@@ -349,6 +351,11 @@ def _parse_proposed(value: memoryview) -> ProposedContext:
         elif kind == 0x40:
             syntaxes.append(_uid(uid))
     return ProposedContext(context_id, abstract, tuple(syntaxes))
+
+
+@lru_cache(maxsize=2048)  # a device proposes the same each time, getscu more than a hundred contexts
+def _known(octets: bytes) -> ProposedContext:
+    return _parse_proposed(memoryview(octets))
 
 
 def _parse_answered(value: memoryview) -> AnsweredContext:

@@ -108,13 +108,14 @@ def test_a_peer_of_another_make_agrees(served: Serving) -> None:
 # --- extended negotiation
 
 def test_storage_says_what_it_keeps() -> None:
-    """Level 2, signatures preserved, nothing coerced (PS3.4 B.3.1); of queries no answer is the baseline."""
+    """Level 2, signatures preserved, nothing coerced (PS3.4 B.3.1); of queries what was asked for and is
+    there; nothing of a class that is not."""
     asked = ((CT, bytes(6)), (CT, b"\1"), (MR, bytes(6)), (STUDY_ROOT_FIND, b"\1\1\1"), (UNSERVED, b"\1"))
     proposed = (ProposedContext(1, CT, (EXPLICIT_LITTLE,)),
                 ProposedContext(3, STUDY_ROOT_FIND, (IMPLICIT_LITTLE,)))
     request = pdu.AssociateRequest("A", "B", proposed, extended=asked)
     accept, _ = contexts.negotiate(request, Offer(), EVERYTHING, 16384)
-    assert accept.extended == ((CT, bytes((2, 0, 3, 0, 0, 0))),)
+    assert accept.extended == ((CT, bytes((2, 0, 3, 0, 0, 0))), (STUDY_ROOT_FIND, b"\1\1\1"))
 
 
 def test_a_peer_of_another_make_reads_what_storage_says(tmp_path: Path) -> None:

@@ -61,9 +61,12 @@ class Get:
                                  comment="" if cancelled else "too many retrieves at once: try later")
                 return
             try:
-                instances = self.selection.instances(wanted, caller)
+                instances = self.selection.instances(wanted, caller, given_up)
             except CannotCount as error:
                 exchange.respond(context, command, CANNOT_COUNT, comment=str(error))
+                return
+            if cancelled:
+                exchange.respond(context, command, CANCELLED)
                 return
             began_s = time.monotonic()
             with self.payloads.supply(self.selection.principal(caller)) as supply:
@@ -122,8 +125,9 @@ class _Getting:
                     self._collect()
                 if self._association.wire.stopping:
                     raise Stopping("this side is being stopped")
-                if not self._open and self._association.cancelled(self._command.message_id):
-                    self.cancelled = True
+                # What has come with a response is looked at; what comes later is found with the next one.
+                if self._association.wire.held and not self._open:
+                    self.cancelled |= self._association.cancelled(self._command.message_id)
                 if self.cancelled:
                     break
                 sent, ready = ready, None
