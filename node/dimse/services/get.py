@@ -52,7 +52,7 @@ class Get:
             nonlocal cancelled
             if association.wire.stopping:
                 raise Stopping("this side is being stopped")
-            cancelled = association.cancelled(command.message_id)
+            cancelled = cancelled or association.cancelled(command.message_id)
             return cancelled
 
         with self.turns.of(caller.ae_title, given_up) as turn:

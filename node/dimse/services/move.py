@@ -80,9 +80,12 @@ class Move:
                 _refuse(exchange, context, command, watch)
                 return
             try:
-                instances = self.selection.instances(wanted, caller)
+                instances = self.selection.instances(wanted, caller, watch.cancelled)
             except CannotCount as error:
                 exchange.respond(context, command, CANNOT_COUNT, comment=str(error))
+                return
+            if watch.was_cancelled:
+                exchange.respond(context, command, CANCELLED)
                 return
             moving = _Moving(self.forwarder, peer, instances, self.selection.principal(caller),
                              (caller.ae_title, command.message_id))

@@ -4,7 +4,7 @@ hierarchy, and the instances that it names. It never sends any."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 INSTANCES_MAX = 100_000   # of one retrieve: each is a kilobyte of memory until it is done
 STUDIES_MAX = 10_000      # of one patient
+UIDS_MAX = 10_000         # of studies or series in one identifier: each is looked up by itself
 
 _ALL = (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE)
 LEVELS: Mapping[str, Sequence[Level]] = {
@@ -101,6 +102,8 @@ def _values(identifier: Dataset, level: Level, *, lowest: bool) -> tuple[str, ..
     if level is Level.PATIENT:
         if "*" in values[0] or "?" in values[0]:
             raise InvalidQuery(f"{keyword} is not a single value", keyword)
+    elif level is not Level.IMAGE and len(values) > UIDS_MAX:
+        raise InvalidQuery(f"{keyword} has more than {UIDS_MAX:,} values", keyword)
     elif not all(map(is_uid, values)):
         raise InvalidQuery(f"{keyword} is not a UID", keyword)
     return values
@@ -120,13 +123,15 @@ class Selection:
         """In whose name a device's retrieve is done."""
         return caller.principal(self.ward)
 
-    def instances(self, wanted: Wanted, caller: Caller) -> list[StoredInstance]:
-        """By study as named, series, number and UID. Raises Forbidden; InvalidQuery for a Patient ID of
-        several issuers; CannotCount when archive or region can't be asked, or name too many."""
+    def instances(self, wanted: Wanted, caller: Caller,
+                  given_up: Callable[[], bool] = lambda: False) -> list[StoredInstance]:
+        """By study as named, series, number and UID; what there was so far when `given_up` says so, which is
+        asked again and again. Raises Forbidden; InvalidQuery for a Patient ID of several issuers; CannotCount
+        when archive or region can't be asked, or name too many."""
         principal = self.principal(caller)
         window = self.window if principal.reach is Reach.REGION else None
         search = _Search(self.archive, window, principal, require(principal, Act.READ),
-                         whole=caller.on_incomplete == "fail")
+                         whole=caller.on_incomplete == "fail", given_up=given_up)
         found: dict[str, StoredInstance] = {}
         try:
             for study_uid in search.studies(wanted, caller.issuer or self.issuer):
@@ -149,6 +154,7 @@ class _Search:
     principal: Principal
     scope: Scope
     whole: bool
+    given_up: Callable[[], bool]
 
     def studies(self, wanted: Wanted, issuer: str) -> Sequence[str]:
         if not wanted.patient_id:
@@ -177,6 +183,8 @@ class _Search:
         chosen = frozenset(wanted.sop_instance_uids)
         single = wanted.sop_instance_uids[0] if len(chosen) == 1 else None
         for series_uid in wanted.series_uids or (None,):
+            if self.given_up():
+                return
             here = self.archive.instances(study_uid, series_uid, single, scope=self.scope)
             for each in (*here, *self._elsewhere(here, study_uid, series_uid, single)):
                 if not chosen or each.head.sop_instance_uid in chosen:

@@ -1,0 +1,77 @@
+"""Peers that ask for too much, or ask and do not listen: what they get, and what others still get."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from archive.ledger import Device
+from node.dimse import messages, pdu
+from node.dimse.contexts import IMPLICIT_LITTLE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
+from node.dimse.messages import Field
+from node.dimse.pdu import ProposedContext
+from node.dimse.services.retrieval import UIDS_MAX
+from tests.node.serving import AE_TITLE, Raw, data
+from tests.node.storing import Storing, storing
+
+LEVEL, STUDY, SERIES = 0x00080052, 0x0020000D, 0x0020000E
+RETRIEVES = ((Field.C_GET, STUDY_ROOT_GET), (Field.C_MOVE, STUDY_ROOT_MOVE))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Storing]:
+    with storing(tmp_path) as running:
+        running.ledger.add_device(Device("OTHER", "127.0.0.1", port=1))
+        yield running
+
+
+def implicit(tag: int, value: bytes) -> bytes:
+    value += b"\0" * (len(value) & 1)
+    return struct.pack("<HHI", tag >> 16, tag & 0xFFFF, len(value)) + value
+
+
+def uids(count: int) -> bytes:
+    return b"\\".join(b"1.2.%d" % number for number in range(count))
+
+
+def associated(port: int, sop_class: str) -> Raw:
+    raw = Raw(port)
+    raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1",
+                                       (ProposedContext(1, sop_class, (IMPLICIT_LITTLE,)),), 65_536))
+    return raw
+
+
+def asked(field: Field, sop_class: str, identifier: bytes) -> bytes:
+    command = messages.query_request(field, 1, sop_class,
+                                     move_destination="OTHER" if field == Field.C_MOVE else "")
+    return data(1, 3, command) + data(1, 2, identifier)
+
+
+def status(raw: Raw) -> int:
+    kind, body = raw.receive()
+    assert kind == pdu.PduType.P_DATA_TF
+    return messages.parse(body[6:]).status
+
+
+@pytest.mark.parametrize(("field", "sop_class"), RETRIEVES)
+@pytest.mark.parametrize("keys", [
+    [(LEVEL, b"STUDY"), (STUDY, uids(UIDS_MAX + 1))],
+    [(LEVEL, b"SERIES"), (STUDY, b"1.2.3"), (SERIES, uids(UIDS_MAX + 1))],
+])  # fmt: skip
+def test_a_retrieve_of_too_many_uids_is_refused(served: Storing, field: Field, sop_class: str,
+                                                keys: Sequence[tuple[int, bytes]]) -> None:
+    """A megabyte of them would be looked up for a minute."""
+    with associated(served.port, sop_class) as raw:
+        raw.send(asked(field, sop_class, b"".join(implicit(*key) for key in keys)))
+        assert status(raw) == 0xA900
+
+
+@pytest.mark.parametrize(("field", "sop_class"), RETRIEVES)
+def test_a_retrieve_is_cancelled_while_it_is_counted(served: Storing, field: Field, sop_class: str) -> None:
+    identifier = implicit(LEVEL, b"STUDY") + implicit(STUDY, uids(UIDS_MAX))
+    with associated(served.port, sop_class) as raw:
+        raw.send(asked(field, sop_class, identifier) + data(1, 3, messages.cancel_request(1)))
+        assert status(raw) == 0xFE00
