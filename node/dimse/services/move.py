@@ -84,7 +84,7 @@ class Move:
             except CannotCount as error:
                 exchange.respond(context, command, CANNOT_COUNT, comment=str(error))
                 return
-            if watch.was_cancelled:
+            if watch.cancelled():
                 exchange.respond(context, command, CANCELLED)
                 return
             moving = _Moving(self.forwarder, peer, instances, self.selection.principal(caller),
