@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, case, delete, func, insert, or_, select, update
 
 from archive.database import storable
 from archive.errors import OtherContent, OutOfResources
@@ -146,10 +146,12 @@ class Commitments(Subject):
 
     def live_commitments(self, role: str, state: str, *, due_us: int | None = None,
                          limit: int = 10_000) -> list[Commitment]:
-        """Those in this state, the longest due first; with `due_us` only those due by then."""
+        """Those in this state, the longest due first; with `due_us` only those due by then, or not tried
+        since they were asked or settled: these are due also when the clock was set back."""
         where = [commitment.c.role == role, commitment.c.state == state]
         if due_us is not None:
-            where.append(commitment.c.next_try_us <= due_us)
+            untried = (commitment.c.asked_us, commitment.c.settled_us)
+            where.append(or_(commitment.c.next_try_us <= due_us, commitment.c.next_try_us.in_(untried)))
         return self._commitments(*where, limit=limit)
 
     def commitments_of(self, role: str, device: str, state: str) -> list[Commitment]:

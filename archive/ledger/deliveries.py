@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, delete, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from archive.database import storable
 from archive.errors import InvalidInput, OutOfResources
@@ -153,7 +166,7 @@ class DeliveryBook(Subject):
             .where(
                 delivery.c.to_ward == to_ward,
                 delivery.c.state == DeliveryState.READY.value,
-                delivery.c.due_us <= now_us,
+                _is_due(now_us),
             )
             .order_by(delivery.c.due_us, *_KEY)
         )
@@ -172,7 +185,7 @@ class DeliveryBook(Subject):
         """The wards for which something may be fetched now."""
         query = (
             select(delivery.c.to_ward)
-            .where(delivery.c.state == DeliveryState.READY.value, delivery.c.due_us <= now_us)
+            .where(delivery.c.state == DeliveryState.READY.value, _is_due(now_us))
             .distinct()
         )
         return [row.to_ward for row in self._database.read(lambda c: c.execute(query).fetchall())]
@@ -308,6 +321,11 @@ class DeliveryBook(Subject):
 
 
 _KEY = (delivery.c.to_ward, delivery.c.from_ward, delivery.c.sop_instance_uid, delivery.c.digest)
+
+
+def _is_due(now_us: int) -> ColumnElement[bool]:
+    """What was never tried is due, also when the clock was set back since it was ready."""
+    return or_(delivery.c.due_us <= now_us, delivery.c.tries == 0)
 
 
 def _values(key: DeliveryKey) -> tuple[str, str, str, bytes]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Column, Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Column, Connection, bindparam, delete, func, insert, or_, select, update
 
 from archive.database import storable
 from archive.ledger.tables import (
@@ -244,10 +244,12 @@ class Routes(Subject):
     def due_routes(
         self, to: Destination, now_us: int, limit: int, state: RouteState = RouteState.WAITING
     ) -> list[Routed]:
-        """What may be sent by now: what ranks first, then the oldest."""
+        """What may be sent by now, and what was never put off, also when the clock was set back since it was
+        queued: what ranks first, then the oldest."""
         query = (
             select(route)
-            .where(*_of(to), route.c.state == state, route.c.next_try_us <= now_us)
+            .where(*_of(to), route.c.state == state,
+                   or_(route.c.next_try_us <= now_us, route.c.next_try_us == route.c.queued_us))
             .order_by(route.c.rank, route.c.queued_us, route.c.id)
             .limit(limit)
         )

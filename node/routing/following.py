@@ -23,6 +23,7 @@ from node.routing.rules import Rule, When
 BATCH_RECORDS = 500
 STUDIES_AT_ONCE = 1000
 MARK_EVERY_US = 5_000_000
+NOTICED_US = 60_000_000  # a clock that was set back is noticed within that
 
 
 class Following:
@@ -72,6 +73,7 @@ class Following:
         """Look at a batch of what is new, for every rule that has room. Whether there is more."""
         if not self._rules:
             return False
+        self._keep_with_the_clock()
         epoch, end = self._archive.epoch, self._archive.index.positions()[0]
         if (epoch, end) == self._seen:
             self._write_old_marks()
@@ -107,8 +109,17 @@ class Following:
         self._written_us = self._clock()
 
     def _write_old_marks(self) -> None:
-        if self._unwritten and self._clock() - self._written_us > MARK_EVERY_US:
+        if self._unwritten and abs(self._clock() - self._written_us) > MARK_EVERY_US:
             self.write_marks()
+
+    def _keep_with_the_clock(self) -> None:
+        """A clock that was set back behind the moment at which a rule began: else what comes until it shows
+        that moment again would count as received before the rule was there."""
+        now_us = self._clock()
+        for mark in list(self._marks.values()):
+            if mark.since_us > now_us:
+                self._marks[mark.rule] = replace(mark, since_us=now_us - NOTICED_US)
+                self._unwritten.add(mark.rule)
 
     def _place(self, rule: Rule, epoch: bytes) -> Position:
         """Where a rule goes on. On another disk than its mark is of, that is the beginning: what it may take

@@ -103,8 +103,13 @@ class _Lane:
 
     failures: int = 0
     resume_us: int = 0
+    since_us: int = 0  # when that was said: a clock that shows less was set back
     error: str = ""
     shown_failing: bool = True  # people may be shown that it fails, perhaps since an earlier life
+
+    def is_over(self, now_us: int) -> bool:
+        """Whether the destination is left alone no more."""
+        return now_us >= self.resume_us or now_us < self.since_us
 
 
 @dataclass(slots=True)
@@ -141,7 +146,7 @@ class Router:
 
     def is_due(self, to: Destination) -> bool:
         """Whether a turn may have something to do."""
-        return self._clock() >= self._lane(to).resume_us
+        return self._lane(to).is_over(self._clock())
 
     def wake(self, to: Destination, *, at_once: bool = False) -> None:
         """Something was queued. A destination that fails is left alone all the same, unless a person wants it
@@ -155,8 +160,9 @@ class Router:
     def turn(self, to: Destination) -> bool:
         """One round for a destination. Whether anything was sent or settled."""
         lane, now_us = self._lane(to), self._clock()
-        if now_us < lane.resume_us:
+        if not lane.is_over(now_us):
             return False
+        lane.since_us = now_us
         lane.resume_us = now_us + LOOK_AGAIN_US  # what is queued from here on wakes it again
         turn = _Turn(since_us=now_us)
         rows = self._open(to, self._queue.due_routes(to, now_us, self._limits.batch), turn, now_us)
@@ -289,7 +295,8 @@ class Router:
 
     def _rest(self, to: Destination, lane: _Lane, words: str, *, progress: bool) -> None:
         lane.failures, lane.error = 1 if progress else lane.failures + 1, words
-        lane.resume_us = self._clock() + self._pause_us(lane.failures)
+        lane.since_us = self._clock()
+        lane.resume_us = lane.since_us + self._pause_us(lane.failures)
         lane.shown_failing = True
         level = logging.WARNING if lane.failures == 1 else logging.DEBUG
         log.log(level, "%s: %s; trying again", to, words)

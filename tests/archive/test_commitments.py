@@ -39,9 +39,12 @@ def test_a_transaction_from_its_request_to_its_end(ledger: Ledger, database_url:
     settled = again.commitment(SCP, "CT1", "2.25.1")
     assert settled is not None and (settled.state, settled.failed) == (ANSWERING, 2)
     assert [item.reason for item in again.commitment_items(asked.id)] == [COMMITTED, 0x112, 0x213]
-    assert again.live_commitments(SCP, ANSWERING, due_us=settled.next_try_us - 1) == []
     assert again.live_commitments(SCP, ANSWERING, due_us=settled.next_try_us) == [settled]
-    again.note_failed_try(asked.id, "nobody there", settled.next_try_us + 5)
+    assert again.live_commitments(SCP, ANSWERING, due_us=1) == [settled]  # the clock was set back
+    later_us = settled.next_try_us + 5
+    again.note_failed_try(asked.id, "nobody there", later_us)
+    assert again.live_commitments(SCP, ANSWERING, due_us=later_us - 1) == []
+    assert [one.id for one in again.live_commitments(SCP, ANSWERING, due_us=later_us)] == [asked.id]
     assert again.commitment_counts(SCP) == module.CommitmentCounts(answering=1, failing=1)
     again.end_commitment(asked.id, DONE)
     again.end_commitment(asked.id, GIVEN_UP)  # over is over

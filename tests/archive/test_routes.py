@@ -77,6 +77,11 @@ def test_what_is_due_comes_by_rank_then_age(ledger: Ledger) -> None:
     assert ledger.next_route_us(Destination(RouteKind.NOTICE, "ONCO")) is None
 
 
+def test_a_clock_that_is_set_back_holds_up_nothing_that_was_never_put_off(ledger: Ledger) -> None:
+    ledger.queue_routes([row(1, next_try_us=101), row(2, next_try_us=103)])  # queued at 101 and at 102
+    assert [one.sop_instance_uid for one in ledger.due_routes(ONCO, 5, 10)] == ["1.2.3.1"]
+
+
 def test_what_is_done_leaves_and_is_remembered_and_a_dropped_row_stays_dropped(ledger: Ledger) -> None:
     ledger.queue_routes([row(1), row(2), row(3)])
     changed = replace(row(2), state=RouteState.SET_ASIDE, tries=2, status=0xA900, comment="x" * 900)

@@ -187,6 +187,24 @@ def test_one_that_is_away_is_left_alone_longer_and_longer_and_costs_nothing() ->
     assert not world.queue.rows and world.queue.states[ONCO].failures == 0
 
 
+@pytest.mark.parametrize("away", [True, False])
+def test_a_clock_that_is_set_back_keeps_nobody_waiting(away: bool) -> None:
+    """Neither a destination that rests nor one for which nothing was there."""
+    world = World()
+    world.now_us = 2 * HOUR
+    world.there.away = away
+    if away:
+        world.queue.add(row(1))
+    world.turns()
+    assert not world.router.is_due(ONCO)
+    world.there.away = False
+    world.now_us -= HOUR
+    world.queue.add(row(2))
+    assert world.router.is_due(ONCO)
+    world.turns()
+    assert not world.queue.rows
+
+
 def test_refusals_back_off_alone_and_end_set_aside() -> None:
     world = World()
     world.queue.add(row(1), row(2), row(3))

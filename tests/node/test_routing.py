@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -361,6 +362,22 @@ def test_a_full_queue_stops_its_rules_and_misses_nothing(served: Storing) -> Non
             assert running.summary("ONCO").waiting < 6
             device(served, "ONCO", onco.port)
             have(onco, *sent)
+
+
+def test_what_comes_after_the_clock_was_set_back_is_the_rules(served: Storing) -> None:
+    """It is received before the moment at which the rule began, by a clock that was wrong then."""
+    hour_us = 3600 * 1_000_000
+    now_us = [time.time_ns() // 1000 + hour_us]
+    following = Following(served.archive, served.ledger, WARD, queue_max=10, clock=lambda: now_us[0])
+    following.use(parse_rules(ALL))
+    began_us = served.ledger.rule_marks()["all"].since_us
+    now_us[0] -= hour_us
+    sent = make_instance(rows=0)
+    served.send(sent)
+    served.archive.wait_indexed()
+    following.step()
+    assert [one.sop_instance_uid for one in served.ledger.routes(10)] == [sent.sop_instance_uid]
+    assert served.ledger.rule_marks()["all"].since_us < began_us
 
 
 def test_following_in_batches(served: Storing) -> None:
