@@ -21,7 +21,8 @@ DEPTH_MAX = 8
 
 _CHARACTER_SET = "00080005"
 _TIMEZONE = "00080201"
-_NOT_KEYS = frozenset({_CHARACTER_SET, _TIMEZONE})
+_LEVEL = "00080052"  # a worklist has one (K.4.1.1), and some modalities say it all the same
+_NOT_KEYS = frozenset({_CHARACTER_SET, _TIMEZONE, _LEVEL})
 _ONE_VALUE_VRS = frozenset({"LT", "ST", "UR", "UT"})
 _MULTIPLE_VRS = frozenset({
     "AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "PN", "SH", "SL", "SS", "SV", "TM", "UC", "UI", "UL",

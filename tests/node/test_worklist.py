@@ -179,7 +179,26 @@ def test_own_steps_only(tmp_path: Path) -> None:
         assert ids(find(served, query(), calling_ae="CT1")[1]) == ["S1", "S3", "S4"]
         assert ids(find(served, query(), calling_ae="MR1")[1]) == ["S2", "S3", "S4"]
         of_another = query({"ScheduledStationAETitle": "MR1"})
-        assert ids(find(served, of_another, calling_ae="CT1")[1]) == ["S4"]
+        assert ids(find(served, of_another, calling_ae="CT1")[1]) == ["S3", "S4"]
+
+
+def test_a_step_that_names_no_station_is_for_whichever_asks(served: Scheduling) -> None:
+    """And the answer names it (type 1 in PS3.4 Table K.6-1)."""
+    served.schedule(worklist_item(1), worklist_item(2, {"ScheduledStationAETitle": ""}),
+                    worklist_item(3, {"ScheduledStationAETitle": "MR1"}))
+    for station, steps in (("CT1", ["S1", "S2"]), ("MR1", ["S2", "S3"]), ("CR1", ["S2"])):
+        _, found = find(served, query({"ScheduledStationAETitle": station}))
+        assert ids(found) == steps
+        assert {one.ScheduledProcedureStepSequence[0].ScheduledStationAETitle for one in found} == {station}
+    _, found = find(served, query({"ScheduledStationAETitle": ""}))
+    assert ids(found) == ["S1", "S2", "S3"]
+
+
+def test_a_level_is_no_key_of_a_worklist(served: Scheduling) -> None:
+    served.schedule(worklist_item(1))
+    statuses, (found,) = find(served, query(QueryRetrieveLevel="STUDY"))
+    assert statuses == [0xFF00, 0]
+    assert "QueryRetrieveLevel" not in found
 
 
 def test_a_device_without_the_service_gets_no_context(served: Scheduling) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from archive.dataset.jsonsets import with_character_set
+from archive.dataset.jsonsets import Attributes, items_of, put, with_character_set
 from archive.dataset.jsonwriting import encoded
 from archive.dataset.nestedkeys import Keys, answered, fits, keys_of
 from archive.errors import CannotUnderstand, OutOfResources
@@ -95,7 +95,7 @@ class WorklistFind:
             if association.cancelled(command.message_id):
                 exchange.respond(context, command, codes.CANCELLED)
                 return
-            attributes = step.attributes
+            attributes = _for_station(step, keys)
             if not self._may_see(caller, step) or not fits(keys, attributes):
                 continue
             if sent >= self.responses_max:
@@ -112,13 +112,23 @@ class WorklistFind:
         """What the ledger narrows by: the rest is matched step by step. Steps that are over are not offered
         unless their status is asked for."""
         step = keys.inside(STEP_SEQUENCE)
-        stations = _values(step, STATION) or ((caller, "") if self.own_steps_only else None)
+        stations = _values(step, STATION) or ((caller,) if self.own_steps_only else ())
         first, last = _dates(step)
         return StepSearch(
-            stations, first, last, _value(keys, PATIENT_ID), _value(keys, ACCESSION_NUMBER),
-            _value(keys, STUDY_UID), _value(step, MODALITY),
+            (*stations, "") if stations else None, first, last, _value(keys, PATIENT_ID),
+            _value(keys, ACCESSION_NUMBER), _value(keys, STUDY_UID), _value(step, MODALITY),
             None if STATUS in step.by_tag and step.by_tag[STATUS].predicate is not None else OFFERED,
         )
+
+
+def _for_station(step: ScheduledStep, keys: Keys) -> Attributes:
+    """The step as who asks by station gets it: one that names none is for any, so for the first that is asked
+    for, since an answer has one (type 1 in Table K.6-1)."""
+    attributes = step.attributes
+    stations = _values(keys.inside(STEP_SEQUENCE), STATION)
+    if stations and not step.stations:
+        put(items_of(attributes, STEP_SEQUENCE)[0], STATION, "AE", stations[0])
+    return attributes
 
 
 def _values(keys: Keys, tag: str) -> tuple[str, ...]:
