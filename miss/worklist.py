@@ -17,6 +17,7 @@ from archive.model import is_uid
 from miss.configuration import State
 from miss.console import err, out, table, when
 from miss.ledgers import open_ledger, require_node
+from miss.peers import require_ae_title
 
 if TYPE_CHECKING:
     from archive.ledger import Ledger, ScheduledStep
@@ -26,6 +27,12 @@ app = typer.Typer(help="The modality worklist of a node, and the performed steps
 
 COMMAND = "command"
 ID_LENGTH_MAX = 16  # SH
+_FORMS = {"AE": "up to 16 characters", "CS": "up to 16 capital letters, digits, spaces and underscores",
+          "DA": "a day, written YYYYMMDD", "DS": "a number", "LO": "up to 64 characters",
+          "LT": "up to 10,240 characters", "PN": "a name of up to 64 characters",
+          "SH": "up to 16 characters", "TM": "a time of day, written HHMM or HHMMSS", "UI": "a UID"}
+SEXES = ("M", "F", "O")
+PRIORITIES = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
 _AS_JSON = "As DICOM JSON, for scripts."
 
 Step = Annotated[str, typer.Argument(metavar="STEP", show_default=False,
@@ -40,7 +47,7 @@ def add(
     modality: Annotated[str, typer.Option(help="CT, MR, US, ...", show_default=False)],
     issuer: Annotated[str, typer.Option(help="The issuer of the Patient ID.")] = "",
     birth_date: Annotated[str, typer.Option(help="YYYYMMDD.")] = "",
-    sex: Annotated[str, typer.Option(help="M, F or O.")] = "",
+    sex: Annotated[str, typer.Option(help=f"{', '.join(SEXES)}.")] = "",
     weight: Annotated[str, typer.Option(help="In kg.")] = "",
     station: Annotated[list[str] | None, typer.Option(
         metavar="AE-TITLE", help="A station that may perform it; repeatable. None: any.",
@@ -59,7 +66,7 @@ def add(
                                          show_default=False)] = "",
     study_uid: Annotated[str, typer.Option(help="The Study Instance UID; else a new one.",
                                            show_default=False)] = "",
-    priority: Annotated[str, typer.Option(help="STAT, HIGH, ROUTINE, MEDIUM or LOW.")] = "",
+    priority: Annotated[str, typer.Option(help=f"{', '.join(PRIORITIES)}.")] = "",
     comments: Annotated[str, typer.Option(help="Of the requested procedure.")] = "",
     state: State = Path("."),
 ) -> None:
@@ -80,20 +87,30 @@ def add(
     study_uid = study_uid or str(generate_uid(None))
     if not is_uid(study_uid):
         raise InvalidInput("--study-uid is no UID")
+    for option, text in (("--patient-name", patient_name), ("--patient-id", patient_id),
+                         ("--modality", modality)):
+        if not text.strip():
+            raise InvalidInput(f"{option} has no value")
+    for option, text, words in (("--sex", sex, SEXES), ("--priority", priority, PRIORITIES)):
+        if text and text not in words:
+            raise InvalidInput(f"{option} is one of {', '.join(words)}")
     scheduled = _attributes([
-        ("00080060", "CS", modality), ("00400001", "AE", "\\".join(station or ())),
-        ("00400002", "DA", _checked("--date", date or f"{now:%Y%m%d}", "%Y%m%d")),
-        ("00400003", "TM", _checked("--time", time or f"{now:%H%M}", "%H%M%S" if len(time) == 6 else "%H%M")),
-        ("00400006", "PN", physician), ("00400007", "LO", description),
-        ("00400009", "SH", step_id or _new_id("S")), ("00400011", "SH", location),
+        ("--modality", "00080060", "CS", modality),
+        ("--station", "00400001", "AE", "\\".join(map(require_ae_title, station or ()))),
+        ("--date", "00400002", "DA", date or f"{now:%Y%m%d}"),
+        ("--time", "00400003", "TM", time or f"{now:%H%M}"),
+        ("--physician", "00400006", "PN", physician), ("--description", "00400007", "LO", description),
+        ("--step-id", "00400009", "SH", step_id or _new_id("S")), ("--location", "00400011", "SH", location),
     ])
     attributes = _attributes([
-        ("00080050", "SH", accession or _new_id("A")), ("00080090", "PN", referring),
-        ("00100010", "PN", patient_name), ("00100020", "LO", patient_id), ("00100021", "LO", issuer),
-        ("00100030", "DA", birth_date and _checked("--birth-date", birth_date, "%Y%m%d")),
-        ("00100040", "CS", sex), ("00101030", "DS", weight), ("0020000D", "UI", study_uid),
-        ("00321060", "LO", description), ("00401001", "SH", procedure_id or _new_id("R")),
-        ("00401003", "SH", priority), ("00401400", "LT", comments),
+        ("--accession", "00080050", "SH", accession or _new_id("A")),
+        ("--referring", "00080090", "PN", referring), ("--patient-name", "00100010", "PN", patient_name),
+        ("--patient-id", "00100020", "LO", patient_id), ("--issuer", "00100021", "LO", issuer),
+        ("--birth-date", "00100030", "DA", birth_date), ("--sex", "00100040", "CS", sex),
+        ("--weight", "00101030", "DS", weight), ("--study-uid", "0020000D", "UI", study_uid),
+        ("--description", "00321060", "LO", description),
+        ("--procedure-id", "00401001", "SH", procedure_id or _new_id("R")),
+        ("--priority", "00401003", "SH", priority), ("--comments", "00401400", "LT", comments),
     ])
     attributes["00400100"] = {"vr": "SQ", "Value": [scheduled]}
     step, = steps_of(attributes, COMMAND)
@@ -156,6 +173,8 @@ def ls(
     from archive.ledger import StepSearch
 
     require_node(state)
+    if date:
+        _checked("--date", "DA", date)
     search = StepSearch([station] if station else None, date, date)
     grid = table("step", "begins", "modality", "station", "patient", "accession", "status", "from")
     with open_ledger(state) as ledger:
@@ -258,21 +277,31 @@ def _show(attributes: dict[str, Any], as_json: bool) -> None:
     out.print(str(shown), markup=False, highlight=False, soft_wrap=True)
 
 
-def _attributes(given: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def _attributes(given: Sequence[tuple[str, str, str, str]]) -> dict[str, Any]:
+    """Elements of option, tag, VR and text; those without text are left out."""
     from archive.dataset.jsonsets import put
 
     attributes: dict[str, Any] = {}
-    for tag, vr, text in given:
+    for option, tag, vr, text in given:
         if text:
-            put(attributes, tag, vr, text)
+            put(attributes, tag, vr, _checked(option, vr, text))
     return attributes
 
 
-def _checked(option: str, text: str, form: str) -> str:
+def _checked(option: str, vr: str, text: str) -> str:
+    """A text that its VR allows (PS3.5 6.2): a modality is handed what is typed here as it stands."""
+    import pydicom.config
+    from pydicom.valuerep import validate_value
+
+    if not text.isprintable() or ("\\" in text and vr not in ("AE", "LT")):
+        raise InvalidInput(f"{option} is one value, without control characters")
     try:
-        datetime.strptime(text, form)
+        if vr == "DA" and not text.isdigit():  # a range is for queries
+            raise ValueError
+        for part in text.split("\\") if vr == "AE" else [text]:
+            validate_value(vr, part, pydicom.config.RAISE)
     except ValueError:
-        raise InvalidInput(f"{option} is written YYYYMMDD, or HHMM, HHMMSS") from None
+        raise InvalidInput(f"{option} is {_FORMS[vr]} (VR {vr}, PS3.5 6.2)") from None
     return text
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from archive.archive import Archive
+from archive.errors import InvalidInput
 from archive.ledger import Ledger, PerformedStep
 from archive.settings import load
+from miss import worklist
 from node.dimse.contexts import IMPLICIT_LITTLE
 from node.dimse.identifiers import write_identifier
 from node.settings import NodeSettings
@@ -64,12 +67,23 @@ def test_steps_are_added_listed_shown_imported_and_removed(node: Path, tmp_path:
     assert (status["scheduled_steps"], status["steps_in_progress"]) == (1, 0)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--date", "tomorrow"), ("--time", "9"), ("--study-uid", "1."),
-                                               ("--birth-date", "1970")])
-def test_what_is_no_date_or_uid_is_refused(node: Path, option: str, value: str) -> None:
-    refused = miss("worklist", "add", "--patient-name", "A", "--patient-id", "1", "--modality", "CT", option,
-                   value, "--state", node)
-    assert refused.returncode == 1 and option in refused.stderr
+@pytest.mark.parametrize(("option", "value", "why"), [
+    ("date", "tomorrow", "YYYYMMDD"), ("date", "2026-11-22", "YYYYMMDD"), ("date", "2026111", "YYYYMMDD"),
+    ("time", "9", "HHMM"), ("time", "99", "HHMM"), ("study_uid", "1.", "UID"),
+    ("birth_date", "1970", "YYYYMMDD"), ("weight", "heavy", "a number"), ("sex", "Q", "M, F, O"),
+    ("priority", "SOON", "STAT"), ("accession", "A" * 17, "up to 16"),
+    ("description", "CT\\head", "one value"), ("physician", "Rossi\n", "one value"),
+    ("patient_name", "", "no value"), ("patient_id", " ", "no value"), ("modality", "ct", "capital letters"),
+    ("station", ["S" * 17], "1 to 16 characters")])
+def test_what_a_modality_could_not_read_is_refused(node: Path, option: str, value: Any, why: str) -> None:
+    given: dict[str, Any] = {"patient_name": "A", "patient_id": "1", "modality": "CT", option: value}
+    with pytest.raises(InvalidInput, match=why):
+        worklist.add(**given, state=node)
+
+
+def test_a_day_that_is_none_is_no_empty_list(node: Path) -> None:
+    refused = miss("worklist", "ls", "--date", "2026-11-22", "--state", node)
+    assert refused.returncode == 1 and "--date is a day, written YYYYMMDD" in refused.stderr
 
 
 def test_performed_steps_are_listed_and_shown(node: Path) -> None:
