@@ -68,6 +68,8 @@ class Routing:
 
     def start(self) -> None:
         self._reread()
+        if self._settings.rules is not None and not self._file.path.exists():
+            log.warning("no routing rules: there is no file %s (routing.rules)", self._file.path)
         self._thread.start()
 
     def stop(self) -> None:
@@ -144,11 +146,11 @@ class Routing:
         self._unread = self._file.changed() or self._unread
         if not self._unread:
             return
-        rules = self._file.rules
+        rules, had_rules = self._file.rules, bool(self._following.rules)
         self._following.use(rules)
         self._unread = False
         self._router.use_hours({rule.name: rule.hours for rule in rules if rule.hours is not None})
-        if rules or self._file.path.exists():
+        if rules or had_rules or self._file.path.exists():
             log.info("%d routing rules from %s", len(rules), self._file.path)
 
     # Turns

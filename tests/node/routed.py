@@ -55,7 +55,7 @@ def device(served: Storing, ae_title: str, port: int) -> None:
 
 @contextmanager
 def routing(
-    served: Storing, rules: str | None, *, commitment: CommitmentScu | None = None, **settings: Any
+    served: Storing, rules: str | None, /, *, commitment: CommitmentScu | None = None, **settings: Any
 ) -> Iterator[RunningRoutes]:
     """Routing with these rules (None: without a file) and these settings over quick ones."""
     path = served.archive.settings.state / "routes.toml"

@@ -32,6 +32,7 @@ from archive.ledger import (
 from node.dimse.errors import AssociationEnded
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
+from node.routing import service
 from node.routing.following import BATCH_RECORDS, Following
 from node.routing.rulefile import parse_rules
 from tests.datasets import CT, EXPLICIT, MR, Instance, make_instance
@@ -331,6 +332,21 @@ def test_a_file_that_is_broken_at_the_start_misses_nothing_once_it_is_right(tmp_
             assert not running.queue()
             running.rewrite(ALL)
             have(peer, one)
+
+
+def test_a_file_of_rules_that_is_missing_or_goes_is_told(
+    served: Storing, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "FILE_POLL_S", 0.02)
+    monkeypatch.setattr(service, "MISSING_S", 0.1)
+    caplog.set_level("INFO")
+    path = served.archive.settings.state / "routes.toml"
+    with routing(served, None, rules=path) as running:
+        assert f"no routing rules: there is no file {path}" in caplog.text
+        running.rewrite(ALL)
+        wait_for(lambda: f"1 routing rules from {path}" in caplog.text, "the rules are read")
+        path.unlink()
+        wait_for(lambda: f"0 routing rules from {path}" in caplog.text, "the end of the rules is told")
 
 
 def test_without_rules_nothing_is_kept(served: Storing) -> None:
