@@ -52,7 +52,8 @@ def add(
         help="The issuer of the Patient IDs that it sends, when it is not the ward's.",
         show_default=False)] = None,
     services: Annotated[str, typer.Option(
-        help="What it may do, comma-separated.")] = ",".join(DEVICE_SERVICES),
+        help=f"What it may do, comma-separated, of {', '.join(DEVICE_SERVICES)}; all of it.",
+        show_default=False)] = ",".join(DEVICE_SERVICES),
     transport: Annotated[str, typer.Option(
         help=f"How it may come: {', '.join(TRANSPORTS)}.")] = TRANSPORTS[0],
     certificate: Annotated[Path | None, typer.Option(
@@ -69,7 +70,7 @@ def add(
     )] = ConflictPolicy.KEEP.value,
     reach: Annotated[str, typer.Option(
         help=f"How far it searches and retrieves: {', '.join(DEVICE_REACHES)}; the region has to grant it, "
-        "too (hub.devices_see_region).")] = DEVICE_REACHES[0],
+        "too (devices_see_region of hub.toml).")] = DEVICE_REACHES[0],
     on_incomplete: Annotated[str, typer.Option(
         help=f"How a search of the region ends that lacks a ward: {', '.join(ON_INCOMPLETE)}."
     )] = ON_INCOMPLETE[0],
