@@ -18,6 +18,7 @@ from archive.settings import describe
 from miss.configuration import Process, settings_class
 from node import admission
 from node.dimse import acceptor, commitments, contexts, pdu, tls
+from node.dimse import status as codes
 from node.dimse.pdu import Rejection
 from node.dimse.services import commitment, find, get, move, mpps, store, worklist
 
@@ -147,15 +148,21 @@ def statuses(of: Mapping[int, str]) -> str:
 
 
 def services() -> str:
-    parts = ["## 4 Services\n", STORAGE, statuses(store.STATUSES)]
+    parts = [SERVED, STORAGE, statuses(store.STATUSES)]
     parts += [QUERY, extended_negotiation(), *(keys(level) for level in Level), MATCHING,
               statuses(find.STATUSES)]
     parts += [RETRIEVE, "C-MOVE:\n", statuses(move.STATUSES), "C-GET:\n", statuses(get.STATUSES)]
     parts += [COMMITMENT, statuses(commitment.STATUSES), "Failure reasons of single instances:\n",
-              statuses(commitments.REASONS)]
+              statuses(_failure_reasons())]
     parts += [WORKLIST, worklist_keys(), statuses(worklist.STATUSES)]
     parts += [PERFORMED, statuses(mpps.STATUSES), NOTIFICATION, WEB]
     return "\n".join(parts)
+
+
+def _failure_reasons() -> dict[int, str]:
+    """What an SCP may report of an instance; a Transaction UID that is in use is refused before that."""
+    return {reason: meaning for reason, meaning in commitments.REASONS.items()
+            if reason != commitments.DUPLICATE_TRANSACTION}
 
 
 def extended_negotiation() -> str:
@@ -164,6 +171,16 @@ def extended_negotiation() -> str:
         (str(number), asked, _yes(bool(done)), done or "an answer is as stored")
         for number, (asked, done) in enumerate(find.EXTENDED, 1)))
 
+
+SERVED = f"""\
+## 4 Services
+
+For a service that a device was not given, presentation contexts are refused. Besides what the tables of
+statuses say, every service answers `{codes.PROCESSING_FAILURE:04X}` for an error that is not foreseen, and
+`{codes.UNRECOGNIZED_OPERATION:04X}` for an operation that is not one of its SOP class or of the role that was
+agreed on. Where a query or retrieve is refused with `{codes.DOES_NOT_MATCH:04X}`, Error Comment says why, and
+Offending Element names the element if it is for one.
+"""
 
 STORAGE = """\
 ### 4.1 Verification and storage
@@ -186,18 +203,20 @@ QUERY = """\
 ### 4.2 Query
 
 Keys are matched as PS3.4 C.2.2.2 has it, by the one engine that QIDO-RS uses too; an answer holds the keys
-that were asked for, Query/Retrieve Level, Retrieve AE Title, and Specific Character Set where it is not
-ASCII. A key that is not supported does not fail a query: its answers are FF01. Without extended negotiation
-a query is hierarchical and dates and times are matched apart.
+that were asked for, Query/Retrieve Level, Retrieve AE Title, Instance Availability below the PATIENT level,
+and Specific Character Set where it is not ASCII. A key that is not supported does not fail a query: its
+answers are FF01. Without extended negotiation a query is hierarchical and dates and times are matched apart.
 """
 
 RETRIEVE = """\
 ### 4.3 Retrieve
 
 C-MOVE sends to devices of the node's list alone, which have a port there; C-GET in the contexts whose SCP
-role the requestor takes. What a peer does not take as it is stored is recoded without loss, or that
-sub-operation fails. What is not here any more, or only in the region, is fetched from there first. When the
-association of a C-MOVE ends, the sub-operations under way are finished and no more are begun.
+role the requestor takes; where it takes that role alone, a context that proposes several syntaxes gets a
+native one. What a peer does not take as it is stored is recoded without loss, or that sub-operation fails.
+The hierarchy of levels is always kept: extended negotiation of a retrieve is not answered. What is not here
+any more, or only in the region, is fetched from there first. When the association of a C-MOVE ends, the
+sub-operations under way are finished and no more are begun.
 """
 
 COMMITMENT = """\
