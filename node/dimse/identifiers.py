@@ -4,7 +4,8 @@ here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TypeVar
 
@@ -13,12 +14,44 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
-from archive.errors import CannotUnderstand, MissError
+from archive.budget import ByteBudget
+from archive.errors import CannotUnderstand, MissError, OutOfResources
+from node.dimse.association import Association, Context
 from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE
+from node.dimse.errors import Violation
+from node.dimse.pdu import AbortSource
 
 IDENTIFIER_BYTES_MAX = 1 << 20
+HELD_BYTES_MAX = 64 << 20  # of what a service is receiving, of all devices together
+COUNTED_FROM_BYTES = 16 << 10  # of each, so that ordinary ones are taken whatever others send
 
 T = TypeVar("T")
+
+
+def room() -> ByteBudget:
+    """For what one service is receiving."""
+    return ByteBudget(HELD_BYTES_MAX)
+
+
+@contextmanager
+def received(association: Association, context: Context, bytes_max: int, held: ByteBudget) -> Iterator[bytes]:
+    """The data set of the command just received, of `bytes_max` at the most, within memory that all of them
+    share: thousands that send a megabyte each, slowly, must not fill it. Raises OutOfResources."""
+    octets = bytearray()
+    taken = 0
+    try:
+        for view in association.fragments(context):
+            if len(octets) + len(view) > bytes_max:  # the association ends, as AS8 has it
+                raise Violation("an identifier is larger than its bound", 0, AbortSource.SERVICE_USER)
+            octets += view
+            more = max(len(octets) - COUNTED_FROM_BYTES - taken, 0)
+            if not held.take(more):
+                raise OutOfResources("too many large requests are being received: try later")
+            taken += more
+        yield bytes(octets)
+    finally:
+        octets.clear()  # before it is given back: who handles the error still holds this frame
+        held.give_back(taken)
 
 
 def read_identifier(octets: bytes, transfer_syntax_uid: str) -> Dataset:

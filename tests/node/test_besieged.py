@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from archive.budget import ByteBudget
 from archive.ledger import Device
 from node.dimse import messages, pdu
-from node.dimse.contexts import IMPLICIT_LITTLE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
+from node.dimse.contexts import IMPLICIT_LITTLE, PERFORMED_STEP, STUDY_ROOT_GET, STUDY_ROOT_MOVE, ServiceName
+from node.dimse.exchange import Service
+from node.dimse.identifiers import COUNTED_FROM_BYTES
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
+from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import UIDS_MAX
-from tests.node.serving import AE_TITLE, Raw, data
+from tests.node.serving import AE_TITLE, Raw, data, serving
 from tests.node.storing import Storing, storing
+from tests.waiting import wait_for
 
 LEVEL, STUDY, SERIES = 0x00080052, 0x0020000D, 0x0020000E
 RETRIEVES = ((Field.C_GET, STUDY_ROOT_GET), (Field.C_MOVE, STUDY_ROOT_MOVE))
@@ -75,3 +80,26 @@ def test_a_retrieve_is_cancelled_while_it_is_counted(served: Storing, field: Fie
     with associated(served.port, sop_class) as raw:
         raw.send(asked(field, sop_class, identifier) + data(1, 3, messages.cancel_request(1)))
         assert status(raw) == 0xFE00
+
+
+def test_large_requests_share_their_memory(tmp_path: Path) -> None:
+    """One takes most of it and does not send the end: another's large one is told to come later, its ordinary
+    one passes, and in the end all of it is given back."""
+    table: dict[tuple[ServiceName, int], Service] = {}
+    with serving(tmp_path, table=table) as served:
+        steps = PerformedSteps(served.ledger, lambda studies: None, ByteBudget(1 << 20))
+        table[ServiceName.MPPS, Field.N_CREATE] = steps
+        request = messages.normalized_request(Field.N_CREATE, 1, PERFORMED_STEP, "1.2.3", has_dataset=True)
+        part = b"".join(data(1, 0, bytes(50_000)) for _ in range(15))
+        small = data(1, 3, request) + data(1, 2, bytes(COUNTED_FROM_BYTES))
+        with (associated(served.port, PERFORMED_STEP) as first,
+              associated(served.port, PERFORMED_STEP) as other):
+            first.send(data(1, 3, request) + part)
+            wait_for(lambda: steps.receiving.taken_bytes > 700_000, "the first one's part")
+            other.send(data(1, 3, request) + part + data(1, 2, b""))
+            assert status(other) == 0xA700
+            other.send(small)
+            assert status(other) == 0x0120  # looked at: no attribute is there
+            first.send(data(1, 2, b""))
+            assert status(first) == 0x0120
+        assert steps.receiving.taken_bytes == 0

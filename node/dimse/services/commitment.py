@@ -191,6 +191,7 @@ def _information(association: Association, context: Context, command: Command,
     except TooLarge as error:
         raise Refused(codes.RESOURCE_LIMITATION, str(error)) from None
     finally:
+        octets.clear()  # before it is given back: who answers a refusal still holds this frame, and drains
         held.give_back(taken)
 
 

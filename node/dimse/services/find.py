@@ -27,7 +27,7 @@ from node.dimse.contexts import (
     STUDY_ROOT_FIND,
 )
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier, received, room
 from node.dimse.messages import Command
 from node.dimse.services.regional import SearchWindow, Widened, widened
 from node.dimse.status import (
@@ -112,6 +112,7 @@ class Find:
     responses_max: int
     window: SearchWindow | None = None  # on the region, for devices that may look there
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
+    receiving: ByteBudget = field(default_factory=room)
     searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
@@ -121,8 +122,8 @@ class Find:
         association = exchange.association
         if not command.has_dataset:
             raise CannotUnderstand("a C-FIND without an identifier")
-        identifier = read_identifier(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
-                                     context.transfer_syntax)
+        with received(association, context, IDENTIFIER_BYTES_MAX, self.receiving) as octets:
+            identifier = read_identifier(octets, context.transfer_syntax)
         negotiated = Negotiated.of(exchange.extended.get(context.abstract_syntax, b""))
         question = careful(lambda: read_question(identifier, MODELS[context.abstract_syntax],
                                                  relational=negotiated.relational))

@@ -6,23 +6,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from archive.errors import CannotUnderstand, MissError
+from archive.budget import ByteBudget
+from archive.errors import CannotUnderstand
 from archive.model import StoredInstance
 from node.dimse.association import Context
 from node.dimse.errors import AssociationEnded, Stopping, Violation
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, received, room
 from node.dimse.messages import MESSAGE_ID_RESPONDED_TO, RESPONSE, Command, Field, store_request
 from node.dimse.outbox import Outbox, Source
-from node.dimse.payloads import Payloads, Supply
+from node.dimse.payloads import Payloads, Supply, why_not
 from node.dimse.pdu import AbortSource
 from node.dimse.services import suboperations
 from node.dimse.services.retrieval import CannotCount, Selection, read_wanted
 from node.dimse.services.suboperations import CANNOT_COUNT, CANNOT_PERFORM, Account, Turns
 from node.dimse.shipping import EXPECTED_AHEAD, NOT_TAKEN
-from node.dimse.status import CANCELLED, CLASS_NOT_SUPPORTED, PROCESSING_FAILURE, status_of
+from node.dimse.status import CANCELLED, CLASS_NOT_SUPPORTED
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Get:
     selection: Selection
     payloads: Payloads
     turns: Turns
+    receiving: ByteBudget = field(default_factory=room)
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
@@ -44,8 +46,8 @@ class Get:
         if not command.has_dataset:
             raise CannotUnderstand("a C-GET without an identifier")
         association, caller = exchange.association, exchange.caller
-        wanted = read_wanted(association.read_dataset(context, IDENTIFIER_BYTES_MAX),
-                             context.transfer_syntax, context.abstract_syntax)
+        with received(association, context, IDENTIFIER_BYTES_MAX, self.receiving) as octets:
+            wanted = read_wanted(octets, context.transfer_syntax, context.abstract_syntax)
         cancelled = False
 
         def given_up() -> bool:
@@ -150,8 +152,8 @@ class _Getting:
             self._association.send_outbox(ready.context, request, self._outbox, before=before)
         except AssociationEnded:
             raise
-        except (OSError, MissError) as error:
-            log.warning("instance %s could not be read to its end: %s", uid, error)
+        except Exception as error:
+            why_not(ready.instance, error)
             raise Violation("an instance that was begun could not be read to its end", 0,
                             AbortSource.SERVICE_USER) from None
         finally:
@@ -197,10 +199,8 @@ class _Getting:
                 except BaseException:
                     source.close()
                     raise
-            except (OSError, MissError) as error:
-                log.warning("instance %s can't be sent: %s", uid, error)
-                status = status_of(error) if isinstance(error, MissError) else PROCESSING_FAILURE
-                self.account.note(uid, status, str(error))
+            except Exception as error:
+                self.account.note(uid, *why_not(instance, error))
                 continue
             return _Ready(instance, context, source)
         return None

@@ -10,9 +10,10 @@ import select
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
+from archive.budget import ByteBudget
 from archive.errors import CannotUnderstand, NotFound
 from archive.model import StoredInstance
 from federation.policy import Principal
@@ -20,7 +21,7 @@ from node.dimse.acceptor import log_unexpected
 from node.dimse.association import Context
 from node.dimse.errors import AssociationEnded, Stopping
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, received, room
 from node.dimse.messages import MOVE_DESTINATION, Command
 from node.dimse.requestor import Peer
 from node.dimse.services import suboperations
@@ -58,6 +59,7 @@ class Move:
     selection: Selection
     forwarder: Forwarder
     turns: Turns
+    receiving: ByteBudget = field(default_factory=room)
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
@@ -66,14 +68,15 @@ class Move:
         if not command.has_dataset:
             raise CannotUnderstand("a C-MOVE without an identifier")
         association, caller = exchange.association, exchange.caller
-        octets = association.read_dataset(context, IDENTIFIER_BYTES_MAX)
         destination = command.text(MOVE_DESTINATION)
         try:
             peer = self.forwarder.peer(destination)
         except NotFound as error:
+            association.drain(context)
             exchange.respond(context, command, UNKNOWN_DESTINATION, comment=str(error))
             return
-        wanted = read_wanted(octets, context.transfer_syntax, context.abstract_syntax)
+        with received(association, context, IDENTIFIER_BYTES_MAX, self.receiving) as octets:
+            wanted = read_wanted(octets, context.transfer_syntax, context.abstract_syntax)
         watch = _Watch(exchange, context, command)
         with self.turns.of(caller.ae_title, watch.cancelled) as turn:
             if not turn:

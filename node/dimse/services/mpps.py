@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydicom.datadict import keyword_for_tag
 from pydicom.uid import generate_uid
 
+from archive.budget import ByteBudget
 from archive.dataset.jsonsets import Attributes, from_octets, items_of, text_of
 from archive.dataset.jsonwriting import encoded
 from archive.errors import Forbidden, NotFound
@@ -24,7 +25,7 @@ from node.dimse import status as codes
 from node.dimse.association import Context
 from node.dimse.contexts import PERFORMED_STEP, PERFORMED_STEP_RETRIEVE
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import careful
+from node.dimse.identifiers import careful, received, room
 from node.dimse.messages import (
     AFFECTED_SOP_CLASS_UID,
     ATTRIBUTE_IDENTIFIER_LIST,
@@ -88,12 +89,19 @@ class PerformedSteps:
 
     ledger: Ledger
     ended: Callable[[Iterable[str]], None]
+    receiving: ByteBudget = field(default_factory=room)
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
-        octets = exchange.association.read_dataset(context, DATASET_BYTES_MAX) if command.has_dataset else b""
+        if not command.has_dataset:
+            self._serve(exchange, context, command, b"")
+            return
+        with received(exchange.association, context, DATASET_BYTES_MAX, self.receiving) as octets:
+            self._serve(exchange, context, command, octets)
+
+    def _serve(self, exchange: Exchange, context: Context, command: Command, octets: bytes) -> None:
         try:
             sop_class = (command.text(AFFECTED_SOP_CLASS_UID) or command.text(REQUESTED_SOP_CLASS_UID))
             if sop_class != context.abstract_syntax:

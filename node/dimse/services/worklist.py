@@ -5,8 +5,9 @@ one until it is cancelled. What a key means, `archive/matching.py` says; it sche
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from archive.budget import ByteBudget
 from archive.dataset.jsonsets import Attributes, items_of, put, with_character_set
 from archive.dataset.jsonwriting import encoded
 from archive.dataset.nestedkeys import Keys, answered, fits, keys_of
@@ -18,7 +19,7 @@ from federation.policy import Act, Principal, Role, require
 from node.dimse import status as codes
 from node.dimse.association import Context
 from node.dimse.exchange import Caller, Exchange
-from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful
+from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, received, room
 from node.dimse.messages import Command
 
 # A date range and a time range are one span of time (Table K.6-1, Scheduled Procedure Step Start Time).
@@ -75,6 +76,7 @@ class WorklistFind:
     ward: str
     responses_max: int
     own_steps_only: bool = False
+    receiving: ByteBudget = field(default_factory=room)
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
@@ -83,10 +85,10 @@ class WorklistFind:
         association = exchange.association
         if not command.has_dataset:
             raise CannotUnderstand("a C-FIND without an identifier")
-        octets = association.read_dataset(context, IDENTIFIER_BYTES_MAX)
         syntax = context.transfer_syntax
-        identifier, character_set = careful(lambda: with_character_set(octets, syntax))
-        keys = keys_of(identifier, combined=COMBINED)
+        with received(association, context, IDENTIFIER_BYTES_MAX, self.receiving) as octets:
+            identifier, character_set = careful(lambda: with_character_set(octets, syntax))
+            keys = keys_of(identifier, combined=COMBINED)
         caller = exchange.caller.ae_title
         require(Principal(caller, Role.DEVICE, self.ward), Act.SEARCH)
         status = codes.PENDING_UNSUPPORTED_KEYS if keys.unmatched else codes.PENDING
