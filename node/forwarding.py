@@ -3,24 +3,19 @@ for the routes. It never chooses what goes where, and keeps nothing: who wants i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from archive.archive import Archive
-from archive.errors import MissError
 from archive.model import StoredInstance
 from federation.policy import Principal, Role
 from node.destinations import Destinations
 from node.dimse.association import Limits
 from node.dimse.outbox import Source
-from node.dimse.payloads import Payloads, Supply
+from node.dimse.payloads import Payloads, Supply, why_not
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor
 from node.dimse.shipping import Shipment
-from node.dimse.status import PROCESSING_FAILURE, status_of
-
-log = logging.getLogger(__name__)
 
 WINDOW = 8  # operations that a device is asked to let be open at once
 
@@ -130,8 +125,5 @@ class _Parcel:
     def done(self, status: int, comment: str, size: int) -> None:
         self.on_outcome(self.instance, status, comment)
 
-    def unreadable(self, error: OSError | MissError) -> None:
-        log.warning("instance %s can't be sent: %s", self.sop_instance_uid, error)
-        status = status_of(error) if isinstance(error, MissError) else PROCESSING_FAILURE
-        self.on_outcome(self.instance, status, str(error) if isinstance(error, MissError) else
-                        "it can't be read")
+    def unreadable(self, error: Exception) -> None:
+        self.on_outcome(self.instance, *why_not(self.instance, error))

@@ -4,6 +4,7 @@ sends anything and never decides who may have it."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,14 +15,18 @@ from threading import Semaphore
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from archive.dataset import recoding
-from archive.errors import EVICTED, Corrupt, Evicted, TooLarge
+from archive.errors import EVICTED, Corrupt, Evicted, MissError, TooLarge
 from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
 from federation.policy import Principal
+from node.dimse.acceptor import log_unexpected
 from node.dimse.outbox import Source
+from node.dimse.status import PROCESSING_FAILURE, status_of
 
 if TYPE_CHECKING:
     from archive.archive import Archive
+
+log = logging.getLogger(__name__)
 
 RECODING_AT_ONCE = 2  # instances of all retrieves: each may take several times its bound of memory
 DAMAGED = "its bytes here are known to be damaged"
@@ -195,6 +200,20 @@ class Supply:
         if window is None:
             raise Evicted(EVICTED)
         return window.fetch(self._principal, instance)
+
+
+def why_not(instance: StoredInstance, error: Exception) -> tuple[int, str]:
+    """The status and comment of a sub-operation whose data set can't be had, which is logged. The text of an
+    error that nobody foresaw may quote a data set: it goes nowhere."""
+    uid = instance.head.sop_instance_uid
+    if isinstance(error, MissError):
+        log.warning("instance %s can't be sent: %s", uid, error)
+        return status_of(error), str(error)
+    if isinstance(error, OSError):
+        log.warning("instance %s can't be read: %s", uid, error)
+    else:
+        log_unexpected(f"sending instance {uid}", error)
+    return PROCESSING_FAILURE, "it can't be read"
 
 
 def _require_good(instance: StoredInstance) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from archive.dataset.part10 import read_head
-from archive.errors import CannotUnderstand, InvalidInstance, MissError
+from archive.errors import CannotUnderstand, InvalidInstance
 from node.dimse.association import Limits
 from node.dimse.outbox import BUFFER_BYTES, FileSource
 from node.dimse.pdu import ProposedContext
@@ -178,5 +178,5 @@ class _FileParcel:
     def done(self, status: int, comment: str, size: int) -> None:
         self.report.done(self.file.path, status, size)
 
-    def unreadable(self, error: OSError | MissError) -> None:
+    def unreadable(self, error: Exception) -> None:
         self.report.skip(self.file.path, "the file can't be read")

@@ -50,8 +50,9 @@ class Parcel(Protocol):
     def done(self, status: int, comment: str, size: int) -> None:
         """The peer's status and comment, or ours where it was not asked; `size` octets were sent."""
 
-    def unreadable(self, error: OSError | MissError) -> None:
-        """It could not be read (to its end)."""
+    def unreadable(self, error: Exception) -> None:
+        """It could not be read (to its end): by an OSError or MissError, or by an error that nobody foresaw,
+        whose text may quote a data set."""
 
 
 class Connect(Protocol):
@@ -158,10 +159,12 @@ class Shipment:
             try:
                 stream.run()
                 requestor.release()
-            except (OSError, MissError) as error:
-                stream.give_up(error)
+            except Exception as error:  # also one that nobody foresaw: every parcel has an outcome
+                try:
+                    stream.give_up(error)
+                finally:
+                    requestor.abort()
                 self._on_ended(stream.answered, error)
-                requestor.abort()
                 failures = 0 if stream.answered else failures + 1
                 if isinstance(error, TimedOut):
                     failures = FAILURES_IN_A_ROW_MAX  # another call would take as long as this one did
@@ -226,8 +229,8 @@ class _Stream:
         self.answered = 0
 
     def run(self) -> None:
-        """Send what is waiting. AssociationEnded, and what a source raises in the middle of its data set:
-        then `give_up`."""
+        """Send what is waiting. Raises AssociationEnded, and what a source raises in the middle of its data
+        set: then `give_up`."""
         requestor = self._requestor
         self._ready = self._next()
         while (ready := self._ready) is not None and not self._shipment.stopping:
@@ -241,7 +244,7 @@ class _Stream:
             except AssociationEnded as ended:
                 ready.parcel.done(PROCESSING_FAILURE, str(ended), 0)
                 raise
-            except (OSError, MissError) as error:
+            except Exception as error:
                 ready.parcel.unreadable(error)
                 raise
             finally:
@@ -252,11 +255,12 @@ class _Stream:
             self._collect()
         self._lay_back()
 
-    def give_up(self, error: OSError | MissError) -> None:
+    def give_up(self, error: Exception) -> None:
         """What was not answered has failed; what was only read goes back to those that wait."""
-        log.info("an association ended early: %s", error)
+        words = str(error) if isinstance(error, OSError | MissError) else type(error).__name__
+        log.info("an association ended early: %s", words)
         for parcel, _ in self._open.values():
-            parcel.done(PROCESSING_FAILURE, str(error), 0)
+            parcel.done(PROCESSING_FAILURE, words, 0)
         self._open.clear()
         self._lay_back()
 
@@ -287,7 +291,7 @@ class _Stream:
                 except BaseException:
                     source.close()
                     raise
-            except (OSError, MissError) as error:
+            except Exception as error:
                 parcel.unreadable(error)
                 continue
             return _Ready(parcel, context, source)

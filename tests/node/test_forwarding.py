@@ -16,7 +16,8 @@ from archive.model import Location, StoredInstance
 from federation.policy import Principal
 from node.destinations import Destinations
 from node.dimse.errors import AssociationEnded
-from node.dimse.payloads import Payloads
+from node.dimse.outbox import Source
+from node.dimse.payloads import Payloads, Supply
 from node.forwarding import Forwarder
 from node.settings import TlsSettings
 from tests.datasets import CR, CT, EXPLICIT, IMPLICIT, MR, RLE, Instance, make_instance
@@ -127,6 +128,28 @@ def test_an_association_that_breaks_costs_what_it_had_not_answered(served: Stori
         forwarder(served, peer).send("OTHER", stored(served.archive, *sent), outcomes)
     assert sorted(outcomes.statuses.values()) == [0] * 5 + [0x0110]
     assert peer.associations == 2
+
+
+@pytest.mark.parametrize("associations", [1, 3])
+def test_an_error_that_nobody_foresaw_costs_the_one_instance(
+        served: Storing, associations: int, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    sent = [make_instance(number=n) for n in range(6)]
+    served.send(*sent)
+    bad, secret, whole = sent[2].sop_instance_uid, "ROSSI^MARIA", Supply.open
+
+    def opening(self: Supply, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
+        if instance.head.sop_instance_uid == bad:
+            raise ValueError(secret)
+        return whole(self, instance, transfer_syntax_uid)
+
+    monkeypatch.setattr(Supply, "open", opening)
+    outcomes = Outcomes()
+    with receiver() as peer:
+        forwarder(served, peer, associations=associations).send(
+            "OTHER", stored(served.archive, *sent), outcomes)
+    assert outcomes.statuses == {one.sop_instance_uid: 0x0110 if one is sent[2] else 0 for one in sent}
+    assert secret not in caplog.text + outcomes.comments[bad] and "ValueError" in caplog.text
 
 
 def test_evicted_and_damaged_ones_fail_and_the_rest_arrive(served: Storing) -> None:
