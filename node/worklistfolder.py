@@ -43,15 +43,17 @@ class WorklistFolder:
         if found is None:
             return 0
         count = 0
-        for name in self._gone(found):
-            self._ledger.unschedule_origin(_origin(name))
-            self._seen.pop(name, None)
-            count += 1
-        self._recalled = True
-        for name, look in found.items():
-            if self._seen.get(name) != look:
-                self._follow(name, look)
+        try:
+            for name, look in found.items():
+                if self._seen.get(name) != look:
+                    self._follow(name, look)
+                    count += 1
+        finally:  # what goes makes room for what came; after it, as a file that has another name now is both
+            for name in self._gone(found):
+                self._ledger.unschedule_origin(_origin(name))
+                self._seen.pop(name, None)
                 count += 1
+            self._recalled = True
         return count
 
     def _gone(self, found: Mapping[str, Look]) -> list[str]:

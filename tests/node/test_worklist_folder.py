@@ -21,7 +21,7 @@ from pydicom.uid import UID
 from archive.database import sqlite_url
 from archive.dataset import jsonsets
 from archive.dataset.jsonwriting import encoded
-from archive.errors import InvalidInput, MissError, TooLarge
+from archive.errors import InvalidInput, MissError, OutOfResources, TooLarge
 from archive.ledger import Ledger
 from archive.ledger.worklist import steps_of
 from node import worklistfolder
@@ -156,6 +156,37 @@ def test_a_step_that_was_started_stays_so_when_its_file_is_read_again(ledger: Le
     ledger.schedule(steps_of(jsonsets.from_file(raw(started)), "file:a.wl"))
     WorklistFolder(files, ledger).look()
     assert ledger.scheduled_counts() == {"STARTED": 1}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["while it is watched", "while nobody looked"])
+def test_a_step_that_was_started_stays_so_when_its_file_has_another_name(
+        ledger: Ledger, files: Path, stopped: bool) -> None:
+    (files / "a.wl").write_bytes(raw(worklist_item(1)))
+    folder = WorklistFolder(files, ledger)
+    folder.look()
+    started = worklist_item(1, {"ScheduledProcedureStepStatus": "STARTED"})
+    ledger.schedule(steps_of(jsonsets.from_file(raw(started)), "file:a.wl"))
+    (files / "a.wl").rename(files / "b.wl")
+    folder = WorklistFolder(files, ledger) if stopped else folder
+    folder.look()
+    assert ledger.scheduled_counts() == {"STARTED": 1} and ledger.origins("file:") == {"file:b.wl"}
+    (files / "b.wl").unlink()
+    folder.look()
+    assert steps(ledger) == []
+
+
+def test_what_goes_makes_room_for_what_came(ledger: Ledger, files: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archive.ledger.worklist.SCHEDULED_STEPS_MAX", 1)
+    (files / "a.wl").write_bytes(raw(worklist_item(1)))
+    folder = WorklistFolder(files, ledger)
+    folder.look()
+    (files / "a.wl").unlink()
+    (files / "b.wl").write_bytes(raw(worklist_item(2)))
+    with pytest.raises(OutOfResources):
+        folder.look()
+    folder.look()
+    assert steps(ledger) == ["S2"]
 
 
 def test_dcmtk_makes_files_that_are_read(ledger: Ledger, files: Path, tmp_path: Path) -> None:
