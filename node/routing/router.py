@@ -7,7 +7,8 @@ given to the sender, and what became of each row is written to the queue. Destin
 other, each one at a time, so that one that hangs delays nobody else.
 
 **At least once.** A row leaves the queue when the destination has said that it has the instance. A process
-that ends in between sends those again whose answer it had not written: at most a batch.
+that ends in between sends those again whose answer it had not written: at most a batch. While the queue can't
+be written nothing further is sent.
 
 **Failures.** A destination that can't be reached, or that has no room, is left alone: 10 s at first, then
 longer and longer up to an hour, with jitter, however much waits for it. Its rows are not touched, and count
@@ -98,21 +99,6 @@ class RouterLimits:
 
 
 @dataclass(slots=True)
-class _Lane:
-    """What is remembered of a destination while the process lives."""
-
-    failures: int = 0
-    resume_us: int = 0
-    since_us: int = 0  # when that was said: a clock that shows less was set back
-    error: str = ""
-    shown_failing: bool = True  # people may be shown that it fails, perhaps since an earlier life
-
-    def is_over(self, now_us: int) -> bool:
-        """Whether the destination is left alone no more."""
-        return now_us >= self.resume_us or now_us < self.since_us
-
-
-@dataclass(slots=True)
 class _Turn:
     """What became of rows in one turn, as far as it is not written yet."""
 
@@ -122,6 +108,23 @@ class _Turn:
     stored: int = 0
     busy: str = ""
     told: set[bytes] = field(default_factory=set)
+    unwritable: bool = False  # the queue did not take it: it is asked once more at the end of the turn
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What is remembered of a destination while the process lives."""
+
+    failures: int = 0
+    resume_us: int = 0
+    since_us: int = 0  # when that was said: a clock that shows less was set back
+    error: str = ""
+    shown_failing: bool = True  # people may be shown that it fails, perhaps since an earlier life
+    last: _Turn = field(default_factory=_Turn)  # what the queue did not take of it is written before another
+
+    def is_over(self, now_us: int) -> bool:
+        """Whether the destination is left alone no more."""
+        return now_us >= self.resume_us or now_us < self.since_us
 
 
 class Router:
@@ -164,7 +167,8 @@ class Router:
             return False
         lane.since_us = now_us
         lane.resume_us = now_us + LOOK_AGAIN_US  # what is queued from here on wakes it again
-        turn = _Turn(since_us=now_us)
+        self._write(lane.last)
+        turn = lane.last = _Turn(since_us=now_us)
         rows = self._open(to, self._queue.due_routes(to, now_us, self._limits.batch), turn, now_us)
         error = self._send(to, rows, turn) if rows else None
         self._write(turn)
@@ -208,8 +212,14 @@ class Router:
                 turn.told.add(row.key)
                 self._judge(turn, row, verdict, status, words)
                 unwritten = len(turn.done) + len(turn.changed)
+                if turn.unwritable:
+                    return
                 if unwritten >= limits.settle_rows or self._clock() - turn.since_us >= limits.settle_us:
-                    self._write(turn)
+                    try:
+                        self._write(turn)
+                    except MissError as error:  # the queue's trouble, and not the association's
+                        log.warning("what became of rows for %s is not written yet: %s", to, error)
+                        turn.unwritable = True
 
         try:
             self._sender.send(to, rows, tell)

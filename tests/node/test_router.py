@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from archive.errors import Unavailable
+from archive.errors import OutOfResources, Unavailable
 from archive.ledger import Destination, DestinationState, Routed, RouteKind, RouteState, Settlement
 from node.routing.hours import Hours
 from node.routing.router import Committed, Router, RouterLimits, Tell, Verdict
@@ -46,6 +46,7 @@ class DiskQueue:
     states: dict[Destination, DestinationState] = field(default_factory=dict)
     crash_in: int = 0
     reads: int = 0
+    full: bool = False
 
     def add(self, *new: Routed) -> None:
         self.rows |= {one.key: one for one in new if one.key not in self.sent}
@@ -70,6 +71,8 @@ class DiskQueue:
 
     def settle_routes(self, settlement: Settlement, now_us: int) -> None:
         self.die()
+        if self.full:
+            raise OutOfResources("no room")
         for one in settlement.done:
             self.rows.pop(one.key, None)
             self.sent.add(one.key)
@@ -203,6 +206,20 @@ def test_a_clock_that_is_set_back_keeps_nobody_waiting(away: bool) -> None:
     assert world.router.is_due(ONCO)
     world.turns()
     assert not world.queue.rows
+
+
+def test_a_queue_that_can_t_be_written_sends_nothing_twice() -> None:
+    world = World()
+    world.queue.add(*(row(number) for number in range(10)))
+    world.queue.full = True
+    for _ in range(20):
+        with suppress(OutOfResources):
+            world.turns()
+        world.now_us += HOUR
+    assert sum(world.there.received.values()) == LIMITS.batch and len(world.queue.rows) == 10
+    world.queue.full = False
+    world.turns()
+    assert not world.queue.rows and set(world.there.received.values()) == {1}
 
 
 def test_refusals_back_off_alone_and_end_set_aside() -> None:
