@@ -14,10 +14,13 @@ from pynetdicom import AE, evt
 from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import build_context
 
+from archive.model import StoredInstance
 from node.dimse import messages, pdu
 from node.dimse.contexts import EXPLICIT_LITTLE, IMPLICIT_LITTLE, PATIENT_ROOT_GET, STUDY_ROOT_GET
 from node.dimse.identifiers import read_identifier, write_identifier
 from node.dimse.messages import Command, Field
+from node.dimse.outbox import Source
+from node.dimse.payloads import Supply
 from node.dimse.pdu import ProposedContext, Role
 from node.dimse.services.suboperations import Turns
 from tests.datasets import BIG_ENDIAN, CT, DEFLATED, EXPLICIT, IMPLICIT, MR, RLE, Instance, make_instance
@@ -225,6 +228,24 @@ def test_an_evicted_instance_fails_and_the_rest_arrive(served: Storing) -> None:
         getter.ask("STUDY", StudyInstanceUID=first.study_uid)
         assert getter.end() == (0xB000, (None, 1, 1, 0), [first.sop_instance_uid])
     assert getter.received[second.sop_instance_uid].dataset == second.dataset
+
+
+def test_an_error_that_nobody_foresaw_costs_the_one_instance(
+        served: Storing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = sent = series(2)
+    served.send(*sent)
+    secret, whole = "ROSSI^MARIA", Supply.open
+
+    def opening(self: Supply, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
+        if instance.head.sop_instance_uid == first.sop_instance_uid:
+            raise ValueError(secret)
+        return whole(self, instance, transfer_syntax_uid)
+
+    monkeypatch.setattr(Supply, "open", opening)
+    with Getter(served, (CT, (EXPLICIT,))) as getter:
+        getter.ask("STUDY", StudyInstanceUID=first.study_uid)
+        assert getter.end() == (0xB000, (None, 1, 1, 0), [first.sop_instance_uid])
+    assert set(getter.received) == {second.sop_instance_uid} and secret not in caplog.text
 
 
 def test_a_hole_in_the_middle_of_a_large_one_aborts(served: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
