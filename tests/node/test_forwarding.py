@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from pynetdicom import AE, evt
 
 from archive.archive import Archive
 from archive.errors import NotFound
@@ -21,6 +24,8 @@ from node.dimse.payloads import Payloads, Supply
 from node.forwarding import Forwarder
 from node.settings import TlsSettings
 from tests.datasets import CR, CT, EXPLICIT, IMPLICIT, MR, RLE, Instance, make_instance
+from tests.node import certificates
+from tests.node.certificates import Papers
 from tests.node.receiving import Receiver, receiver
 from tests.node.storing import Storing, storing
 
@@ -81,6 +86,49 @@ def test_an_unknown_destination_and_one_that_is_away(served: Storing) -> None:
             sender.send("NOBODY", stored(served.archive, one), Outcomes())
     with pytest.raises(AssociationEnded):
         sender.send("OTHER", stored(served.archive, one), Outcomes())
+
+
+def test_a_device_listed_with_tls_is_dialled_so(served: Storing, tmp_path: Path) -> None:
+    """Each shows the other its certificate; who shows one of another authority gets nothing."""
+    region, others = (certificates.Region(tmp_path / name) for name in ("region", "others"))
+    ours = region.issue("MISS", into="node")
+    destinations = Destinations(served.ledger, TlsSettings(certificate=ours.certificate, key=ours.key,
+                                                           trust=ours.trust))
+    one = make_instance()
+    served.send(one)
+    sender, outcomes = Forwarder(served.archive, destinations, "MISS"), Outcomes()
+    with storing_over_tls(region.issue("OTHER")) as (port, received):
+        served.ledger.add_device(Device("OTHER", "127.0.0.1", port=port, transport="tls"))
+        sender.send("OTHER", stored(served.archive, one), outcomes)
+    assert (outcomes.statuses, received) == ({one.sop_instance_uid: 0}, [one.sop_instance_uid])
+    with storing_over_tls(others.issue("OTHER")) as (port, received):
+        served.ledger.add_device(Device("OTHER", "127.0.0.1", port=port, transport="tls"))
+        with pytest.raises(AssociationEnded):
+            sender.send("OTHER", stored(served.archive, one), Outcomes())
+    assert received == []
+
+
+@contextmanager
+def storing_over_tls(papers: Papers) -> Iterator[tuple[int, list[str]]]:
+    """pynetdicom's storage SCP over TLS, which asks for a certificate; its port and what it was sent."""
+    secure = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(papers.trust))
+    secure.verify_mode = ssl.CERT_REQUIRED
+    secure.load_cert_chain(papers.certificate, papers.key)
+    received: list[str] = []
+
+    def take(event: evt.Event) -> int:
+        received.append(str(event.dataset.SOPInstanceUID))
+        return 0
+
+    entity = AE("OTHER")
+    entity.add_supported_context(CT, EXPLICIT)
+    server = entity.start_server(("127.0.0.1", 0), block=False, ssl_context=secure,
+                                 evt_handlers=[(evt.EVT_C_STORE, take)])
+    assert server is not None
+    try:
+        yield server.server_address[1], received
+    finally:
+        server.shutdown()
 
 
 def test_statuses_and_comments_are_the_peers(served: Storing) -> None:
