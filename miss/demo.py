@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ REGIONAL_DEVICES = ("REGIONSCU",)  # search and retrieve what any ward holds, th
 
 HOSPITALS = (("San Martino", "Radiology"), ("Galliera", "Radiology"), ("San Martino", "Emergency"),
              ("Gaslini", "Paediatrics"), ("Galliera", "Cardiology"), ("Villa Scassi", "Radiology"))
+OTHER_HOSPITAL = 1  # the number of a ward of another hospital than the first's
 
 
 def demo(
@@ -76,6 +78,7 @@ class _Demo:
 
     def __init__(self, state: Path, port_base: int | None, wards: int | None, load: Path | None,
                  as_json: bool) -> None:
+        from miss.demowork import rules
         from miss.local import LocalRegion, Ports
 
         self.state, self.load, self.as_json = state, load, as_json
@@ -91,8 +94,10 @@ class _Demo:
         self.plan |= {"wards": count, "port_base": base,
                       "ports": {"portal": kept.portal, "hub": kept.hub, "enrolment": kept.enrolment,
                                 "ward_portal": kept.ward_portal, "dimse": list(kept.dimse)}}
-        self.region = LocalRegion(state, REGION_NAME, ward_plans(count), kept, basic_auth=True,
-                                  ward_portal=True, devices_see_region=["*"])
+        plans = ward_plans(count)
+        handed_on = {plans[0].id: rules(plans[OTHER_HOSPITAL].id)} if count > OTHER_HOSPITAL else {}
+        self.region = LocalRegion(state, REGION_NAME, plans, kept, basic_auth=True, ward_portal=True,
+                                  devices_see_region=["*"], rules=handed_on)
         self.dead: set[str] = set()
 
     def run(self) -> None:
@@ -106,6 +111,7 @@ class _Demo:
                 ward.allow(DEVICES)
                 ward.allow(REGIONAL_DEVICES, reach="region")
             self._add_users()
+            self._schedule()
             self._load()
             self._write()
             show_demo(self._contents(), self.state, time.monotonic() - started, as_json=self.as_json)
@@ -161,6 +167,15 @@ class _Demo:
                 with first.ledger() as ledger:
                     if ledger.user(name) is None:
                         create(ledger, user, passwords[name])
+
+    # --- work
+
+    def _schedule(self) -> None:
+        """Puts a step on the first ward's worklist, or the same one anew: it is to be done today."""
+        from miss.demowork import step
+
+        with self.region.wards[0].ledger() as ledger:
+            ledger.schedule([step(datetime.now())])
 
     # --- images
 
@@ -241,6 +256,7 @@ class _Demo:
                 "issuer": ward.plan.issuer, "ae_title": ward.ae_title, "host": HOST, "dicom_port": ward.port,
                 "devices": list(DEVICES), "regional_devices": list(REGIONAL_DEVICES),
                 "settings": str(ward.settings), "state": str(ward.state), "pid": pids[ward.node.name],
+                "rules": str(ward.rules) if ward.rules.exists() else None,
             } for ward in self.region.wards],
             "ward_portal": {"url": f"http://{HOST}:{self.ports.ward_portal}",
                             "ward": self.region.wards[0].plan.full_name},

@@ -96,6 +96,11 @@ class LocalWard:
     def ae_title(self) -> str:
         return configuration.node(self.settings).dimse.ae_title
 
+    @property
+    def rules(self) -> Path:
+        """The file of its routing rules, if there are any."""
+        return configuration.node(self.settings).routes_path
+
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
         with _opened(configuration.node(self.settings).ledger_url) as ledger:
@@ -117,15 +122,16 @@ class LocalRegion:
     def __init__(self, state: Path, name: str, wards: Sequence[WardPlan], ports: Ports, *,
                  basic_auth: bool = False, portal: bool = True, ward_portal: bool = False,
                  node_overrides: Sequence[str] = (), devices_see_region: Sequence[str] = (),
-                 log_level: str = "INFO") -> None:
+                 rules: Mapping[str, str] | None = None, log_level: str = "INFO") -> None:
         """`devices_see_region` are the wards whose devices may look into the whole region, as the region's
-        settings begin."""
+        settings begin; `rules` are the routing rules that a ward begins with, by its id."""
         self.state = state.absolute()
         self.name = name
         self.ports = ports
         self._basic_auth = basic_auth
         self._log_level = log_level
         self._devices_see_region = tuple(devices_see_region)
+        self._rules = dict(rules or {})
         self._node_overrides = [part for override in node_overrides for part in ("--set", override)]
         self.folder = self.state / REGION
         self.hub = self._child("hub", ["hub", "run", "--settings", str(self.hub_toml)])
@@ -235,6 +241,8 @@ class LocalRegion:
             self._enrol_ward(ward)
         _adjust(ward.settings, configuration.node(ward.settings), {
             "dimse.port": ward.port, "uplink.hub_address": self.hub_address})
+        if ward.plan.id in self._rules and not ward.rules.exists():
+            ward.rules.write_text(self._rules[ward.plan.id])
 
     def _enrol_ward(self, ward: LocalWard) -> None:
         plan = ward.plan

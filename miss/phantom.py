@@ -65,6 +65,12 @@ BRUNO = Phantom(
     study_date="20251202", study_description="CT abdomen (synthetic)", accession="SYN0201",
     size=256, slices=24, spacing_mm=1.5, slice_mm=16.0,
 )
+# Handed on to the other hospital by the first ward's rule.
+OPINION = Phantom(
+    key="opinion", patient_name="Synthetic^Carla", patient_id="SYN-7", birth_date="19610922", sex="F",
+    study_date="20260109", study_description="CT chest, for a second opinion (synthetic)",
+    accession="SYN0301", size=128, slices=12, spacing_mm=3.0, slice_mm=32.0,
+)
 
 
 def write(phantom: Phantom, folder: Path) -> None:

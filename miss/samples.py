@@ -14,10 +14,10 @@ import pydicom.data
 from archive.dataset.header import scan
 from archive.errors import DatasetMismatch, MissError, TooLarge
 from miss import phantom
+from miss.demo import OTHER_HOSPITAL
 from miss.files import DicomFile, find
 
 PYDICOM_FILES = Path(pydicom.data.__file__).parent
-OTHER_HOSPITAL = 1  # the number of a ward of another hospital than the first's (`demo.HOSPITALS`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,10 @@ class Plan:
 
 def demo_plan(wards: int, folder: Path) -> Plan:
     """pydicom's files spread over the wards by study, and phantoms, which are written to `folder`: the big
-    one at the first ward, and Patient ID 123 at two hospitals, where it is two people."""
+    one at the first ward, Patient ID 123 at two hospitals, where it is two people, and one that a rule of
+    the first ward hands on (`demowork.py`)."""
     plan = folder_plan(PYDICOM_FILES, wards, first_of_each_uid=True)
-    placed = [(phantom.TORSO, 0), (phantom.ANNA_PRIOR, 0), (phantom.ANNA, 0)]
+    placed = [(phantom.TORSO, 0), (phantom.ANNA_PRIOR, 0), (phantom.ANNA, 0), (phantom.OPINION, 0)]
     if wards > 1:  # of one hospital alone the two would be one person
         placed.append((phantom.BRUNO, OTHER_HOSPITAL))
     for who, ward in placed:

@@ -58,14 +58,24 @@ def _show_commands(screen: Console, contents: dict[str, Any], state: Path) -> No
     ward = contents["wards"][0]
     target = f"-aec {ward['ae_title']} {ward['host']} {ward['dicom_port']}"
     screen.print("\n[bold]Try[/]")
-    for line in (
+    lines = [
         f"storescu -v -nh -aet STORESCU {target} +sd +r FOLDER",
         f"findscu -S -aet FINDSCU {target} -k QueryRetrieveLevel=STUDY -k PatientName -k StudyDate",
+        f"getscu -S -aet GETSCU {target} -k QueryRetrieveLevel=STUDY -k StudyInstanceUID=UID -od FOLDER",
+        f"findscu -W -aet FINDSCU {target} -k PatientName -k 'ScheduledProcedureStepSequence[0].Modality=CT'",
         f"{program()} send FOLDER --to {ward['ae_title']}@{ward['host']}:{ward['dicom_port']}",
         f"{program()} status --state {state}",
         f"{program()} node log --refused --state {ward['state']}",
-    ):
+        f"{program()} worklist ls --state {ward['state']}",
+    ]
+    if ward["rules"]:
+        lines += [f"{program()} routes ls --state {ward['state']}",
+                  f"{program()} deliveries ls --state {contents['hub']['state']}"]
+    for line in lines:
         screen.print(f"  {line}", markup=False, soft_wrap=True)
     screen.print("\nstorescu alone sends what is not compressed; miss send sends any file as it is.",
                  soft_wrap=True)
+    if ward["rules"]:
+        screen.print("What is described as a second opinion goes on to another hospital: "
+                     f"{ward['rules']}", markup=False, soft_wrap=True)
     screen.print(f"{state / 'demo.json'} says it all. Ctrl-C stops it.", markup=False, soft_wrap=True)

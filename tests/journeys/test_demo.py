@@ -17,8 +17,10 @@ import httpx
 import psutil
 import pytest
 
+from miss.ledgers import open_ledger
 from miss.processes import free_ports, wait_until
 from tests.cluster import qido, value
+from tests.commands import miss
 from tests.datasets import make_study
 
 PORTS = 24  # what a demo of few wards takes, from its base on
@@ -67,7 +69,8 @@ def gone(pids: list[int]) -> bool | None:
 def test_the_demo_keeps_its_word(tmp_path: Path) -> None:
     state, images = tmp_path / "state", tmp_path / "images"
     (images / "deep" / "er").mkdir(parents=True)
-    studies = [make_study(3, patient_id=f"D{number}") for number in range(4)]
+    studies = [make_study(3, patient_id=f"D{number}", StudyDescription="A second opinion")
+               for number in range(4)]
     for number, instance in enumerate(one for study in studies for one in study):
         (images / "deep" / "er" / f"{number}").write_bytes(instance.part10)
     (images / "notes.txt").write_text("no image")
@@ -83,6 +86,7 @@ def test_the_demo_keeps_its_word(tmp_path: Path) -> None:
         assert sum(said["loaded"]["skipped_by_reason"].values()) == 2
         check_contract(said, state)
         check_images(said, [study[0].study_uid for study in studies])
+        check_work(said)
         check_death(said, state)
         demo.send_signal(signal.SIGINT)
         assert demo.wait(60) == 0
@@ -120,6 +124,18 @@ def check_death(said: dict[str, Any], state: Path) -> None:
     wait_until("the node's end being told", lambda: json.loads(
         (state / "demo.json").read_text())["wards"][1]["pid"] is None or None, timeout_s=10)
     assert json.loads((state / "demo.json").read_text())["wards"][0]["pid"] == said["wards"][0]["pid"]
+
+
+def check_work(said: dict[str, Any]) -> None:
+    """The first ward has a step to do, and hands its two studies to the second by a rule."""
+    first, second = said["wards"]
+    listed = miss("worklist", "ls", "--state", first["state"])
+    assert "Synthetic^Dario" in listed.stdout and "SCHEDULED" in listed.stdout
+    assert Path(first["rules"]).is_file() and second["rules"] is None
+    with open_ledger(Path(said["hub"]["state"])) as ledger:
+        wait_until("the first ward's studies at the second",
+                   lambda: [one.delivered for one in ledger.delivery_standings(0)] == [6] or None,
+                   timeout_s=60)
 
 
 def check_contract(said: dict[str, Any], state: Path) -> None:
