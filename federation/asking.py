@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,9 @@ class WardAsking:
             and is_worth_asking(states.get(ward.id), now_us)
         ]
 
-    async def _fetch(self, ward: str, ask: Any, until_s: float) -> None:
+    async def _fetch(
+        self, ward: str, ask: Callable[[str], uplink_pb2.HubMessage], until_s: float
+    ) -> None:
         """Has the ward push what it holds of the study, until it holds nothing more of it alone."""
         for _ in range(ROUNDS_MAX):
             answer_s = min(self._settings.ask_deadline_s, until_s - time.monotonic())
@@ -172,7 +174,7 @@ class WardAsking:
         return {uid for uid in uids if is_here(uid)}
 
 
-async def _all(coroutines: Any) -> None:
+async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Runs them at once, and ends all of them when who asked has left."""
     async with asyncio.TaskGroup() as group:
         for coroutine in coroutines:

@@ -83,7 +83,7 @@ class HubChannel:
             assertion=serde.assertion_to(sign(principal, self.identity, self._clock())),
             deadline_s=deadline_s,
         )
-        with _errors_restored():
+        with errors_restored():
             reply = self.stub.Search(request, timeout=deadline_s + HUB_MARGIN_S)
         by_ward: dict[str, list[Match]] = {}
         for match in map(serde.match_from, reply.matches):
@@ -102,7 +102,7 @@ class HubChannel:
             assertion=serde.assertion_to(sign(principal, self.identity, self._clock())),
             deadline_s=deadline_s,
         )
-        with _errors_restored():
+        with errors_restored():
             reply = self.stub.Promote(request, timeout=deadline_s + HUB_MARGIN_S)
         return Promoted(reply.complete, [serde.coverage_from(one) for one in reply.coverage])
 
@@ -117,7 +117,7 @@ class HubChannel:
 
 
 @contextmanager
-def _errors_restored() -> Iterator[None]:
+def errors_restored() -> Iterator[None]:
     """What the other side raised is raised here, as the same class."""
     try:
         yield

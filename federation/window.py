@@ -37,7 +37,7 @@ from certs.identity import Identity
 from federation import serde
 from federation.assertion import sign
 from federation.coverage import CoverageState, WardCoverage
-from federation.hub_channel import DRAIN_S, restored
+from federation.hub_channel import DRAIN_S, errors_restored
 from federation.policy import Principal, Reach, reach_named
 from federation.settings import WindowSettings
 from federation.source import Answer
@@ -119,7 +119,7 @@ class RegionWindow:
                 request = window_pb2.WindowSearchRequest(
                     query=serde.query_to(asked), assertion=question.assertion
                 )
-                with _errors_restored():
+                with errors_restored():
                     answer = _answer(question.stub.Search(request, timeout=SEARCH_S_MAX))
         except MissError as error:
             log.warning("the region does not answer a device's search: %s", error)
@@ -154,7 +154,7 @@ class RegionWindow:
                 sop_instance_uid=sop_instance_uid or "",
                 assertion=question.assertion,
             )
-            with _errors_restored():
+            with errors_restored():
                 pages = question.stub.Instances(request, timeout=INSTANCES_S_MAX)
                 return [_instance(one) for page in pages for one in page.instances]
 
@@ -173,7 +173,7 @@ class RegionWindow:
             )
             file = self._spool(size)
             try:
-                with _errors_restored():
+                with errors_restored():
                     call = question.stub.Fetch(request, timeout=FETCH_S_MIN + size / BYTES_PER_S_MIN)
                     _receive(call, file, size, instance.digest)
                 file.seek(0)
@@ -364,12 +364,3 @@ def _write(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) or 0:]
-
-
-@contextmanager
-def _errors_restored() -> Iterator[None]:
-    """What the hub raised is raised here, as the same class."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise restored(error) from error
