@@ -8,11 +8,11 @@ it out again when it comes back, so every handler must be safe to repeat. What a
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 
 from archive.errors import MissError
 from archive.ledger import Ledger, Order
+from archive.rounds import Rounds
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ Handler = Callable[[Mapping[str, str], str], str]  # detail and who asked -> the
 POLL_S = 0.25
 _RETRY_S = 2.0
 _BATCH = 100
-_STOP_S_MAX = 30.0
 
 
 class OrderDesk:
@@ -30,27 +29,24 @@ class OrderDesk:
     def __init__(self, ledger: Ledger, handlers: Mapping[str, Handler]) -> None:
         self._ledger = ledger
         self._handlers = handlers
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
+        self._rounds = Rounds("orders", self._look, log, retry_s=_RETRY_S, first_s=POLL_S)
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
         """The order under way is finished, if that does not take too long; the others wait in the ledger."""
-        self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join(_STOP_S_MAX)
+        self._rounds.stop()
 
     def work_off(self) -> int:
         """Carry out what waits; how many orders that were."""
         done = 0
-        while not self._stopping.is_set():
+        while not self._rounds.stopping.is_set():
             orders = self._ledger.open_orders(_BATCH)
             if not orders:
                 break
             for order in orders:
-                if self._stopping.is_set():
+                if self._rounds.stopping.is_set():
                     break
                 self._carry_out(order)
                 done += 1
@@ -71,16 +67,7 @@ class OrderDesk:
         self._ledger.finish_order(order.id, ok, answer)
         log.info("order %s by %s: %s", order.kind, order.by, "done" if ok else f"failed: {answer}")
 
-    def _run(self) -> None:
-        wait_s = POLL_S
-        while not self._stopping.wait(wait_s):
-            try:
-                if self._ledger.has_open_orders():
-                    self.work_off()
-                wait_s = POLL_S
-            except MissError as error:
-                log.warning("orders wait, since the ledger does not answer: %s", error)
-                wait_s = _RETRY_S
-            except Exception:
-                log.exception("the order desk met an error that it does not know")
-                wait_s = _RETRY_S
+    def _look(self) -> float:
+        if self._ledger.has_open_orders():
+            self.work_off()
+        return POLL_S

@@ -21,6 +21,7 @@ from archive.ledger import Ledger, StudyCompletion
 from archive.ledger.performed import IN_PROGRESS
 from archive.ledger.worklist import COMPLETED
 from archive.model import IndexEntry
+from archive.rounds import Rounds
 
 if TYPE_CHECKING:
     from archive.archive import Archive
@@ -34,7 +35,6 @@ OPEN_STUDIES_MAX = 100_000  # past them, those that are quiet the longest count 
 REQUESTS_MAX = 1_000        # for commitment, that are not looked at yet; of older ones, quiet will tell
 _TICK_S = 1.0
 _RETRY_S = 5.0
-_STOP_S_MAX = 30.0
 _BATCH = 500
 _MARGIN_US = 3600 * 1_000_000  # how long a data set may take from its first octet until it is in the index
 _FOLLOWED_EVERY_S = 60.0
@@ -76,9 +76,8 @@ class Completion:
         self._asked: deque[Sequence[str]] = deque(maxlen=REQUESTS_MAX)
         self._followed_us = 0
         self._noted_s = 0.0
-        self._wake = threading.Event()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="completion", daemon=True)
+        self._recalled = False
+        self._rounds = Rounds("completion", self._go_round, log, retry_s=_RETRY_S)
 
     def subscribe(self, callback: Callable[[StudyDone], None]) -> None:
         """Have `callback` called, in this part's thread, with every study that is complete. When it raises,
@@ -87,25 +86,22 @@ class Completion:
 
     def start(self) -> None:
         self._archive.watch(self._indexed)
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
-        self._stopping.set()
-        self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(_STOP_S_MAX)
+        self._rounds.stop()
 
     def performed(self, study_uids: Iterable[str]) -> None:
         """A performed step of these studies ended."""
         with self._lock:
             for uid in study_uids:
                 self._at(uid).look = True
-        self._wake.set()
+        self._rounds.wake()
 
     def commitment_asked(self, sop_instance_uids: Sequence[str]) -> None:
         """Somebody asked for the storage commitment of these instances; in any thread, and at once."""
         self._asked.append(sop_instance_uids)
-        self._wake.set()
+        self._rounds.wake()
 
     @property
     def open_studies(self) -> int:
@@ -133,28 +129,14 @@ class Completion:
 
     # The thread
 
-    def _run(self) -> None:
-        wait_s = 0.0
-        recalled = False
-        while True:
-            self._wake.wait(wait_s)
-            self._wake.clear()
-            if self._stopping.is_set():
-                return
-            wait_s = _TICK_S
-            try:
-                if not recalled:
-                    self._recall()
-                    recalled = True
-                self._take_requests()
-                self._look()
-                self._note_followed()
-            except MissError as error:
-                log.warning("which studies are complete is looked at again later: %s", error)
-                wait_s = _RETRY_S
-            except Exception:
-                log.exception("completion met an error that it does not know")
-                wait_s = _RETRY_S
+    def _go_round(self) -> float:
+        if not self._recalled:
+            self._recall()
+            self._recalled = True
+        self._take_requests()
+        self._look()
+        self._note_followed()
+        return _TICK_S
 
     def _recall(self) -> None:
         """What came before the node ended, and was not announced."""
@@ -188,14 +170,21 @@ class Completion:
         """Announce the studies that are complete now."""
         now_s = time.monotonic()
         looked, due = self._candidates(now_s)
-        for some in _portions([*looked, *(uid for uid in due if uid not in looked)]):
-            steps = self._ledger.performed_of(some)
-            for uid in some:
-                if self._stopping.is_set():
-                    return
-                why = self._why(steps.get(uid, ()), uid in looked, due.get(uid, ""), uid, now_s)
-                if why:
-                    self._announce(uid, why)
+        unlooked = set(looked)
+        try:
+            for some in _portions([*looked, *(uid for uid in due if uid not in looked)]):
+                steps = self._ledger.performed_of(some)
+                for uid in some:
+                    if self._rounds.stopping.is_set():
+                        return
+                    why = self._why(steps.get(uid, ()), uid in looked, due.get(uid, ""), uid, now_s)
+                    if why:
+                        self._announce(uid, why)
+                    unlooked.discard(uid)
+        finally:  # ledger or index did not answer: nothing may come that has them looked at again
+            with self._lock:
+                for uid in unlooked & self._open.keys():
+                    self._open[uid].look = True
 
     def _candidates(self, now_s: float) -> tuple[set[str], dict[str, str]]:
         """The studies that a performed step may have completed, and those that time may, with why."""

@@ -4,19 +4,17 @@ answers no query and reads no file itself."""
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from datetime import datetime, timedelta
 
-from archive.errors import MissError
 from archive.ledger import Ledger
+from archive.rounds import Rounds
 from node.worklistfolder import WorklistFolder
 
 log = logging.getLogger(__name__)
 
 PRUNE_EVERY_S = 3600.0
 _RETRY_S = 5.0
-_STOP_S_MAX = 30.0
 _DAY_US = 86_400 * 1_000_000
 
 
@@ -33,16 +31,13 @@ class WorklistKeeper:
         self._keep_days = keep_days
         self._performed_keep_days = performed_keep_days
         self._pruned_s = -PRUNE_EVERY_S
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="worklist", daemon=True)
+        self._rounds = Rounds("worklist", self._look, log, retry_s=max(_RETRY_S, poll_s))
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
-        self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join(_STOP_S_MAX)
+        self._rounds.stop()
 
     def prune(self) -> None:
         """Take off what is past."""
@@ -53,19 +48,10 @@ class WorklistKeeper:
         if steps or performed:
             log.info("%d scheduled and %d performed steps are past, and gone", steps, performed)
 
-    def _run(self) -> None:
-        wait_s = 0.0
-        while not self._stopping.wait(wait_s):
-            wait_s = self._poll_s
-            try:
-                if self._folder is not None:
-                    self._folder.look()
-                if time.monotonic() - self._pruned_s >= PRUNE_EVERY_S:
-                    self.prune()
-                    self._pruned_s = time.monotonic()
-            except MissError as error:
-                log.warning("the worklist is looked after again later: %s", error)
-                wait_s = max(_RETRY_S, self._poll_s)
-            except Exception:
-                log.exception("keeping the worklist met an error that it does not know")
-                wait_s = max(_RETRY_S, self._poll_s)
+    def _look(self) -> float:
+        if self._folder is not None:
+            self._folder.look()
+        if time.monotonic() - self._pruned_s >= PRUNE_EVERY_S:
+            self.prune()
+            self._pruned_s = time.monotonic()
+        return self._poll_s

@@ -6,7 +6,6 @@ durable; a verifier that starts anew hashes nothing twice within a request."""
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from archive.errors import Corrupt, Evicted, MissError, NotFound
 from archive.ledger import Commitment, CommitmentItem, Ledger
 from archive.ledger.commitments import COMMITTED, OPEN, SCP
 from archive.model import Fact, FactKind, Position, Standing
+from archive.rounds import Rounds
 from archive.space.pace import Pace
 from node.commitment.desk import DAY_US, now_us
 from node.dimse.commitments import (
@@ -34,7 +34,6 @@ POLL_S = 1.0
 AGAIN_S = 1.0           # after a pass over a request of which something still waits
 ERROR_S = 5.0
 FORGET_S = 600.0
-_STOP_S_MAX = 30.0
 _DAMAGED = "its bytes no longer match their digest: found by storage commitment"
 
 
@@ -69,41 +68,30 @@ class Verifier:
         self._settled = settled
         self._passes: dict[str, _Pass] = {}
         self._forgot_s = -FORGET_S
-        self._stopping = threading.Event()
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="commitment-verifier", daemon=True)
+        self._pace: Pace | None = None  # of the rounds since it last had nothing to do
+        self._rounds = Rounds("commitment-verifier", self._go_round, log, retry_s=POLL_S)
+        self._stopping = self._rounds.stopping
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
-        self._stopping.set()
-        self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(_STOP_S_MAX)
+        self._rounds.stop()
 
     def wake(self) -> None:
         """There is a new request."""
-        self._wake.set()
+        self._rounds.wake()
 
-    def _run(self) -> None:
-        busy = False
-        while not self._stopping.is_set():
-            if not busy:
-                self._wake.wait(POLL_S)
-                self._wake.clear()
-                pace = Pace(self._bytes_per_s, pressed=self._archive.intake.is_pressed,
-                            stopping=self._stopping)
-            try:
-                busy = self.round(pace)
-                self._forget()
-            except MissError as error:
-                busy = False
-                if not self._stopping.is_set():
-                    log.warning("storage commitment waits: %s", error)
-            except Exception:
-                busy = False
-                log.exception("the verifier of storage commitment met an error that it does not know")
+    def _go_round(self) -> float:
+        pace = self._pace or Pace(self._bytes_per_s, pressed=self._archive.intake.is_pressed,
+                                  stopping=self._stopping)
+        self._pace = None
+        busy = self.round(pace)
+        self._forget()
+        if not busy:
+            return POLL_S
+        self._pace = pace
+        return 0.0
 
     def round(self, pace: Pace) -> bool:
         """One turn for every open request; whether any has more to do at once."""

@@ -128,7 +128,7 @@ def test_a_desk_that_stops_leaves_the_rest_to_the_next(ledger: Ledger) -> None:
     assert began.wait(10)
     stopping = threading.Thread(target=desk.stop)
     stopping.start()
-    wait_for(desk._stopping.is_set, "it is being stopped")
+    wait_for(desk._rounds.stopping.is_set, "it is being stopped")
     go_on.set()
     stopping.join(10)
     assert ledger.order_answer(first) == (True, "slowly") and ledger.order_answer(second) is None

@@ -4,7 +4,8 @@ also after a restart, and at least once to everybody."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,6 +155,26 @@ def test_a_step_in_progress_holds_quiet_back(served: Storing) -> None:
         assert watched.whys(one.study_uid) == []
     with watching(served.archive, served.ledger, quiet_s=0.1, step_timeout_s=0.2) as watched:
         watched.wait(one.study_uid, QUIET)
+
+
+def test_a_ledger_that_does_not_answer_for_a_moment_costs_no_performed_step(
+        served: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, = study(1)
+    served.send(one)
+    performed(served.ledger, one.study_uid, [one.sop_instance_uid])
+    whole, failed = served.ledger.performed_of, threading.Event()
+
+    def failing_once(study_uids: Collection[str]) -> dict[str, list[tuple[str, str]]]:
+        if one.study_uid in study_uids and not failed.is_set():
+            failed.set()
+            raise Unavailable("not now")
+        return whole(study_uids)
+
+    with watching(served.archive, served.ledger) as watched:
+        monkeypatch.setattr(served.ledger, "performed_of", failing_once)
+        watched.completion.performed([one.study_uid])
+        watched.wait(one.study_uid, PERFORMED)
+    assert failed.is_set()
 
 
 def test_one_of_two_steps_is_not_the_study(served: Storing) -> None:
