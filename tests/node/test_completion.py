@@ -161,6 +161,7 @@ def test_a_ledger_that_does_not_answer_for_a_moment_costs_no_performed_step(
         served: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
     one, = study(1)
     served.send(one)
+    served.archive.wait_indexed()
     performed(served.ledger, one.study_uid, [one.sop_instance_uid])
     whole, failed = served.ledger.performed_of, threading.Event()
 
