@@ -15,6 +15,9 @@ from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
 from archive.budget import ByteBudget
+from archive.dataset.elements import WalkLimits, walk
+from archive.dataset.encoding import encoding_of
+from archive.dataset.sources import FileSource, Window
 from archive.errors import CannotUnderstand, MissError, OutOfResources
 from node.dimse.association import Association, Context
 from node.dimse.contexts import EXPLICIT_BIG, IMPLICIT_LITTLE
@@ -24,6 +27,8 @@ from node.dimse.pdu import AbortSource
 IDENTIFIER_BYTES_MAX = 1 << 20
 HELD_BYTES_MAX = 64 << 20  # of what a service is receiving, of all devices together
 COUNTED_FROM_BYTES = 16 << 10  # of each, so that ordinary ones are taken whatever others send
+
+_LIMITS = WalkLimits(nesting_max=32, elements_max=100_000)
 
 T = TypeVar("T")
 
@@ -55,9 +60,17 @@ def received(association: Association, context: Context, bytes_max: int, held: B
 
 
 def read_identifier(octets: bytes, transfer_syntax_uid: str) -> Dataset:
-    """Decode an identifier; whatever pydicom finds wrong with it is CannotUnderstand."""
+    """Decode an identifier. CannotUnderstand for one that ends inside an element, of which pydicom would take
+    what there is and ask for that, and for whatever pydicom finds wrong."""
+    careful(lambda: _require_whole(octets, transfer_syntax_uid))
     implicit, little = transfer_syntax_uid == IMPLICIT_LITTLE, transfer_syntax_uid != EXPLICIT_BIG
     return careful(lambda: read_dataset(BytesIO(octets), implicit, little))
+
+
+def _require_whole(octets: bytes, transfer_syntax_uid: str) -> None:
+    window = Window(FileSource(BytesIO(octets), 0))
+    for _ in walk(window, encoding_of(transfer_syntax_uid, octets[:8]), _LIMITS, strict=True):
+        pass
 
 
 def write_identifier(identifier: Dataset, transfer_syntax_uid: str) -> bytes:

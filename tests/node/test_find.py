@@ -113,6 +113,18 @@ def test_a900(served: Storing, query: Dataset) -> None:
         assert [answer.status for answer, _ in requestor.find(good)] == [0]
 
 
+@pytest.mark.parametrize("syntax", [EXPLICIT_LITTLE, IMPLICIT_LITTLE, EXPLICIT_BIG])
+def test_an_identifier_that_ends_inside_an_element_is_c000(served: Storing, syntax: str) -> None:
+    """Not a search for what there is of its last key."""
+    uid = study(served)
+    query = write_identifier(identifier("STUDY", StudyInstanceUID=uid), syntax)
+    with Requestor.connect(served.peer, "CT1", [ProposedContext(1, STUDY_ROOT_FIND, (syntax,))]) as requestor:
+        for short in (2, len(uid) // 2 * 2 + 2):
+            (answer, octets), = requestor.find(query[:-short])
+            assert (answer.status, octets) == (0xC000, None)
+        assert [answer.status for answer, _ in requestor.find(query)] == [0xFF00, 0]
+
+
 def test_the_offending_element_is_named(served: Storing) -> None:
     """PS3.4 Table C.4-1; the value is not repeated."""
     query = write_identifier(identifier("STUDY", StudyDate="2026*"), EXPLICIT_LITTLE)
