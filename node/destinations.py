@@ -30,7 +30,7 @@ class Destinations:
         if device is None or device.ae_title != ae_title or not device.enabled:
             raise NotFound("no device has this AE title")
         if device.callable_at is None:
-            raise NotFound("nobody said where this device listens: `miss device add ... --port`")
+            raise NotFound("nobody said where this device listens: `miss device add --port`")
         host, port = device.callable_at
         return Peer(host, port, ae_title, self._dialling() if device.transport == "tls" else None)
 

@@ -206,6 +206,14 @@ def test_an_unknown_destination_is_a801(served: Storing) -> None:
             assert mover.end() == (0xA801, (None,) * 4, None)
 
 
+def test_why_a_destination_can_not_be_called_fits_the_comment(served: Storing) -> None:
+    with Mover(served, "CT1") as mover:  # a device of which nobody said where it listens
+        mover.ask("STUDY", StudyInstanceUID="1.2.3")
+        answer, _ = mover.response()
+    comment = answer.elements[messages.ERROR_COMMENT].decode().strip()
+    assert comment == "nobody said where this device listens: `miss device add --port`"
+
+
 def test_nothing_that_matches_is_a_success(served: Storing) -> None:
     with receiver() as peer:
         listed(served, peer)
