@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -25,6 +24,7 @@ import grpc
 import grpc.aio
 
 from archive.archive import Archive
+from archive.backoff import Backoff
 from archive.errors import MissError, Unavailable
 from archive.ledger import DeliveryKey, DeliveryStanding
 from archive.model import ConflictPolicy
@@ -81,7 +81,7 @@ class Taking:
         self._asked_s = 0.0
         self._stub: DeliveriesAsyncStub | None = None
         self._wake = asyncio.Event()
-        self._chance = random.Random()
+        self._backoff = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
 
     def line_up(self, line: grpc.aio.Channel) -> None:
         """The node is attached: what waits is fetched over this channel."""
@@ -121,8 +121,7 @@ class Taking:
                     continue
                 _say("deliveries can't be taken now", error)
                 failures += 1
-                whole_s = min(PAUSE_MAX_S, PAUSE_FIRST_S * 2.0 ** min(failures - 1, 16))
-                await asyncio.sleep(whole_s * (0.5 + self._chance.random() / 2))
+                await asyncio.sleep(self._backoff.pause_s(failures))
                 self._wake.set()
 
     async def _until_told(self) -> None:

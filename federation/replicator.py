@@ -42,6 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from archive.backoff import Backoff
 from archive.model import TOLD, Fact, FactKind, Outcome, PendingInstance
 
 Key = tuple[str, bytes]
@@ -144,7 +145,7 @@ class Replicator:
         self.ward = ward
         self.limits = limits
         self.hold = hold
-        self._chance = chance
+        self._backoff = Backoff(limits.backoff_first_s, limits.backoff_cap_s, chance)
         self._items: dict[Key, _Item] = {}
         self._fresh: list[tuple[Order, int, Key]] = []
         self._needed: list[tuple[Order, int, Key]] = []
@@ -349,7 +350,7 @@ class Replicator:
             times = "" if permanent else f" ({item.tries} times)"
             self._done(item, FactKind.SET_ASIDE, now_us, f"{reason[:REASON_LENGTH_MAX]}{times}")
             return
-        item.not_before_s = now_s + self._pause_s(item.tries)
+        item.not_before_s = now_s + self._backoff.pause_s(item.tries)
         self._queue(item, "fresh")
 
     def _done(self, item: _Item, kind: FactKind, at_us: int, detail: str) -> None:
@@ -391,12 +392,7 @@ class Replicator:
 
     def _back_off(self, now_s: float) -> None:
         self._failures += 1
-        self._line_at_s = max(self._line_at_s, now_s + self._pause_s(self._failures))
-
-    def _pause_s(self, failures: int) -> float:
-        """Exponential, and between half of it and all of it by chance."""
-        whole = min(self.limits.backoff_cap_s, self.limits.backoff_first_s * 2.0 ** min(failures - 1, 32))
-        return whole * (0.5 + self._chance.random() / 2)
+        self._line_at_s = max(self._line_at_s, now_s + self._backoff.pause_s(self._failures))
 
     def _wakes_at(self, now_s: float) -> float | None:
         times = [self._later[0][0]] if self._later else []

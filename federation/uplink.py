@@ -26,6 +26,7 @@ import grpc
 import grpc.aio
 
 from archive.archive import Archive
+from archive.backoff import Backoff
 from archive.errors import MissError, SettingsError, Unavailable
 from archive.ledger import DeliveryStanding
 from certs.authority import clock_us
@@ -100,6 +101,7 @@ class Uplink:
         self._on_standings = on_standings
         self._line: grpc.aio.Channel | None = None
         self._chance = random.Random()
+        self._backoff = Backoff(settings.backoff_first_s, settings.backoff_cap_s, self._chance)
         self._epoch = b""
         self._hub_ahead_us = 0
         self._reported: Report | None = None
@@ -278,7 +280,7 @@ class Uplink:
             # An attach that did not last counts as a failure too: two nodes with one identity, a hub that
             # falls over.
             failures = 1 if time.monotonic() - begun_s >= LASTING_S else failures + 1
-            await asyncio.sleep(self._pause_s(failures))
+            await asyncio.sleep(self._backoff.pause_s(failures))
 
     async def _attach(self, address: str) -> None:
         """One attach, from hello to its end."""
@@ -484,10 +486,6 @@ class Uplink:
             return self.settings.hub_address
         addresses = self._identity.hub_addresses
         return addresses[attempt % len(addresses)] if addresses else ""
-
-    def _pause_s(self, failures: int) -> float:
-        whole = min(self.settings.backoff_cap_s, self.settings.backoff_first_s * 2.0 ** min(failures - 1, 32))
-        return whole * (0.5 + self._chance.random() / 2)
 
     def _log_failure(self, address: str, error: BaseException) -> str:
         """Says why, loudly when it is news; returns it in words."""

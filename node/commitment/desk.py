@@ -4,15 +4,14 @@ each report one who sends it at a time. It never verifies and never dials."""
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
+from archive.backoff import Backoff
 from archive.errors import MissError, NotFound
 from archive.ledger import Commitment, Ledger
 from archive.ledger.commitments import ANSWERING, DONE, GIVEN_UP, SCP
@@ -31,20 +30,6 @@ OnRequest = Callable[[Sequence[str]], None]  # the SOP instance UIDs of a reques
 
 def now_us() -> int:
     return time.time_ns() // 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """When what failed is tried again: twice as late each time, and between half of it and all of it by
-    chance, so that what failed together does not come together."""
-
-    first_s: float
-    longest_s: float
-
-    def next_us(self, tries: int) -> int:
-        """After `tries` tries have failed, at least one."""
-        whole_s = min(self.longest_s, self.first_s * 2.0 ** min(tries - 1, 32))
-        return now_us() + int(whole_s * (0.5 + random.random() / 2) * 1e6)
 
 
 class CommitmentDesk:
@@ -169,7 +154,7 @@ class CommitmentDesk:
         if now_us() - one.settled_us > self._settings.report_days * DAY_US:
             self._end(one, GIVEN_UP, error)
         else:
-            self._ledger.note_failed_try(one.id, error, self._backoff.next_us(one.tries + 1))
+            self._ledger.note_failed_try(one.id, error, now_us() + self._backoff.pause_us(one.tries + 1))
 
     def _end(self, one: Commitment, state: str, error: str) -> None:
         self._ledger.end_commitment(one.id, state, error)

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from archive.backoff import Backoff
 from archive.budget import ByteBudget
 from archive.errors import InvalidInput, MissError, NotFound, TooLarge
 from archive.ledger import Commitment, Ledger
 from archive.ledger.commitments import ANSWERING, COMMITTED, DONE, GIVEN_UP, OPEN, SCU
 from archive.model import StoredInstance
 from node.commitment.couriers import Couriers
-from node.commitment.desk import DAY_US, Backoff, now_us
+from node.commitment.desk import DAY_US, now_us
 from node.commitment.reporter import PROPOSED
 from node.destinations import Destinations
 from node.dimse.association import Context, Limits
@@ -209,6 +210,6 @@ class CommitmentScu:
         if now_us() - one.asked_us > self._settings.report_days * DAY_US:
             self._ledger.end_commitment(one.id, GIVEN_UP, error)
         else:
-            self._ledger.note_failed_try(one.id, error, self._backoff.next_us(one.tries + 1))
+            self._ledger.note_failed_try(one.id, error, now_us() + self._backoff.pause_us(one.tries + 1))
 
 

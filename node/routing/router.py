@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
+from archive.backoff import Backoff
 from archive.errors import MissError
 from archive.ledger import Destination, DestinationState, Routed, RouteState, Settlement
 from node.routing.hours import Hours
@@ -139,7 +140,7 @@ class Router:
         self._sender = sender
         self._clock = clock
         self._limits = limits
-        self._chance = chance
+        self._backoff = Backoff(limits.backoff_first_s, limits.backoff_cap_s, chance)
         self._hours: Mapping[str, Hours] = {}
         self._lanes: dict[Destination, _Lane] = {}
 
@@ -250,7 +251,7 @@ class Router:
             return
         turn.changed.append(replace(
             row, state=RouteState.WAITING, tries=tries, status=status, comment=words, transaction_uid="",
-            next_try_us=self._clock() + self._pause_us(tries)))  # fmt: skip
+            next_try_us=self._clock() + self._backoff.pause_us(tries)))  # fmt: skip
 
     def _set_aside(self, turn: _Turn, row: Routed, status: int, words: str) -> None:
         turn.told.add(row.key)
@@ -296,7 +297,7 @@ class Router:
                 else:
                     turn.changed.append(replace(row, next_try_us=later_us))
         except MissError as error:
-            pause_us = self._pause_us(1)
+            pause_us = self._backoff.pause_us(1)
             turn.changed += [replace(row, next_try_us=now_us + pause_us) for row in unasked]
             return error
         return None
@@ -306,7 +307,7 @@ class Router:
     def _rest(self, to: Destination, lane: _Lane, words: str, *, progress: bool) -> None:
         lane.failures, lane.error = 1 if progress else lane.failures + 1, words
         lane.since_us = self._clock()
-        lane.resume_us = lane.since_us + self._pause_us(lane.failures)
+        lane.resume_us = lane.since_us + self._backoff.pause_us(lane.failures)
         lane.shown_failing = True
         level = logging.WARNING if lane.failures == 1 else logging.DEBUG
         log.log(level, "%s: %s; trying again", to, words)
@@ -326,11 +327,6 @@ class Router:
             lane.resume_us = 0
         elif next_us is not None:
             lane.resume_us = min(lane.resume_us, next_us)
-
-    def _pause_us(self, failures: int) -> int:
-        limits = self._limits
-        whole_s = min(limits.backoff_cap_s, limits.backoff_first_s * 2.0 ** min(failures - 1, 32))
-        return int(whole_s * (0.5 + self._chance.random() / 2) * 1e6)
 
     def _lane(self, to: Destination) -> _Lane:
         return self._lanes.setdefault(to, _Lane())
