@@ -72,7 +72,7 @@ def failed(
     for row in rows:
         again = "given up" if row.done_us else when(row.due_us)
         grid.add_row(row.key.from_ward, row.key.to_ward, row.key.sop_instance_uid, str(row.tries), again,
-                     Text(row.reason))
+                     row.reason)
     out.print(grid)
 
 
@@ -100,7 +100,7 @@ def standing_table(standings: Sequence[DeliveryStanding], *, title: str = "") ->
     for one in standings:
         age = duration(time.time() - one.oldest_us / 1e6) if one.oldest_us else "-"
         grid.add_row(one.from_ward, one.to_ward, str(one.waiting), str(one.awaited), age, str(one.delivered),
-                     Text(str(one.failed), "red" if one.failed else ""), Text(one.reason))
+                     Text(str(one.failed), "red" if one.failed else ""), one.reason)
     return grid
 
 

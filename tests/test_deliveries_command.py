@@ -23,13 +23,14 @@ def test_what_failed_is_shown_and_tried_again(tmp_path: Path) -> None:
             ledger.add_ward(Ward(ward, "Hospital", "Ward", "ISSUER"))
         ledger.order_deliveries([Delivery(key, "ISSUER", "CT1", 10, 1) for key in keys], 1)
         ledger.ready_deliveries(keys[:2], 2)
-        ledger.refuse_delivery(keys[0], "it does not take from this one", 3, permanent=True)
+        ledger.refuse_delivery(keys[0], "it does not\x1b[2J take from this one", 3, permanent=True)
 
     shown = json.loads(miss("deliveries", "ls", "--json", "--state", region).stdout)
     assert [(one["from_ward"], one["to_ward"], one["awaited"], one["ready"], one["failed"])
             for one in shown] == [(MARTINO, GALLIERA, 1, 1, 1)]  # fmt: skip
     listed = miss("deliveries", "failed", "--state", region).stdout
     assert "1.2.0" in listed and "1.2.1" not in listed and "given up" in listed
+    assert r"it does not\x1b[2J take" in listed and "\x1b" not in listed  # another ward's words
 
     wrong = miss("deliveries", "retry", "--to", "no/ward", "--state", region)
     assert wrong.returncode != 0 and "no/ward" in wrong.stderr
