@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from archive.folding import first_moment
 from archive.model import Fields, Match
+from archive.offsets import OFFSETS, is_offset, minutes_of, moved
 from archive.predicates import AnyOf, Between, Moment, OneOf, Predicate, Zoned
-from archive.zones import OFFSETS, is_offset, minutes_of, moved
 
 OFFSET = "TimezoneOffsetFromUTC"
 ADJUSTED = {

@@ -24,7 +24,7 @@ from archive.model import (
     SeriesHolding,
     require_uid,
 )
-from archive.zones import is_offset
+from archive.offsets import is_offset
 from federation.assertion import Assertion
 from federation.coverage import CoverageState, Report, WardCoverage, WardStatus
 from federation.replicator import Received, Refused

@@ -15,7 +15,7 @@ from archive.dataset.answers import Answers
 from archive.dataset.questions import Model, Question, read_question
 from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
 from archive.model import Query, Rules
-from archive.zones import is_offset
+from archive.offsets import is_offset
 from federation.policy import Act, Principal, Reach, require
 from node.dimse.association import Context
 from node.dimse.contexts import (
@@ -151,10 +151,11 @@ class Find:
     @contextmanager
     def _matches(self, query: Query, principal: Principal, caller: Caller) -> Iterator[Widened]:
         """The matches, held while they are sent: peers that ask and do not read must not fill the memory."""
+        self.archive.wait_indexed()  # before its turn: all that come meanwhile wait for the same batch
         if not self.searching.acquire(timeout=SEARCH_WAIT_S):
             raise OutOfResources("too many searches at once")
         try:
-            found = Widened(self.archive.search(query))
+            found = Widened(self.archive.index.search(query))
         finally:
             self.searching.release()
         if self.window is not None and principal.reach is Reach.REGION:
