@@ -25,9 +25,11 @@ from protos import delivery_pb2, uplink_pb2
 log = logging.getLogger(__name__)
 
 NEXT_MAX = 256
+PAGES_MAX = 8  # of what is given up, before one question is answered
 GROUP_BYTES_MAX = 1 << 20
 GROUP_OBJECTS_MAX = 128
 REFUSAL_CHARS_MAX = 200
+NOT_LET = "the region does not let the one deliver to the other any more"
 
 
 class DeliveryDesk:
@@ -82,8 +84,18 @@ class DeliveryDesk:
         return bool(self._ledger.awaited_deliveries(1))
 
     def next(self, ward: str, limit: int) -> list[Delivery]:
-        """What the ward may fetch now."""
-        return self._ledger.next_deliveries(ward, self._clock(), min(limit, NEXT_MAX))
+        """What the ward may fetch now. What the region let be ordered and lets be delivered no more is given up,
+        some pages of it at once."""
+        allowed: list[Delivery] = []
+        for _ in range(PAGES_MAX):
+            found = self._ledger.next_deliveries(ward, self._clock(), min(limit, NEXT_MAX))
+            allowed = [one for one in found if self._allows(one)]
+            for one in found:
+                if not self._allows(one):
+                    self._refuse(one.key, NOT_LET, permanent=True)
+            if allowed or not found:
+                break
+        return allowed
 
     def messages(self, ward: str, keys: Sequence[DeliveryKey]) -> Iterator[uplink_pb2.PushRequest]:
         """What the ward may fetch of these, as messages of a push stream: small ones in groups, large ones in
@@ -91,7 +103,7 @@ class DeliveryDesk:
         does the stream."""
         group = uplink_pb2.PushGroup()
         size = 0
-        for delivery in self._ledger.ready_of(keys[:NEXT_MAX]):
+        for delivery in filter(self._allows, self._ledger.ready_of(keys[:NEXT_MAX])):
             content = self._content(delivery)
             if content is None:
                 continue
@@ -138,6 +150,10 @@ class DeliveryDesk:
     def standings(self, ward: str) -> list[DeliveryStanding]:
         """How the deliveries from and to a ward stand."""
         return self._ledger.delivery_standings(self._clock(), ward)
+
+    def _allows(self, delivery: Delivery) -> bool:
+        """By the pairs of today: an order may be older than they are."""
+        return self._grants.allows(delivery.key.from_ward, delivery.key.to_ward)
 
     def _make_ready(self, keys: Sequence[DeliveryKey]) -> bool:
         held = [key for key in keys if self._is_held(key)]

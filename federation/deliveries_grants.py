@@ -32,10 +32,14 @@ class DeliveryGrants:
             pairs.add((source, target))
         return cls(frozenset(pairs))
 
+    def allows(self, from_ward: str, to_ward: str) -> bool:
+        """Whether the one may hand over to the other."""
+        asked = {(source, target) for source in (from_ward, EVERY) for target in (to_ward, EVERY)}
+        return bool(asked & self.pairs)
+
     def require(self, from_ward: str, to_ward: str) -> None:
         """Raises Forbidden unless the one may hand over to the other."""
-        asked = {(source, target) for source in (from_ward, EVERY) for target in (to_ward, EVERY)}
-        if not asked & self.pairs:
+        if not self.allows(from_ward, to_ward):
             raise Forbidden(f"the region does not let {from_ward} deliver to {to_ward}")
 
 

@@ -16,6 +16,7 @@ from archive.ledger import deliveries as book
 from archive.model import Level, Location, Query, StoredInstance
 from federation import deliveries_service
 from federation.deliveries import Deliveries
+from federation.deliveries_desk import NOT_LET, DeliveryDesk
 from federation.deliveries_grants import Accepted, DeliveryGrants, origin_device, origin_ward
 from federation.hub import Hub
 from federation.settings import DeliverySettings
@@ -255,6 +256,30 @@ def test_who_may_deliver_to_whom(region: Region, sender: Node, taker: Node, hub:
         with pytest.raises(Forbidden):
             deliveries(sender).send(GALLIERA, stored(sender, instances))
         assert region.ledger.delivery_standings(0) == []
+    finally:
+        current.stop()
+
+
+def test_what_was_ordered_is_not_delivered_once_the_region_does_not_let_it(
+    region: Region, sender: Node, taker: Node, hub: Hub
+) -> None:
+    instances = batch(3)
+    attached(sender).take(instances)
+    deliveries(sender).send(GALLIERA, stored(sender, instances))
+    wait_for(lambda: standing(region).ready == 3, "the region holds all")
+    keys = [one.key for one in region.ledger.next_deliveries(GALLIERA, 0)]
+    hub.stop(grace_s=0)
+    with open_archive(hub.settings.state, outbox=False, read_only=True) as held:
+        for pairs, messages in (["* > *"], 1), ([], 0):  # also of who asks for them by name
+            desk = DeliveryDesk(held, region.ledger, DeliveryGrants.of(pairs), lambda: 0)
+            assert len(list(desk.messages(GALLIERA, keys))) == messages
+    current = Hub(replace(hub.settings, deliveries=(f"{GALLIERA} > *",)))
+    current.start()
+    try:
+        attached(taker)
+        wait_for(lambda: standing(region).failed == 3, "they are given up")
+        assert standing(region).reason == NOT_LET
+        assert taker.archive is not None and taker.archive.index.totals().instances == 0
     finally:
         current.stop()
 
