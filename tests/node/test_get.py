@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import build_context
@@ -169,6 +170,18 @@ def test_all_that_is_stored_can_be_had_natively(served: Storing, target: str) ->
         got = getter.received[one.sop_instance_uid].read()
         assert (got.pixel_array == one.read().pixel_array).all(), one.transfer_syntax_uid
         assert got.PatientName == one.read().PatientName
+
+
+def test_a_list_that_is_too_long_for_its_vr(served: Storing) -> None:
+    """Past 64 KiB a UI of explicit VR is told as UN (PS3.5 6.2.2)."""
+    sent = series(3)
+    served.send(*sent)
+    others = [str(generate_uid()) for _ in range(1500)]
+    with Getter(served, (CT, (EXPLICIT,))) as getter:
+        getter.ask("IMAGE", StudyInstanceUID=sent[0].study_uid, SeriesInstanceUID=sent[0].series_uid,
+                   SOPInstanceUID=[*others, *(one.sop_instance_uid for one in sent[1:])])
+        assert getter.end() == (0, (None, 2, 0, 0), [])
+    assert set(getter.received) == {one.sop_instance_uid for one in sent[1:]}
 
 
 def test_an_identifier_that_does_not_fit_is_a900(served: Storing) -> None:

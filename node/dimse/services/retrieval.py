@@ -22,6 +22,7 @@ from node.dimse.contexts import (
     STUDY_ROOT_GET,
     STUDY_ROOT_MOVE,
 )
+from node.dimse.errors import AssociationEnded
 from node.dimse.exchange import Caller
 from node.dimse.identifiers import careful, read_identifier
 from node.dimse.payloads import Fetcher
@@ -93,6 +94,8 @@ def _wanted(identifier: Dataset, levels: Sequence[Level]) -> Wanted:
 def _values(identifier: Dataset, level: Level, *, lowest: bool) -> tuple[str, ...]:
     keyword = UNIQUE_KEY[level]
     value = identifier.get(keyword)
+    if isinstance(value, bytes):  # a list that is too long for its VR is told as UN (PS3.5 6.2.2)
+        value = value.decode("ascii", "replace").rstrip(" \0").split("\\")
     several = list(value) if isinstance(value, MultiValue | list) else [value]
     values = tuple(dict.fromkeys(text for each in several if each and (text := str(each).strip())))
     if not values:
@@ -139,6 +142,8 @@ class Selection:
                     found.setdefault(each.head.sop_instance_uid, each)
                 if len(found) > INSTANCES_MAX:
                     raise CannotCount(f"more than {INSTANCES_MAX} instances: ask for fewer at once")
+        except AssociationEnded:  # what `given_up` found
+            raise
         except (OutOfResources, Unavailable) as error:
             raise CannotCount(str(error)) from None
         return list(found.values())
