@@ -150,6 +150,12 @@ class Association:
         """What is still to come of the PDU under way, for `await_close`."""
         return self._pdu_left
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a request that came while another was served is to be served next: nothing more need come
+        for `receive` to return."""
+        return bool(self._waiting)
+
     # --- receiving
 
     def receive(self) -> tuple[Context, Command]:

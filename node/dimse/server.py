@@ -183,7 +183,7 @@ class DimseServer:
                 continue
             if exchange.owed and not exchange.reads_on():
                 ended = _problem(exchange.settle)
-            if ended is None and not (exchange.owed or wire.held):
+            if ended is None and not (exchange.owed or wire.held or exchange.association.keeps):
                 # The first message is this thread's too: an echo waits for no disk that the pump waits for.
                 stays = connection.is_new or wire.bytes_in - received > PARTIAL_BYTES_MAX
                 connection.is_new = False

@@ -11,13 +11,22 @@ import pytest
 from archive.budget import ByteBudget
 from archive.ledger import Device
 from node.dimse import messages, pdu
-from node.dimse.contexts import IMPLICIT_LITTLE, PERFORMED_STEP, STUDY_ROOT_GET, STUDY_ROOT_MOVE, ServiceName
+from node.dimse.contexts import (
+    IMPLICIT_LITTLE,
+    PERFORMED_STEP,
+    STUDY_ROOT_FIND,
+    STUDY_ROOT_GET,
+    STUDY_ROOT_MOVE,
+    VERIFICATION,
+    ServiceName,
+)
 from node.dimse.exchange import Service
 from node.dimse.identifiers import COUNTED_FROM_BYTES
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import UIDS_MAX
+from tests.datasets import make_instance
 from tests.node.serving import AE_TITLE, Raw, data, serving
 from tests.node.storing import Storing, storing
 from tests.waiting import wait_for
@@ -103,3 +112,28 @@ def test_large_requests_share_their_memory(tmp_path: Path) -> None:
             first.send(data(1, 2, b""))
             assert status(first) == 0x0120
         assert steps.receiving.taken_bytes == 0
+
+
+@pytest.mark.parametrize("window", [None, (4, 4)])
+@pytest.mark.parametrize(("field", "sop_class"), [(Field.C_FIND, STUDY_ROOT_FIND), *RETRIEVES])
+def test_what_is_asked_during_a_retrieve_is_answered_after_it(
+        served: Storing, field: Field, sop_class: str, window: tuple[int, int] | None) -> None:
+    """With nothing more to come from the peer, which the pump would wake up for."""
+    served.send(make_instance(study_uid="1.2.3", rows=0))
+    contexts = (ProposedContext(1, sop_class, (IMPLICIT_LITTLE,)),
+                ProposedContext(3, VERIFICATION, (IMPLICIT_LITTLE,)))
+    with Raw(served.port) as raw:
+        raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1", contexts, 65_536, asynchronous_window=window))
+        identifier = implicit(LEVEL, b"STUDY") + implicit(STUDY, b"1.2.3")
+        raw.send(asked(field, sop_class, identifier) + data(3, 3, messages.echo_request(2)))
+        while raw.receive()[1][4] != 3:
+            pass  # what the first one is answered, its data sets too
+
+
+@pytest.mark.parametrize(("field", "sop_class"), RETRIEVES)
+def test_who_releases_while_its_retrieve_is_counted_is_released(served: Storing, field: Field,
+                                                                sop_class: str) -> None:
+    identifier = implicit(LEVEL, b"STUDY") + implicit(STUDY, uids(UIDS_MAX))
+    with associated(served.port, sop_class) as raw:
+        raw.send(asked(field, sop_class, identifier) + pdu.RELEASE_RQ_OCTETS)
+        assert raw.receive()[0] == pdu.PduType.RELEASE_RP
