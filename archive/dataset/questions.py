@@ -3,7 +3,7 @@ there (C.6), and what of it is not supported. It matches nothing.
 
 Where relational queries were not agreed on, a question names one entity of each level above its own by the
 unique key, and asks nothing else of them (C.4.1.2.1). A Patient ID beside a Study Instance UID passes: many a
-workstation sends it.
+workstation sends it. So does the issuer of a Patient ID.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ OF_STUDY_TOO = frozenset({"Modality", "SOPClassUID"})
 # What a request carries beside its keys (PS3.4 C.4.1.1.3.1).
 _NOT_KEYS = frozenset({"QueryRetrieveLevel", "SpecificCharacterSet"})
 _ZONE = "TimezoneOffsetFromUTC"  # of the keys, and never matched on
+_ISSUER = "IssuerOfPatientID"  # says which patient of a Patient ID is meant, so it goes with that (C.6.1.1.2)
 _NOT_RETURNED = frozenset({"RetrieveURL"})  # it is QIDO's
 
 
@@ -158,11 +159,11 @@ def _require_hierarchy(level: Level, keys: Mapping[str, str], model: Model) -> N
             raise InvalidQuery(f"a query at this level names one {UNIQUE[higher]}", UNIQUE[higher])
     if not above:
         return  # the top of Study Root holds the patient's keys too (C.6.2.1)
-    uniques = set(UNIQUE.values())
+    names = {*UNIQUE.values(), _ISSUER}
     for keyword in keys:
         entry = BY_KEYWORD.get(keyword)
         own = entry.level if entry is not None else COMPUTED[keyword]
-        if ORDER.index(own) < ORDER.index(level) and keyword not in uniques:
+        if ORDER.index(own) < ORDER.index(level) and keyword not in names:
             raise InvalidQuery(f"{keyword} is no key of the {level.value} level", keyword)
 
 

@@ -17,7 +17,7 @@ from node.dimse.contexts import PATIENT_ROOT_FIND, PATIENT_STUDY_ONLY_FIND, STUD
 from tests.datasets import make_instance
 from tests.node.finding import find, identifier, study
 from tests.node.serving import AE_TITLE
-from tests.node.storing import Storing, storing
+from tests.node.storing import ISSUER, Storing, storing
 from tests.peers import dcmtk
 
 MODELS = {"-P": PATIENT_ROOT_FIND, "-S": STUDY_ROOT_FIND, "-O": PATIENT_STUDY_ONLY_FIND}
@@ -50,6 +50,15 @@ def findscu(served: Storing, folder: Path, model: str, *keys: str) -> list[Datas
                           timeout=20, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     return [dcmread(path, force=True) for path in sorted(folder.glob("rsp*.dcm"))]
+
+
+@pytest.mark.parametrize(("issuer", "studies"), [(ISSUER, 2), ("ELSEWHERE", 0)])
+def test_the_issuer_goes_with_a_patient_id(served: Storing, issuer: str, studies: int) -> None:
+    """Below the patient too: it says which patient of that ID is meant (PS3.4 C.6.1.1.2)."""
+    query = identifier("STUDY", PatientID="P1", IssuerOfPatientID=issuer, StudyInstanceUID="")
+    statuses, found = find(served, query, root=PATIENT_ROOT_FIND)
+    assert statuses == [0xFF00] * studies + [0]
+    assert {one.IssuerOfPatientID for one in found} <= {ISSUER}
 
 
 @pytest.mark.parametrize(
