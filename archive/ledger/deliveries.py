@@ -53,6 +53,7 @@ class DeliveryState(StrEnum):
 
 
 OPEN = (DeliveryState.AWAITED, DeliveryState.READY)
+NOT_DELIVERED = (*OPEN, DeliveryState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class DeliveryBook(Subject):
             self._database.write(lambda connection: _change(
                 connection, keys,
                 {"state": DeliveryState.DELIVERED.value, "done_us": now_us, "reason": ""},
-                only=(*OPEN, DeliveryState.FAILED),
+                only=NOT_DELIVERED,
             ))  # fmt: skip
 
     def refuse_delivery(self, key: DeliveryKey, reason: str, now_us: int, *, permanent: bool) -> None:
@@ -271,8 +272,9 @@ class DeliveryBook(Subject):
         query = (
             select(*pair, *counts, func.min(case((is_open, delivery.c.ordered_us))))
             .where(or_(
-                delivery.c.state != DeliveryState.DELIVERED.value, delivery.c.done_us > now_us - DAY_US
-            ))
+                delivery.c.state.in_([state.value for state in NOT_DELIVERED]),
+                and_(delivery.c.state == DeliveryState.DELIVERED.value, delivery.c.done_us > now_us - DAY_US),
+            ))  # by the index of states: most rows were delivered in the days before
             .group_by(*pair)
             .order_by(*pair)
         )  # fmt: skip
@@ -286,6 +288,7 @@ class DeliveryBook(Subject):
                 reason = connection.execute(
                     select(delivery.c.reason)
                     .where(delivery.c.to_ward == to_ward, delivery.c.from_ward == from_ward,
+                           delivery.c.state.in_([state.value for state in NOT_DELIVERED]),
                            delivery.c.reason != "")
                     .order_by(delivery.c.done_us.desc(), delivery.c.due_us.desc())
                     .limit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import Engine, event
 
 from archive.database import sqlite_url
 from archive.errors import InvalidInput, OutOfResources
@@ -299,6 +301,33 @@ def test_orders_are_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> 
         ledger.order_deliveries([ordered(keys[0]), ordered(replace(keys[1], to_ward="c/x"))], 1)
     with pytest.raises(InvalidInput):
         ledger.order_deliveries([ordered(KEY)] * (book.ORDER_MAX + 1), 1)
+
+
+def test_what_is_asked_again_and_again_reads_nothing_that_was_delivered_long_ago(tmp_path: Path) -> None:
+    """A region keeps what was delivered for a month, and each of its wards asks every few seconds."""
+    url = sqlite_url(tmp_path / "ledger.db")
+    ledger = Ledger.open(url)
+    asked: list[tuple[str, tuple[object, ...]]] = []
+
+    def note(connection: object, cursor: object, statement: str, parameters: tuple[object, ...],
+             *_: object) -> None:
+        asked.append((statement, parameters))
+
+    key = DeliveryKey(WARDS[0], WARDS[1], *CONTENTS[0])
+    ledger.order_deliveries([ordered(key)], SECOND)
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        ledger.delivery_standings(SECOND, WARDS[0])
+        ledger.wards_with_deliveries(SECOND)
+        ledger.next_deliveries(WARDS[1], SECOND)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    ledger.close()
+    plans = [row[3] for statement, parameters in asked if statement.startswith("SELECT")
+             for row in sqlite3.connect(tmp_path / "ledger.db").execute(
+                 f"EXPLAIN QUERY PLAN {statement}", parameters)]
+    reads = [plan for plan in plans if " delivery" in plan]
+    assert len(reads) >= 4 and all("state=?" in plan for plan in reads), reads
 
 
 def test_what_a_node_was_told_takes_the_place_of_what_it_knew(ledger: Ledger) -> None:
