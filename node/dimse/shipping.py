@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW_MAX = 3  # associations that end before one object was answered: then the peer is given up
 EXPECTED_AHEAD = 2         # objects that are told that they come next
-NOT_TAKEN = "the peer takes neither its SOP class and syntax, nor one it can be recoded to"
+NOT_TAKEN = "neither its syntax nor one it can be recoded to is taken"  # an Error Comment has 64 characters
 
 
 class Parcel(Protocol):

@@ -152,6 +152,7 @@ def test_what_it_does_not_take_is_recoded_or_fails(served: Storing) -> None:
     with receiver(takes=takes) as peer:
         forwarder(served, peer).send("OTHER", stored(served.archive, ct, mr, cr), outcomes)
     assert outcomes.statuses == {ct.sop_instance_uid: 0, mr.sop_instance_uid: 0x0122, cr.sop_instance_uid: 0}
+    assert len(outcomes.comments[mr.sop_instance_uid]) <= 64  # as much as an Error Comment (LO) says
     assert peer.received[ct.sop_instance_uid].dataset == ct.dataset
     got = peer.received[cr.sop_instance_uid]
     assert got.transfer_syntax_uid == IMPLICIT
