@@ -84,8 +84,8 @@ class DeliveryDesk:
         return bool(self._ledger.awaited_deliveries(1))
 
     def next(self, ward: str, limit: int) -> list[Delivery]:
-        """What the ward may fetch now. What the region let be ordered and no longer lets be delivered is given
-        up, some pages of it at once."""
+        """What the ward may fetch now. What the region no longer lets be delivered is given up, some pages of
+        it at once."""
         allowed: list[Delivery] = []
         for _ in range(PAGES_MAX):
             found = self._ledger.next_deliveries(ward, self._clock(), min(limit, NEXT_MAX))

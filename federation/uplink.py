@@ -103,7 +103,7 @@ class Uplink:
         self._chance = random.Random()
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_cap_s, self._chance)
         self._epoch = b""
-        self._hub_ahead_us = 0
+        self._welcomed: tuple[int, float] | None = None  # the hub's clock, and ours that is never set
         self._reported: Report | None = None
         self._rate = _Rate()
         self._thread: threading.Thread | None = None
@@ -190,8 +190,12 @@ class Uplink:
         return self._identity
 
     def hub_clock_us(self) -> int:
-        """The hub's time, as far as it is known here."""
-        return self._clock() + self._hub_ahead_us
+        """The hub's time, as far as it is known here, whatever this machine's clock is set to meanwhile: else
+        its devices' questions, and the region's to it, would seem expired until the next attach."""
+        if self._welcomed is None:
+            return self._clock()
+        hub_us, at_s = self._welcomed
+        return hub_us + int((time.monotonic() - at_s) * 1e6)
 
     def _run(self) -> None:
         try:
@@ -318,7 +322,7 @@ class Uplink:
     def _begin(
         self, address: str, welcome: uplink_pb2.Welcome, stub: UplinkAsyncStub, line: grpc.aio.Channel
     ) -> None:
-        self._hub_ahead_us = welcome.clock_us - self._clock()
+        self._welcomed = welcome.clock_us, time.monotonic()
         self._status = UplinkStatus(True, address, self._clock(), "", 0.0)
         log.info("attached to the hub at %s (version %s)", address, welcome.version)
         self._report_now.set()

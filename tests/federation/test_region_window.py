@@ -404,6 +404,23 @@ def test_a_renewed_certificate_is_used_from_the_next_question_on(
     assert windows[0].search(device(mine), ALL).covered
 
 
+def test_a_ward_whose_clock_is_set_asks_and_answers_as_before(
+    nodes: list[Node], windows: list[RegionWindow], region: Region
+) -> None:
+    mine, theirs = nodes
+    theirs.leave()
+    theirs.take(study("1.2.7", 1))
+    theirs.start(hold=True)
+    wait_for(lambda: theirs.reported(region).attached and theirs.reported(region).pending == 1,
+             "the hub knows of what it holds back")
+    assert mine.uplink is not None and theirs.uplink is not None
+    mine.uplink._clock = lambda: now_us() - 3600 * 1_000_000
+    theirs.uplink._clock = lambda: now_us() + 3600 * 1_000_000
+    answer = windows[0].search(device(mine), ALL)
+    assert uids(answer.matches) == {"1.2.7": 1}
+    assert answer.covered
+
+
 # --- joining
 
 
