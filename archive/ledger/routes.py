@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Column, Connection, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from archive.database import storable
 from archive.ledger.tables import (
@@ -190,9 +202,12 @@ class Routes(Subject):
 
         self._database.write(work)
 
-    def complete_studies(self, limit: int) -> list[CompleteStudy]:
-        """The oldest first."""
-        query = select(route_study).order_by(route_study.c.at_us, route_study.c.study_uid).limit(limit)
+    def complete_studies(self, limit: int, after: CompleteStudy | None = None) -> list[CompleteStudy]:
+        """The oldest first, those behind `after`."""
+        order = (route_study.c.at_us, route_study.c.study_uid)
+        query = select(route_study).order_by(*order).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(*order) > tuple_(literal(after.at_us), literal(after.study_uid)))
         rows = self._database.read(lambda c: c.execute(query).fetchall())
         return [CompleteStudy(row.study_uid, row.why, row.at_us) for row in rows]
 

@@ -45,6 +45,8 @@ class Following:
         self._written_us = 0
         self._seen: tuple[bytes, Position] | None = None
         self._full: dict[str, frozenset[Destination]] = {}  # by complete study: who had no room for it
+        self._no_room: set[Destination] = set()  # in a page of complete studies: counting takes milliseconds
+        self._behind: CompleteStudy | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -93,13 +95,17 @@ class Following:
         return more
 
     def complete(self) -> bool:
-        """Look at studies that are complete. Whether there are more."""
+        """Look at a page of the studies that are complete, those behind the page before: some wait for room,
+        and others may go to whom has it. Whether there are more."""
         if not self._ledger.has_complete_studies():
             return False
-        studies = self._ledger.complete_studies(STUDIES_AT_ONCE)
+        studies = self._ledger.complete_studies(STUDIES_AT_ONCE, self._behind)
         self._archive.wait_indexed()
-        done = [self._complete(study) for study in studies]
-        return all(done) and len(done) == STUDIES_AT_ONCE
+        self._no_room.clear()
+        for study in studies:
+            self._complete(study)
+        self._behind = studies[-1] if len(studies) == STUDIES_AT_ONCE else None
+        return self._behind is not None
 
     def write_marks(self) -> None:
         """How far the rules have looked, to the ledger."""
@@ -126,6 +132,11 @@ class Following:
         is bounded by when it was received."""
         mark = self._marks[rule.name]
         return mark.position if mark.epoch == epoch else START
+
+    def _is_full(self, to: Destination) -> bool:
+        if to not in self._no_room and not self._has_room([to]):
+            self._no_room.add(to)
+        return to in self._no_room
 
     def _has_room(self, to: Iterable[Destination]) -> bool:
         return all(self._ledger.route_count(one) < self._queue_max for one in to)
@@ -156,11 +167,11 @@ class Following:
         self._write_old_marks()
         return reached < end
 
-    def _complete(self, study: CompleteStudy) -> bool:
-        """False when a destination has no room for it now: it stays, and is read again when there is room.
-        The others get it meanwhile."""
-        if not self._has_room(self._full.get(study.study_uid, ())):
-            return False
+    def _complete(self, study: CompleteStudy) -> None:
+        """When a destination has no room for it now it stays, and is read again when there is room. The
+        others get it meanwhile."""
+        if any(map(self._is_full, self._full.get(study.study_uid, ()))):
+            return
         asked = [rule for rule in self._rules if rule.when is When.STUDY_COMPLETE
                  and study.at_us >= self._marks[rule.name].since_us]  # fmt: skip
         rows: list[Routed] = []
@@ -170,14 +181,13 @@ class Following:
                 if rule.takes_study(instances):
                     rows += routes_of_study(rule, study.study_uid, instances, self._ward, self._clock())
         wanted = {row.to for row in rows}
-        full = frozenset(to for to in wanted if not self._has_room([to]))
+        full = frozenset(filter(self._is_full, wanted))
         chosen = merged([row for row in rows if row.to not in full])
         self._ledger.queue_routes(chosen, (), () if full else [study])
         self._on_queued(wanted - full)
         self._full.pop(study.study_uid, None)
         if full:
             self._full[study.study_uid] = full
-        return not full
 
 
 def routes_of_study(

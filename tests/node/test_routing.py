@@ -485,6 +485,33 @@ def test_a_complete_study_waits_for_room_and_holds_no_other_up(served: Storing) 
     assert not served.ledger.has_complete_studies()
 
 
+def test_pages_of_studies_that_wait_for_room_hide_no_other_and_cost_a_count_each(
+        served: Storing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.routing.following.STUDIES_AT_ONCE", 3)
+    rule = '[[rule]]\nname = "{0}"\nwhen = "study complete"\nto = "{0}"\n[rule.match]\nModality = "{1}"\n'
+    following = Following(served.archive, served.ledger, WARD, queue_max=1, clock=lambda: 1)
+    following.use(parse_rules(rule.format("ONCO", "CT") + rule.format("PACS", "MR")))
+    onco, pacs = (Destination(RouteKind.DEVICE, name) for name in ("ONCO", "PACS"))
+    served.ledger.queue_routes([Routed("ONCO", onco, "1.2", "1.3", "1.4", b"d", 1, 1, 2)])
+    cts, mr = [make_instance() for _ in range(7)], make_instance(modality="MR", sop_class=MR)
+    served.send(*cts, mr)
+    for at_us, one in enumerate((*cts, mr), 5):
+        served.ledger.note_complete(CompleteStudy(one.study_uid, "quiet", at_us))
+    assert [following.complete() for _ in range(3)] == [True, True, False]
+    assert served.ledger.route_count(pacs) == 1
+    assert len(served.ledger.complete_studies(10)) == 7
+    counted: list[Destination] = []
+    count = served.ledger.route_count
+
+    def counting(to: Destination) -> int:
+        counted.append(to)
+        return count(to)
+
+    monkeypatch.setattr(served.ledger, "route_count", counting)
+    assert [following.complete() for _ in range(3)] == [True, True, False]
+    assert counted == [onco] * 3
+
+
 @pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK is not installed")
 def test_storescp_as_a_destination(served: Storing, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
