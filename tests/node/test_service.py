@@ -11,6 +11,7 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,10 @@ from archive.archive import Archive
 from archive.errors import SettingsError
 from archive.settings import describe, load, render_toml
 from federation.settings import UplinkSettings
+from federation.window import RegionWindow
+from node.destinations import Destinations
 from node.dimse.errors import AssociationEnded
+from node.dimse.payloads import Payloads
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Peer, Requestor, echo
 from node.service import Node, load_identity
@@ -55,6 +59,40 @@ def test_a_node_stores_while_no_hub_answers(settings: NodeSettings) -> None:
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", node.dicom_port), 1)
     node.stop()  # again: nothing
+
+
+def test_a_fetch_under_way_holds_up_no_stop(settings: NodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window's channel is closed, which ends fetches, before whoever waits for them is closed."""
+    closed, made = threading.Event(), list[Payloads]()
+    close = RegionWindow.close
+
+    class Watched(Payloads):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    def closing(self: RegionWindow) -> None:
+        closed.set()
+        close(self)
+
+    monkeypatch.setattr("node.composition.Payloads", Watched)
+    monkeypatch.setattr(RegionWindow, "close", closing)
+    with Node(settings):
+        fetch = made[0].fetching.submit(closed.wait, 10)
+    assert fetch.result(0), "it was waited for while the channel was open"
+
+
+def test_parts_are_made_once(settings: NodeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Destinations] = []
+
+    class Counted(Destinations):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("node.composition.Destinations", Counted)
+    with Node(settings):
+        assert len(made) == 1
 
 
 def test_a_second_start_finds_everything(settings: NodeSettings) -> None:
