@@ -100,6 +100,7 @@ def recoded(payload: BinaryIO, stored: StoredInstance, target: str, bytes_max: i
     if syntax not in NATIVE and decoded_bytes(stored.instance) > bytes_max:
         raise TooLarge(f"its pixel data take more than {bytes_max} bytes when they are decoded")
     dataset = read(payload, stored, bytes_max)
+    doing = "decoded here"
     try:
         if syntax not in NATIVE:
             _decompress(dataset)
@@ -107,12 +108,12 @@ def recoded(payload: BinaryIO, stored: StoredInstance, target: str, bytes_max: i
                 dataset.LossyImageCompression = "01"
         elif syntax == EXPLICIT_BIG:
             swap_words(dataset)
+        doing = "written in another transfer syntax"
         return _encoded(dataset, target)
     except MissError:
         raise
     except Exception as error:
-        kind = type(error).__name__
-        raise CannotUnderstand(f"can't be written in another transfer syntax ({kind})") from None
+        raise CannotUnderstand(f"can't be {doing} ({type(error).__name__})") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,13 @@ def test_what_can_not_be_recoded_is_refused() -> None:
     payload, instance = stored(broken)
     with pytest.raises(CannotUnderstand):
         recoding.recoded(payload, instance, EXPLICIT_LITTLE, MIB)
+    item = b"\xfe\xff\x00\xe0"
+    frame = one.dataset.index(item, one.dataset.index(item) + 4) + 8  # behind the offset table
+    segments = b"\xff" * 64  # an RLE header of nonsense (PS3.5 G.5)
+    garbled = one.dataset[:frame] + segments + one.dataset[frame + 64 :]
+    payload, instance = stored(Instance(CT, one.sop_instance_uid, RLE, "", "", garbled))
+    with pytest.raises(CannotUnderstand, match="can't be decoded here"):
+        recoding.recoded(payload, instance, EXPLICIT_LITTLE, MIB)
     assert not recoding.can_decode("1.2.840.10008.1.2.4.100")  # MPEG-2
 
 
