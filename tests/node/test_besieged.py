@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from node.dimse.exchange import Service
 from node.dimse.identifiers import COUNTED_FROM_BYTES
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
+from node.dimse.services.find import SEARCHES_MAX, SEARCHES_PER_DEVICE_MAX
 from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import UIDS_MAX
 from tests.datasets import make_instance
@@ -51,9 +53,9 @@ def uids(count: int) -> bytes:
     return b"\\".join(b"1.2.%d" % number for number in range(count))
 
 
-def associated(port: int, sop_class: str) -> Raw:
+def associated(port: int, sop_class: str, calling_ae: str = "CT1") -> Raw:
     raw = Raw(port)
-    raw.associate(pdu.AssociateRequest(AE_TITLE, "CT1",
+    raw.associate(pdu.AssociateRequest(AE_TITLE, calling_ae,
                                        (ProposedContext(1, sop_class, (IMPLICIT_LITTLE,)),), 65_536))
     return raw
 
@@ -137,3 +139,15 @@ def test_who_releases_while_its_retrieve_is_counted_is_released(served: Storing,
     with associated(served.port, sop_class) as raw:
         raw.send(asked(field, sop_class, identifier) + pdu.RELEASE_RQ_OCTETS)
         assert raw.receive()[0] == pdu.PduType.RELEASE_RP
+
+
+def test_a_flood_of_searches_leaves_the_others_a_turn(served: Storing) -> None:
+    """200 queries of one device held another's up for 21 seconds."""
+    with ExitStack() as stack:
+        got = [stack.enter_context(served.find.searching.of("CT1", lambda: True))
+               for _ in range(SEARCHES_MAX)]
+        assert got == [True] * SEARCHES_PER_DEVICE_MAX + [False] * (SEARCHES_MAX - SEARCHES_PER_DEVICE_MAX)
+        identifier = implicit(LEVEL, b"STUDY") + implicit(STUDY, b"")
+        with associated(served.port, STUDY_ROOT_FIND, "OTHER") as raw:
+            raw.send(asked(Field.C_FIND, STUDY_ROOT_FIND, identifier))
+            assert status(raw) == 0

@@ -4,10 +4,9 @@ archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Semaphore
 from typing import TYPE_CHECKING
 
 from archive.budget import ByteBudget
@@ -30,6 +29,7 @@ from node.dimse.exchange import Caller, Exchange
 from node.dimse.identifiers import IDENTIFIER_BYTES_MAX, careful, read_identifier, received, room
 from node.dimse.messages import Command
 from node.dimse.services.regional import SearchWindow, Widened, widened
+from node.dimse.services.suboperations import Turns
 from node.dimse.status import (
     CANCELLED,
     CANNOT_UNDERSTAND,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from archive.archive import Archive
 
 SEARCHES_MAX = 4            # at once; the next one waits for its turn
+SEARCHES_PER_DEVICE_MAX = 3  # so that a flood of one device leaves the others a turn
 SEARCH_WAIT_S = 30.0
 MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
 BATCH_BYTES = 16 << 10      # of responses that are sent in one write; a C-CANCEL is looked for before each
@@ -113,7 +114,8 @@ class Find:
     window: SearchWindow | None = None  # on the region, for devices that may look there
     held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
     receiving: ByteBudget = field(default_factory=room)
-    searching: Semaphore = field(default_factory=lambda: Semaphore(SEARCHES_MAX))
+    searching: Turns = field(
+        default_factory=lambda: Turns(SEARCHES_MAX, SEARCHES_PER_DEVICE_MAX, SEARCH_WAIT_S))
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
@@ -134,7 +136,7 @@ class Find:
         status = PENDING_UNSUPPORTED_KEYS if question.unsupported else PENDING
         answers = Answers(question, self.ae_title, implicit=context.transfer_syntax == IMPLICIT_LITTLE,
                           little=context.transfer_syntax != EXPLICIT_BIG, timezone=query.rules.timezone)
-        with self._matches(query, principal, exchange.caller) as found:
+        with self._matches(query, principal, exchange.caller, lambda: association.wire.stopping) as found:
             matches = found.matches
             exchange.settle()
             for responses in _batches(exchange.pending(context, command, status=status,
@@ -149,15 +151,14 @@ class Find:
         exchange.respond(context, command, SUCCESS, comment=found.comment(exchange.caller))
 
     @contextmanager
-    def _matches(self, query: Query, principal: Principal, caller: Caller) -> Iterator[Widened]:
+    def _matches(self, query: Query, principal: Principal, caller: Caller,
+                 given_up: Callable[[], bool]) -> Iterator[Widened]:
         """The matches, held while they are sent: peers that ask and do not read must not fill the memory."""
         self.archive.wait_indexed()  # before its turn: all that come meanwhile wait for the same batch
-        if not self.searching.acquire(timeout=SEARCH_WAIT_S):
-            raise OutOfResources("too many searches at once")
-        try:
+        with self.searching.of(caller.ae_title, given_up) as turn:
+            if not turn:
+                raise OutOfResources("too many searches at once")
             found = Widened(self.archive.index.search(query))
-        finally:
-            self.searching.release()
         if self.window is not None and principal.reach is Reach.REGION:
             found = widened(self.window, principal, caller, query, found.matches)
         held = len(found.matches)
