@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,9 @@ from tests.datasets import (
 )
 from tests.node.serving import AE_TITLE, data
 
-FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+FIND, MOVE, GET = (f"1.2.840.10008.5.1.4.1.2.2.{number}" for number in (1, 2, 3))
+COMMITMENT, COMMITTING = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
+WORKLIST, STEP, STEP_SHOWN = "1.2.840.10008.5.1.4.31", "1.2.840.10008.3.1.2.3.3", "1.2.840.10008.3.1.2.3.4"
 VERIFICATION = "1.2.840.10008.1.1"
 CHANGES_MAX = 8
 CHUNK_MAX = 200
@@ -101,9 +103,9 @@ def _change(chance: random.Random, octets: bytearray, others: Sequence[bytes]) -
 # ---------------------------------------------------------------- conversations
 
 
-def conversation(number: int) -> bytes:
-    """What a peer sends over one connection, mutated. In most cases the association is left whole, so that
-    what follows is read."""
+def conversation(number: int) -> tuple[bytes, bytes]:
+    """What a peer sends over one connection, mutated: at once, and when that was answered. In most cases the
+    association is left whole, so that what follows is read; who does not wait for its answer is aborted."""
     chance = random.Random(f"conversation {number}")
     plain = conversations()
     pdus = list(chance.choice(plain))
@@ -121,8 +123,8 @@ def conversation(number: int) -> bytes:
             else:
                 pdus.insert(first, chance.choice(chance.choice(plain)))
     if chance.random() < 0.65:
-        return pdus[0] + mutate(chance, b"".join(pdus[1:]), whole)
-    return mutate(chance, b"".join(pdus), whole)
+        return pdus[0], mutate(chance, b"".join(pdus[1:]), whole)
+    return mutate(chance, b"".join(pdus), whole), b""
 
 
 @lru_cache(maxsize=1)
@@ -140,6 +142,11 @@ def conversations() -> tuple[tuple[bytes, ...], ...]:
         extended=((FIND, b"\1\1\1"),), asynchronous_window=(4, 4),
         user_identity=UserIdentity(2, True, b"somebody", b"secret"),
     ))  # fmt: skip
+    ward = tuple(ProposedContext(2 * n + 1, sop_class, (IMPLICIT,)) for n, sop_class in enumerate(
+        [VERIFICATION, CT, MOVE, GET, COMMITMENT, WORKLIST, STEP, STEP_SHOWN]))
+    whole = pdu.encode_request(pdu.AssociateRequest(
+        AE_TITLE, "CT1", ward, 16384, roles=(Role(CT, True, True), Role(COMMITMENT, True, True)),
+        asynchronous_window=(4, 4)))
     identifier = _identifier()
     found = data(11, 3, messages.query_request(Field.C_FIND, 1, FIND)) + data(11, 2, identifier)
     return (
@@ -150,7 +157,56 @@ def conversations() -> tuple[tuple[bytes, ...], ...]:
         (plain, found, data(11, 3, messages.cancel_request(1)), pdu.RELEASE_RQ_OCTETS),
         (rich, found, *_store(3, 2, small, 200), pdu.encode_abort(0, 0)),
         (plain, *_store(3, 1, padded, 1500)[:3], pdu.encode_abort(2, 6)),
+        *((whole, *asked, pdu.RELEASE_RQ_OCTETS) for asked in _asked_of_a_ward()),
     )
+
+
+def _asked_of_a_ward() -> Iterator[tuple[bytes, ...]]:
+    """Retrieves, commitment, worklist and performed steps, as their PDUs."""
+    wanted = _implicit({0x00080052: b"STUDY", 0x0020000D: b"1.2.3.2.1\\1.2.3.2.2"})
+    stored = messages.response(messages.parse(messages.store_request(1, CT, "1.2.3.1.1")), 0)
+    move = messages.query_request(Field.C_MOVE, 1, MOVE, move_destination="CT1")
+    yield data(5, 3, move), data(5, 2, wanted), data(5, 3, messages.cancel_request(1))
+    get = data(7, 3, messages.query_request(Field.C_GET, 1, GET)), data(7, 2, wanted)
+    yield *_store(3, 1, _grown(1, transfer_syntax=IMPLICIT), 200), *get, data(3, 3, stored)
+    yield *get, data(7, 3, messages.cancel_request(1)), data(1, 3, messages.echo_request(2))
+    for field, kind in ((Field.N_ACTION, messages.ACTION_TYPE_ID),
+                        (Field.N_EVENT_REPORT, messages.EVENT_TYPE_ID)):
+        request = messages.normalized_request(field, 1, COMMITMENT, COMMITTING, has_dataset=True,
+                                              more=messages.short(kind, 1))
+        yield data(9, 3, request), data(9, 2, _committed()), data(1, 3, messages.echo_request(2))
+    yield data(11, 3, messages.query_request(Field.C_FIND, 1, WORKLIST)), data(11, 2, _scheduled())
+    steps = [messages.normalized_request(field, number, STEP, "1.2.3.9", has_dataset=True)
+             for number, field in enumerate((Field.N_CREATE, Field.N_SET), 1)]
+    shown = messages.normalized_request(Field.N_GET, 3, STEP_SHOWN, "1.2.3.9", has_dataset=False)
+    yield (data(13, 3, steps[0]), data(13, 2, _performed()), data(13, 3, steps[1]), data(13, 2, _ended()),
+           data(15, 3, shown))
+
+
+def _sequence(tag: int, *items: bytes) -> dict[int, bytes]:
+    return {tag: b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item for item in items)}
+
+
+def _committed() -> bytes:
+    items = [_implicit({0x00081150: CT.encode(), 0x00081155: b"1.2.3.1.%d" % n}) for n in (1, 2, 3)]
+    return _implicit({0x00081195: b"1.2.3.8"} | _sequence(0x00081199, *items))
+
+
+def _scheduled() -> bytes:
+    step = {0x00080060: b"CT", 0x00400001: b"CT1", 0x00400002: b"20260101-", 0x00400003: b""}
+    return _implicit({0x00100010: b"ROSSI*", 0x00100020: b""} | _sequence(0x00400100, _implicit(step)))
+
+
+def _performed() -> bytes:
+    study = _implicit({0x00080050: b"A1", 0x0020000D: b"1.2.3.2.1", 0x00400009: b"S1", 0x00401001: b"R1"})
+    return _implicit({0x00080060: b"CT", 0x00100010: b"ROSSI^MARIA", 0x00400241: b"CT1",
+                      0x00400244: b"20260101", 0x00400245: b"0930", 0x00400252: b"IN PROGRESS",
+                      0x00400253: b"P1"} | _sequence(0x00400270, study))
+
+
+def _ended() -> bytes:
+    return _implicit({0x00400250: b"20260101", 0x00400251: b"0940", 0x00400252: b"COMPLETED"}
+                     | _sequence(0x00400340, _implicit({0x0020000E: b"1.2.3.3.1"})))
 
 
 def _request(contexts: tuple[ProposedContext, ...]) -> bytes:
@@ -166,10 +222,13 @@ def _store(context: int, message_id: int, instance: Instance, step: int) -> tupl
 
 
 def _identifier() -> bytes:
-    keys = {0x00080020: b"20260101-", 0x00080052: b"STUDY", 0x00100010: b"ROSSI*", 0x00100020: b"",
-            0x0020000D: b""}
+    return _implicit({0x00080020: b"20260101-", 0x00080052: b"STUDY", 0x00100010: b"ROSSI*", 0x00100020: b"",
+                      0x0020000D: b""})
+
+
+def _implicit(elements: Mapping[int, bytes]) -> bytes:
     octets = b""
-    for tag, value in keys.items():
+    for tag, value in sorted(elements.items()):
         value += b" " * (len(value) % 2)
         octets += struct.pack("<HHI", tag >> 16, tag & 0xFFFF, len(value)) + value
     return octets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from archive.archive import Archive, ArchiveSettings
 from archive.database import sqlite_url
 from archive.ledger import Ledger
 from archive.model import StoredInstance, Totals
+from node.commitment import StorageCommitment
 from node.destinations import Destinations
 from node.dimse.association import Limits
-from node.dimse.contexts import Offer, ServiceName
+from node.dimse.contexts import STORAGE_CLASSES, Offer, ServiceName
 from node.dimse.exchange import Service
 from node.dimse.messages import Field
 from node.dimse.payloads import Payloads
@@ -23,12 +24,14 @@ from node.dimse.services.echo import Echo
 from node.dimse.services.find import Find
 from node.dimse.services.get import Get
 from node.dimse.services.move import Move
+from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import Selection
 from node.dimse.services.store import Store
 from node.dimse.services.suboperations import Turns
+from node.dimse.services.worklist import WorklistFind
 from node.dimse.tls import Listener
 from node.forwarding import Forwarder
-from node.settings import TlsSettings
+from node.settings import CommitmentSettings, TlsSettings
 from tests.datasets import Instance
 from tests.node.serving import AE_TITLE, QUICK, Serving, serving
 
@@ -79,9 +82,29 @@ def retrieving(archive: Archive, folder: Path, turns: Turns) -> dict[tuple[Servi
 
 
 @contextmanager
+def scheduling_and_committing(served: Serving, archive: Archive,
+                              limits: Limits) -> Iterator[dict[tuple[ServiceName, int], Service]]:
+    """Worklist, performed steps and storage commitment, as a node composes them."""
+    commitment = StorageCommitment(
+        archive, served.ledger, Destinations(served.ledger, TlsSettings()),
+        CommitmentSettings(same_association_s=0.1), limits, ae_title=AE_TITLE, ward=WARD, by_region=False,
+        takes_class=STORAGE_CLASSES.__contains__)
+    steps = PerformedSteps(served.ledger, lambda studies: None)
+    commitment.start()
+    try:
+        yield {**commitment.services,
+               (ServiceName.WORKLIST, Field.C_FIND): WorklistFind(served.ledger, WARD, 100),
+               **{(ServiceName.MPPS, field): steps for field in (Field.N_CREATE, Field.N_SET, Field.N_GET)}}
+    finally:
+        served.server.stop(2.0)
+        commitment.stop()
+
+
+@contextmanager
 def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, responses_max: int = 1000,
             tls: Listener | None = None, region: str = "", turns: Turns | None = None,
-            **archive_settings: float | str) -> Iterator[Storing]:
+            all_services: bool = False, **archive_settings: float | str) -> Iterator[Storing]:
+    """Store, query and retrieve; with `all_services` what else a node serves."""
     settings = replace(ArchiveSettings(state=folder / "state", free_bytes_min=0), **archive_settings)  # type: ignore[arg-type]
     with Archive.open(settings, outbox=True) as archive:
         find = Find(archive, WARD, AE_TITLE, responses_max)
@@ -91,6 +114,9 @@ def storing(folder: Path, *, limits: Limits = QUICK, private: bool = False, resp
             (ServiceName.FIND, Field.C_FIND): find,
             **retrieving(archive, folder, turns or Turns(8, 8, 5.0)),
         }
-        offer = Offer(private, frozenset({ServiceName.STORE}))
-        with serving(folder, table=table, limits=limits, offer=offer, tls=tls, region=region) as served:
+        offer = Offer(private, frozenset({ServiceName.STORE, ServiceName.COMMIT}))
+        with (serving(folder, table=table, limits=limits, offer=offer, tls=tls, region=region) as served,
+              ExitStack() as stack):
+            if all_services:
+                table.update(stack.enter_context(scheduling_and_committing(served, archive, limits)))
             yield Storing(served.server, served.ledger, served.admission, archive, find)
