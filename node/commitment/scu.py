@@ -202,7 +202,7 @@ class CommitmentScu:
             association.send(context, response(command, status, comment=comment))
 
     def _is_awaited(self, one: Commitment) -> bool:
-        found = self._ledger.asked_commitment(one.transaction_uid)
+        found = self._ledger.commitment(SCU, one.device, one.transaction_uid)
         return found is not None and found.state == ANSWERING
 
     def _failed(self, one: Commitment, error: str) -> None:
