@@ -26,7 +26,7 @@ from node.dimse.identifiers import write_identifier
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
 from node.dimse.requestor import Requestor
-from node.dimse.services.find import MATCHES_HELD_MAX, STATUSES
+from node.dimse.services.find import MATCHES_HELD_MAX, MATCHES_PER_DEVICE_MAX, STATUSES
 from tests.datasets import make_instance
 from tests.node.finding import find, identifier, study
 from tests.node.serving import AE_TITLE, Raw, data
@@ -295,8 +295,13 @@ def test_matches_that_nobody_reads_are_bounded(tmp_path: Path) -> None:
         first = make_instance(number=1)
         served.send(first)
         query = identifier("STUDY", StudyInstanceUID="")
-        assert served.find.held.take(MATCHES_HELD_MAX)  # others have asked, and do not read
+        left = MATCHES_HELD_MAX - MATCHES_PER_DEVICE_MAX
+        assert served.find.held.take("ANOTHER", MATCHES_PER_DEVICE_MAX)  # it has asked, and does not read
+        assert not served.find.held.take("ANOTHER", 1)
+        assert find(served, query)[0] == [0xFF00, 0x0000]
+        assert served.find.held.take("OTHER", left)
         assert find(served, query)[0] == [0xA700]
-        served.find.held.give_back(MATCHES_HELD_MAX)
+        served.find.held.give_back("ANOTHER", MATCHES_PER_DEVICE_MAX)
+        served.find.held.give_back("OTHER", left)
         assert find(served, query)[0] == [0xFF00, 0x0000]
         assert served.find.held.taken_bytes == 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from archive.budget import ByteBudget
+from archive.budget import ByteBudget, SharedBudget
 from archive.dataset.answers import Answers
 from archive.dataset.questions import Model, Question, read_question
 from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
@@ -47,6 +47,7 @@ SEARCHES_MAX = 4            # at once; the next one waits for its turn
 SEARCHES_PER_DEVICE_MAX = 3  # so that a flood of one device leaves the others a turn
 SEARCH_WAIT_S = 30.0
 MATCHES_HELD_MAX = 100_000  # of all devices together: about 1.5 KB each
+MATCHES_PER_DEVICE_MAX = 75_000  # of one: who asks and does not read must not have all of them
 BATCH_BYTES = 16 << 10      # of responses that are sent in one write; a C-CANCEL is looked for before each
 
 MODELS: Mapping[str, Model] = {
@@ -112,7 +113,8 @@ class Find:
     ae_title: str
     responses_max: int
     window: SearchWindow | None = None  # on the region, for devices that may look there
-    held: ByteBudget = field(default_factory=lambda: ByteBudget(MATCHES_HELD_MAX))  # it counts matches here
+    held: SharedBudget = field(  # it counts matches here
+        default_factory=lambda: SharedBudget(MATCHES_HELD_MAX, MATCHES_PER_DEVICE_MAX))
     receiving: ByteBudget = field(default_factory=room)
     searching: Turns = field(
         default_factory=lambda: Turns(SEARCHES_MAX, SEARCHES_PER_DEVICE_MAX, SEARCH_WAIT_S))
@@ -162,12 +164,12 @@ class Find:
         if self.window is not None and principal.reach is Reach.REGION:
             found = widened(self.window, principal, caller, query, found.matches)
         held = len(found.matches)
-        if not self.held.take(held):
-            raise OutOfResources("too many matches are on their way to other devices")
+        if not self.held.take(caller.ae_title, held):
+            raise OutOfResources("too many matches are on their way already")
         try:
             yield found
         finally:
-            self.held.give_back(held)
+            self.held.give_back(caller.ae_title, held)
 
 
 def _batches(responses: Iterable[bytes]) -> Iterator[bytes]:
