@@ -48,6 +48,7 @@ class Indexed:
         return _snake(self.keyword)
 
 
+@cache
 def _tag(keyword: str) -> int:
     tag = tag_for_keyword(keyword)
     if tag is None:
@@ -55,6 +56,7 @@ def _tag(keyword: str) -> int:
     return tag
 
 
+@cache
 def _snake(keyword: str) -> str:
     out = ""
     for i, char in enumerate(keyword):
