@@ -90,7 +90,7 @@ class Account:
         more = self.pending() if cancelled else self._counts()
         if cancelled:
             status = CANCELLED
-        elif not self.failed and not self.warning:
+        elif self.completed == self.total:
             status = SUCCESS
         elif len(self.failed) == self.total:
             status = CANNOT_PERFORM
