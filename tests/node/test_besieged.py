@@ -12,9 +12,11 @@ import pytest
 from archive.budget import ByteBudget
 from archive.ledger import Device
 from node.dimse import messages, pdu
+from node.dimse.commitments import INSTANCE, REQUEST, Information, encode
 from node.dimse.contexts import (
     IMPLICIT_LITTLE,
     PERFORMED_STEP,
+    STORAGE_COMMITMENT,
     STUDY_ROOT_FIND,
     STUDY_ROOT_GET,
     STUDY_ROOT_MOVE,
@@ -25,10 +27,12 @@ from node.dimse.exchange import Service
 from node.dimse.identifiers import COUNTED_FROM_BYTES
 from node.dimse.messages import Field
 from node.dimse.pdu import ProposedContext
+from node.dimse.services.commitment import CommitmentRequests
 from node.dimse.services.find import SEARCHES_MAX, SEARCHES_PER_DEVICE_MAX
 from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import UIDS_MAX
-from tests.datasets import make_instance
+from tests.datasets import CT, make_instance
+from tests.node.committing import committing
 from tests.node.serving import AE_TITLE, Raw, data, serving
 from tests.node.storing import Storing, storing
 from tests.waiting import wait_for
@@ -113,7 +117,7 @@ def test_large_requests_share_their_memory(tmp_path: Path) -> None:
             assert status(other) == 0x0120  # looked at: no attribute is there
             first.send(data(1, 2, b""))
             assert status(first) == 0x0120
-        assert steps.receiving.taken_bytes == 0
+        wait_for(lambda: steps.receiving.taken_bytes == 0, "all of it to be given back")
 
 
 @pytest.mark.parametrize("window", [None, (4, 4)])
@@ -151,3 +155,27 @@ def test_a_flood_of_searches_leaves_the_others_a_turn(served: Storing) -> None:
         with associated(served.port, STUDY_ROOT_FIND, "OTHER") as raw:
             raw.send(asked(Field.C_FIND, STUDY_ROOT_FIND, identifier))
             assert status(raw) == 0
+
+
+def test_a_commitment_counts_until_it_is_kept(tmp_path: Path) -> None:
+    """A hundred thousand instances decoded are 30 MB: a queue of such before the ledger must not grow."""
+    with committing(tmp_path) as served:
+        requests = served.commitment.services[ServiceName.COMMIT, Field.N_ACTION]
+        assert isinstance(requests, CommitmentRequests)
+        counted: list[int] = []
+        accept = requests.desk.accept
+
+        def watched(device: str, information: Information) -> str:
+            counted.append(requests.held.taken_bytes)
+            return accept(device, information)
+
+        requests.desk.accept = watched  # type: ignore[method-assign]
+        wanted = encode(Information("1.2.3.8", {"1.2.3.1": CT}), IMPLICIT_LITTLE)
+        request = messages.normalized_request(
+            Field.N_ACTION, 1, STORAGE_COMMITMENT, INSTANCE, has_dataset=True,
+            more=messages.short(messages.ACTION_TYPE_ID, REQUEST))
+        with associated(served.port, STORAGE_COMMITMENT) as raw:
+            raw.send(data(1, 3, request) + data(1, 2, wanted))
+            assert status(raw) == 0
+        assert counted == [len(wanted)]
+        assert requests.held.taken_bytes == 0

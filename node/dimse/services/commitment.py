@@ -6,8 +6,8 @@ itself: `node/commitment/` does."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,12 +97,18 @@ class CommitmentRequests:
         return False  # it waits for the ledger's sync
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
+        with ExitStack() as memory:
+            self._serve(exchange, context, command, memory)
+
+    def _serve(self, exchange: Exchange, context: Context, command: Command, memory: ExitStack) -> None:
+        """`memory` is closed as soon as the request is kept: decoded ones that wait for the ledger count."""
         device = exchange.caller.ae_title
         try:
             _require_ours(command, REQUESTED_SOP_CLASS_UID, command.requested_sop_instance_uid)
             if command.short(ACTION_TYPE_ID, 0) != commitments.REQUEST:
                 raise Refused(codes.NO_SUCH_ACTION, "the one action type is 1")
-            information = _information(exchange.association, context, command, self.held)
+            information = memory.enter_context(
+                _information(exchange.association, context, command, self.held))
             if not information.referenced:
                 raise Refused(codes.INVALID_ARGUMENT, "no instance is named in (0008,1199)")
         except Refused as refused:
@@ -114,6 +120,8 @@ class CommitmentRequests:
             except Refused as refused:
                 _refuse(exchange, context, command, refused)
                 return
+            del information
+            memory.close()
             exchange.respond(context, command, codes.SUCCESS)
             if _await(self.desk, request_id, exchange, patience_s):
                 _send(exchange, context, self.desk.reports(device))
@@ -152,7 +160,8 @@ def read_report(association: Association, context: Context, command: Command,
     _require_ours(command, AFFECTED_SOP_CLASS_UID, command.affected_sop_instance_uid)
     if command.short(EVENT_TYPE_ID, 0) not in (commitments.ALL_COMMITTED, commitments.SOME_FAILED):
         raise Refused(codes.NO_SUCH_EVENT, "the event types are 1 and 2")
-    return _information(association, context, command, held)
+    with _information(association, context, command, held) as information:
+        return information
 
 
 def event_request(information: Information) -> Callable[[int], bytes]:
@@ -174,9 +183,10 @@ def _require_ours(command: Command, class_element: int, sop_instance_uid: str) -
         raise Refused(codes.INVALID_ARGUMENT, "the information is missing")
 
 
+@contextmanager
 def _information(association: Association, context: Context, command: Command,
-                 held: ByteBudget) -> Information:
-    """Receive and decode it, within the memory that all of them share."""
+                 held: ByteBudget) -> Iterator[Information]:
+    """Receive and decode it, within the memory that all of them share while they are looked at."""
     octets = bytearray()
     taken = 0
     try:
@@ -185,7 +195,9 @@ def _information(association: Association, context: Context, command: Command,
                 raise Refused(codes.RESOURCE_LIMITATION, "the information is larger than can be held now")
             taken += len(view)
             octets += view
-        return commitments.decode(bytes(octets), context.transfer_syntax)
+        information = commitments.decode(bytes(octets), context.transfer_syntax)
+        octets.clear()
+        yield information
     except InvalidInput as error:
         raise Refused(codes.INVALID_ARGUMENT, str(error)) from None
     except TooLarge as error:
