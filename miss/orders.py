@@ -96,7 +96,8 @@ def _work_off(state: Path, settings: ArchiveSettings, outbox: bool, ledger: Ledg
 
 
 def _handlers_of_node(state: Path, archive: Archive, ledger: Ledger) -> dict[str, Handler]:
-    """The orders that only a node carries out."""
+    """The orders that only a node carries out: none as long as it belongs to no ward."""
+    from certs import identity as identities
     from certs.identity import Identity
     from node.routing.orders import RouteOrders
 
@@ -104,5 +105,7 @@ def _handlers_of_node(state: Path, archive: Archive, ledger: Ledger) -> dict[str
     if not file.exists():
         return {}
     settings = configuration.node(file)
+    if not identities.exists(settings.identity):
+        return {}
     ward = Identity.load(settings.identity).ward
     return RouteOrders(archive, ledger, ward, settings.routes_path, settings.routing.queue_max).handlers()

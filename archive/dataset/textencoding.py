@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from archive.dataset.charsets import CODES, ENCODINGS, STAND_ALONE, UTF_8, terms_of
 
+_ESCAPE = "\x1b"
 _PARTS = re.compile(r"([\\^=\r\n\t\f])")
 _ASCII = b"\x1b(B"
 _ROMAN = b"\x1b(J"
@@ -33,7 +34,10 @@ class TextEncoder:
         self._encode = encode
 
     def __call__(self, text: str) -> bytes | None:
-        """The octets of a value, its delimiters in it; None when a character of it has no code."""
+        """The octets of a value, its delimiters in it; None when a character of it has no code. ESC has none:
+        it begins a code extension (PS3.5 6.1.3)."""
+        if _ESCAPE in text:
+            return None
         return text.encode("ascii") if text.isascii() else self._encode(text)
 
 

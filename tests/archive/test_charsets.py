@@ -71,6 +71,8 @@ STRANGE = [b"ISO 2022 IR 100\\\xff\xff", b"\xff\\ISO 2022 IR 87", b"\\", b"ISO_I
 
 
 @given(st.binary(max_size=40) | st.sampled_from(STRANGE), st.text())
+@example(b"", "\x1b")
+@example(b"ISO_IR 192", "\x1b(Bé")
 def test_no_term_is_too_strange(term: bytes, text: str) -> None:
     encode = encoder(term)
     octets = encode(text)
