@@ -199,6 +199,11 @@ class FactKind(Enum):
     EQUIVALENT = "equivalent"  # the live content in another encoding: no conflict
     REFUSED = "refused"      # another content under a UID that is here, not stored
     PROPOSED = "proposed"    # this content was sent as a correction of the live one
+    REMOVED = "removed"      # a study, series or instance is no longer shown (`archive/removals.py`)
+    RESTORED = "restored"    # a removal was undone
+    PURGED = "purged"        # what was removed gives its bytes back, for good
+    CORRECTED = "corrected"  # a person corrected the attributes of a patient or study
+    LOST = "lost"            # the region no longer has what it gave a receipt for: it is pushed again
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,22 +57,28 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    ABILITIES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of the software"""
     protocol: _builtins.int
     """of this conversation; the hub answers with the one it speaks"""
     epoch: _builtins.bytes
     """of the node's disk: new when its packs are new"""
+    @_builtins.property
+    def abilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what this release can beyond protocol 1 (`federation/abilities.py`)"""
+
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         protocol: _builtins.int = ...,
         epoch: _builtins.bytes = ...,
+        abilities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abilities", b"abilities", "epoch", b"epoch", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,6 +100,10 @@ class WardReport(_message.Message):
     RATE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     AE_TITLE_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    WIRE_RATIO_FIELD_NUMBER: _builtins.int
     pending: _builtins.int
     pending_bytes: _builtins.int
     oldest_pending_us: _builtins.int
@@ -108,6 +118,14 @@ class WardReport(_message.Message):
     ae_title: _builtins.str
     hold: _builtins.bool
     """pushes only what a reader asks for"""
+    evicted: _builtins.int
+    """instances whose bytes are the region's alone"""
+    damaged: _builtins.int
+    """instances whose bytes here no longer match their digest"""
+    bytes: _builtins.int
+    """of everything that is listed here"""
+    wire_ratio: _builtins.float
+    """bytes of data sets for each byte on the line, of late; 0: unknown"""
     def __init__(
         self,
         *,
@@ -123,10 +141,14 @@ class WardReport(_message.Message):
         rate_bytes_per_s: _builtins.float = ...,
         ae_title: _builtins.str = ...,
         hold: _builtins.bool = ...,
+        evicted: _builtins.int = ...,
+        damaged: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        wire_ratio: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "free_bytes", b"free_bytes", "hold", b"hold", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "bytes", b"bytes", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "damaged", b"damaged", "evicted", b"evicted", "free_bytes", b"free_bytes", "hold", b"hold", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside", "wire_ratio", b"wire_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,6 +185,8 @@ class HubMessage(_message.Message):
     PROMOTE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     DELIVERIES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    COME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -173,6 +197,10 @@ class HubMessage(_message.Message):
     def cancel(self) -> Global___CancelAsk: ...
     @_builtins.property
     def deliveries(self) -> Global___DeliveriesWait: ...
+    @_builtins.property
+    def policy(self) -> Global___Policy: ...
+    @_builtins.property
+    def come(self) -> Global___Come: ...
     def __init__(
         self,
         *,
@@ -181,12 +209,14 @@ class HubMessage(_message.Message):
         promote: Global___PromoteAsk | None = ...,
         cancel: Global___CancelAsk | None = ...,
         deliveries: Global___DeliveriesWait | None = ...,
+        policy: Global___Policy | None = ...,
+        come: Global___Come | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "deliveries", b"deliveries", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "come", b"come", "deliveries", b"deliveries", "message", b"message", "policy", b"policy", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "deliveries", b"deliveries", "message", b"message", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "come", b"come", "deliveries", b"deliveries", "message", b"message", "policy", b"policy", "promote", b"promote", "search", b"search", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "search", "promote", "cancel", "deliveries"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "search", "promote", "cancel", "deliveries", "policy", "come"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -200,10 +230,18 @@ class Welcome(_message.Message):
     CLOCK_US_FIELD_NUMBER: _builtins.int
     REPORT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ABILITIES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     clock_us: _builtins.int
     report_interval_s: _builtins.float
     version: _builtins.str
+    @_builtins.property
+    def abilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of this hub, as in Hello"""
+
+    @_builtins.property
+    def policy(self) -> Global___Policy: ...
     def __init__(
         self,
         *,
@@ -211,14 +249,88 @@ class Welcome(_message.Message):
         clock_us: _builtins.int = ...,
         report_interval_s: _builtins.float = ...,
         version: _builtins.str = ...,
+        abilities: _abc.Iterable[_builtins.str] | None = ...,
+        policy: Global___Policy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_us", b"clock_us", "protocol", b"protocol", "report_interval_s", b"report_interval_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abilities", b"abilities", "clock_us", b"clock_us", "policy", b"policy", "protocol", b"protocol", "report_interval_s", b"report_interval_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Policy(_message.Message):
+    """What the region lays down for its nodes: in the welcome, and again when it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLOCK_US_FIELD_NUMBER: _builtins.int
+    PROTECTED_TO_US_FIELD_NUMBER: _builtins.int
+    HUB_ADDRESSES_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
+    STORE_FILE_FIELD_NUMBER: _builtins.int
+    STORE_OFFSET_FIELD_NUMBER: _builtins.int
+    clock_us: _builtins.int
+    """the hub's"""
+    protected_to_us: _builtins.int
+    """what has a receipt of this time or older may be evicted; 0: nothing"""
+    standby: _builtins.bool
+    """this hub takes no pushes now: another one writes the region's store"""
+    store: _builtins.bytes
+    """names the regional store's disk"""
+    store_file: _builtins.int
+    """how far that store had been written: one that stands further back than"""
+    store_offset: _builtins.int
+    """it did was restored from a backup, and lacks what it confirmed"""
+    @_builtins.property
+    def hub_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of every hub of the region: a node attaches to each"""
+
+    def __init__(
+        self,
+        *,
+        clock_us: _builtins.int = ...,
+        protected_to_us: _builtins.int = ...,
+        hub_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        standby: _builtins.bool = ...,
+        store: _builtins.bytes = ...,
+        store_file: _builtins.int = ...,
+        store_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_us", b"clock_us", "hub_addresses", b"hub_addresses", "protected_to_us", b"protected_to_us", "standby", b"standby", "store", b"store", "store_file", b"store_file", "store_offset", b"store_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Come(_message.Message):
+    """Something waits at the hub for this node: facts of the region, a comparison of inventories."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTS_FIELD_NUMBER: _builtins.int
+    RECONCILE_FIELD_NUMBER: _builtins.int
+    facts: _builtins.bool
+    reconcile: _builtins.bool
+    def __init__(
+        self,
+        *,
+        facts: _builtins.bool = ...,
+        reconcile: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "reconcile", b"reconcile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Come: _TypeAlias = Come  # noqa: Y015
 
 @_typing.final
 class SearchAsk(_message.Message):
@@ -228,8 +340,11 @@ class SearchAsk(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     ASSERTION_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     ask_id: _builtins.str
     deadline_s: _builtins.float
+    traceparent: _builtins.str
+    """W3C Trace Context, so that one id runs through portal, hub and node"""
     @_builtins.property
     def query(self) -> _common_pb2.Query: ...
     @_builtins.property
@@ -241,10 +356,11 @@ class SearchAsk(_message.Message):
         query: _common_pb2.Query | None = ...,
         assertion: _common_pb2.Assertion | None = ...,
         deadline_s: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "deadline_s", b"deadline_s", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "deadline_s", b"deadline_s", "query", b"query", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,10 +376,12 @@ class PromoteAsk(_message.Message):
     STUDY_UID_FIELD_NUMBER: _builtins.int
     SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
     ASSERTION_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     ask_id: _builtins.str
     study_uid: _builtins.str
     sop_instance_uid: _builtins.str
     """empty: the whole study"""
+    traceparent: _builtins.str
     @_builtins.property
     def assertion(self) -> _common_pb2.Assertion: ...
     def __init__(
@@ -273,10 +391,11 @@ class PromoteAsk(_message.Message):
         study_uid: _builtins.str = ...,
         sop_instance_uid: _builtins.str = ...,
         assertion: _common_pb2.Assertion | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,8 +558,14 @@ class PushRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
+    ZSTD_GROUP_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """of the data set, in order, at most 1 MiB"""
+    zstd_chunk: _builtins.bytes
+    """a chunk, compressed as one frame; only to a hub that can"""
+    zstd_group: _builtins.bytes
+    """a PushGroup, encoded and compressed as one frame"""
     @_builtins.property
     def begin(self) -> Global___PushBegin: ...
     @_builtins.property
@@ -456,12 +581,14 @@ class PushRequest(_message.Message):
         chunk: _builtins.bytes = ...,
         end: Global___PushEnd | None = ...,
         group: Global___PushGroup | None = ...,
+        zstd_chunk: _builtins.bytes = ...,
+        zstd_group: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message", "zstd_chunk", b"zstd_chunk", "zstd_group", b"zstd_group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message", "zstd_chunk", b"zstd_chunk", "zstd_group", b"zstd_group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk", "end", "group"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk", "end", "group", "zstd_chunk", "zstd_group"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -523,12 +650,18 @@ class PushBegin(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     CONFLICT_FIELD_NUMBER: _builtins.int
     ACCEPTED_US_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     """of the data set"""
     conflict: _builtins.bool
     """this content lost to an earlier one at the ward: keep it, do not serve it"""
     accepted_us: _builtins.int
     """as in OfferItem"""
+    offset: _builtins.int
+    """the chunks go on from here, after what the hub said that it has"""
+    digest: _builtins.bytes
+    """of the whole, known before: the hub keeps what it has when the line is cut"""
     @_builtins.property
     def head(self) -> _common_pb2.InstanceHead: ...
     def __init__(
@@ -538,10 +671,12 @@ class PushBegin(_message.Message):
         size: _builtins.int = ...,
         conflict: _builtins.bool = ...,
         accepted_us: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_us", b"accepted_us", "conflict", b"conflict", "head", b"head", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_us", b"accepted_us", "conflict", b"conflict", "digest", b"digest", "head", b"head", "offset", b"offset", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
