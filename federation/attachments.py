@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from archive.errors import MissError, OutOfResources, Unavailable
 from archive.ledger import WardState
 from archive.model import Match
-from federation import coverage
+from federation import abilities, coverage, serde
 from federation.coverage import Report
 from federation.fanout import PENDING_UIDS_MAX
+from federation.line import RegionPolicy
 from protos import uplink_pb2
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Attachment:
     ward: str
     outbound: asyncio.Queue[uplink_pb2.HubMessage]
     ended: asyncio.Future[str]
+    abilities: frozenset[str] = frozenset()  # what both sides can
     asks: dict[str, Ask] = field(default_factory=dict)
 
     def end(self, reason: str) -> None:
@@ -90,7 +92,12 @@ class Attachments:
         """A node said hello."""
         if (older := self._attached.get(ward)) is not None:
             older.end("the ward attached anew")
-        attachment = Attachment(ward, asyncio.Queue(OUTBOUND_MAX), asyncio.get_running_loop().create_future())
+        attachment = Attachment(
+            ward,
+            asyncio.Queue(OUTBOUND_MAX),
+            asyncio.get_running_loop().create_future(),
+            abilities.shared(hello.abilities),
+        )
         self._attached[ward] = attachment
         before = self._states.get(ward)
         state = coverage.greeted(
@@ -177,6 +184,23 @@ class Attachments:
         ask = attachment.asks.get(ask_id) if attachment is not None else None
         if ask is not None and not ask.done.done():
             ask.done.set_exception(Unavailable(reason[: coverage.NOTE_LENGTH_MAX]))
+
+    def come(self, ward: str, *, facts: bool = False, reconcile: bool = False) -> None:
+        """Tells a ward that something waits for it here. One that is away asks by itself when it attaches;
+        one that takes nothing is told at the next occasion."""
+        attachment = self._attached.get(ward)
+        if attachment is not None:
+            with contextlib.suppress(OutOfResources):
+                attachment.send(
+                    uplink_pb2.HubMessage(come=uplink_pb2.Come(facts=facts, reconcile=reconcile))
+                )
+
+    def lay_down(self, policy: RegionPolicy) -> None:
+        """Tells every ward what the region lays down."""
+        message = uplink_pb2.HubMessage(policy=serde.policy_to(policy))
+        for attachment in self._attached.values():
+            with contextlib.suppress(OutOfResources):  # it hears the next
+                attachment.send(message)
 
     def _state(self, ward: str) -> WardState:
         return self._states.get(ward) or coverage.blank(ward)

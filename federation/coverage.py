@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, tzinfo
 from enum import Enum
 
@@ -76,6 +76,13 @@ class Report:
     rate_bytes_per_s: float = 0.0
     ae_title: str = ""
     hold: bool = False
+    evicted: int = 0
+    damaged: int = 0
+    bytes: int = 0
+    wire_ratio: float = 0.0
+
+
+_REPORT_FIELDS = frozenset(field.name for field in fields(Report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +159,10 @@ def blank(ward: str) -> WardState:
 
 def report_in(state: WardState) -> Report | None:
     """The last report, as it was kept."""
-    return Report(**json.loads(state.report_json)) if state.report_json else None
+    if not state.report_json:
+        return None
+    known = {name: value for name, value in json.loads(state.report_json).items() if name in _REPORT_FIELDS}
+    return Report(**known)
 
 
 def is_present(state: WardState, now_us: int) -> bool:

@@ -39,14 +39,22 @@ from federation.coverage import departed
 from federation.deliveries_desk import DeliveryDesk
 from federation.deliveries_grants import DeliveryGrants
 from federation.deliveries_service import DeliveriesService
+from federation.laying_down import Rules, tell_for_ever
 from federation.pools import Pools
 from federation.receiving import Receiver
 from federation.region_service import RegionService
+from federation.restoring_service import RestoreService
 from federation.settings import HubSettings
 from federation.uplink_service import UplinkService
 from federation.version import software_version
 from federation.window_service import WindowService
-from protos import delivery_pb2_grpc, region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
+from protos import (
+    delivery_pb2_grpc,
+    region_pb2_grpc,
+    restore_pb2_grpc,
+    uplink_pb2_grpc,
+    window_pb2_grpc,
+)
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +162,9 @@ class Hub:
 
         attachments = Attachments(await _all_away(ledger, pools), keep, self._clock)
         arrivals, version = Arrivals(), software_version()
+        rules = Rules(archive, self._clock)
         uplinks = UplinkService(
-            settings, attachments, Receiver(archive, self._clock), arrivals, pools, version
+            settings, attachments, Receiver(archive, self._clock), arrivals, pools, version, rules
         )
         asking = WardAsking(settings, attachments, arrivals, archive, pools)
         windows = WindowService(settings, asking, archive, ledger, identity, pools)
@@ -171,6 +180,7 @@ class Hub:
         region_pb2_grpc.add_RegionServicer_to_server(regions, server)
         window_pb2_grpc.add_WindowServicer_to_server(windows, server)
         delivery_pb2_grpc.add_DeliveriesServicer_to_server(deliveries, server)
+        restore_pb2_grpc.add_RestoreServicer_to_server(RestoreService(archive, pools), server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, server)
         self.port = self._bind(server, identity)
         async with AsyncExitStack() as parts:
@@ -181,6 +191,8 @@ class Hub:
             parts.push_async_callback(deliveries.stop)
             await server.start()
             parts.push_async_callback(self._stop_serving, server, attachments, uplinks)
+            telling = asyncio.create_task(tell_for_ever(rules, attachments))
+            parts.callback(telling.cancel)
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
             await enrolment.start()
             parts.push_async_callback(enrolment.stop)

@@ -8,7 +8,23 @@ from typing import Protocol
 
 import grpc.aio
 
+from archive.model import START, Position
 from protos import uplink_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPolicy:
+    """What the region lays down for its nodes, as a hub said it last. `clock_us` is that hub's time when it
+    said it; what has a receipt of `protected_to_us` or older may be evicted (0: nothing); `store` names the
+    disk of the regional store, `store_position` how far it had been written. A hub that is `standby` takes no
+    pushes now."""
+
+    clock_us: int = 0
+    protected_to_us: int = 0
+    store: bytes = b""
+    store_position: Position = START
+    hub_addresses: tuple[str, ...] = ()
+    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +50,5 @@ class LinePart(Protocol):
         """The hub says that something waits there. Returns at once."""
 
     async def run(self) -> None:
-        """Runs until it is cancelled, with a line or without one. What it raises restarts the uplink."""
+        """Runs until it is cancelled, with a line or without one. What it raises restarts the uplink: then it
+        is called again, in a new event loop."""

@@ -17,16 +17,19 @@ from archive.model import (
     Match,
     Outcome,
     PatientKey,
+    Position,
     Provenance,
     Query,
     Rules,
     Scope,
     SeriesHolding,
+    StudyPlace,
     require_uid,
 )
 from archive.offsets import is_offset
 from federation.assertion import Assertion
 from federation.coverage import CoverageState, Report, WardCoverage, WardStatus
+from federation.line import RegionPolicy
 from federation.replicator import Received, Refused
 from protos import common_pb2, delivery_pb2, region_pb2, uplink_pb2
 
@@ -34,7 +37,9 @@ DIGEST_BYTES = 32
 KEYS_MAX = 256
 WARDS_MAX = 10_000
 CLOCK_US_MAX = 1 << 60
-WORD_CHARS_MAX = 256  # of an issuer, of an AE title
+WORD_CHARS_MAX = 256  # of an issuer, of an AE title, of a hub's address
+STORE_BYTES_MAX = 64
+HUBS_MAX = 8  # a node attaches to no more of them
 
 
 def fields_to(fields: Fields) -> common_pb2.Fields:
@@ -88,6 +93,9 @@ def query_to(query: Query) -> common_pb2.Query:
         limit=query.limit or 0,
         offset=query.offset,
         pending_only=query.pending_only,
+        after=common_pb2.StudyPlace(date=query.after.date, time=query.after.time, uid=query.after.uid)
+        if query.after is not None
+        else None,
     )
 
 
@@ -110,7 +118,14 @@ def query_from(message: common_pb2.Query) -> Query:
         pending_only=message.pending_only,
         limit=message.limit or None,
         offset=message.offset,
+        after=_place(message.after) if message.HasField("after") else None,
     )
+
+
+def _place(message: common_pb2.StudyPlace) -> StudyPlace:
+    if len(message.date) > WORD_CHARS_MAX or len(message.time) > WORD_CHARS_MAX:
+        raise InvalidQuery("a query past its bounds")
+    return StudyPlace(message.date, message.time, require_uid(message.uid, "a Study Instance UID"))
 
 
 def _rules(message: common_pb2.Rules) -> Rules:
@@ -221,6 +236,10 @@ def report_to(report: Report) -> uplink_pb2.WardReport:
         rate_bytes_per_s=report.rate_bytes_per_s,
         ae_title=report.ae_title,
         hold=report.hold,
+        evicted=report.evicted,
+        damaged=report.damaged,
+        bytes=report.bytes,
+        wire_ratio=report.wire_ratio,
     )
 
 
@@ -242,6 +261,37 @@ def report_from(message: uplink_pb2.WardReport) -> Report:
         rate_bytes_per_s=message.rate_bytes_per_s,
         ae_title=message.ae_title[:16],
         hold=message.hold,
+        evicted=message.evicted,
+        damaged=message.damaged,
+        bytes=message.bytes,
+        wire_ratio=message.wire_ratio if 0 <= message.wire_ratio < float("inf") else 0.0,
+    )
+
+
+def policy_to(policy: RegionPolicy) -> uplink_pb2.Policy:
+    return uplink_pb2.Policy(
+        clock_us=policy.clock_us,
+        protected_to_us=policy.protected_to_us,
+        hub_addresses=policy.hub_addresses,
+        standby=policy.standby,
+        store=policy.store,
+        store_file=policy.store_position.file,
+        store_offset=policy.store_position.offset,
+    )
+
+
+def policy_from(message: uplink_pb2.Policy) -> RegionPolicy:
+    if not 0 <= message.clock_us <= CLOCK_US_MAX or not 0 <= message.protected_to_us <= CLOCK_US_MAX:
+        raise InvalidInput("a policy with an impossible clock")
+    if len(message.store) > STORE_BYTES_MAX or min(message.store_file, message.store_offset) < 0:
+        raise InvalidInput("a policy past its bounds")
+    return RegionPolicy(
+        clock_us=message.clock_us,
+        protected_to_us=message.protected_to_us,
+        store=message.store,
+        store_position=Position(message.store_file, message.store_offset),
+        hub_addresses=tuple(word for word in message.hub_addresses[:HUBS_MAX] if len(word) <= WORD_CHARS_MAX),
+        standby=message.standby,
     )
 
 

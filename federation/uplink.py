@@ -33,12 +33,13 @@ from certs.authority import clock_us
 from certs.credentials import channel
 from certs.identity import Identity
 from certs.renewal import RenewalThread, renew
-from federation import serde
+from federation import abilities, serde
 from federation import status as errors_on_the_wire
 from federation.asks import Asks, Audit
 from federation.coverage import REPORT_INTERVAL_S, Report
 from federation.deliveries_taking import Taking
 from federation.delivery import Delivery, raise_if_ours
+from federation.line import Line, LinePart, RegionPolicy
 from federation.replicator import Limits, Replicator
 from federation.settings import DeliverySettings, UplinkSettings
 from federation.version import software_version
@@ -88,9 +89,10 @@ class Uplink:
         audit: Audit | None = None,
         deliveries: DeliverySettings | None = None,
         on_standings: Callable[[Sequence[DeliveryStanding]], None] = lambda told: None,
+        parts: Sequence[LinePart] = (),
     ) -> None:
         """`audit` writes who was answered from here into the node's own log; `on_standings` keeps how
-        deliveries from and to this ward stand."""
+        deliveries from and to this ward stand; `parts` is what else rides on the line."""
         self.settings = settings
         self._audit = audit
         self._archive = archive
@@ -99,6 +101,8 @@ class Uplink:
         self._ae_title = ae_title
         self._deliveries = deliveries or DeliverySettings()
         self._on_standings = on_standings
+        self._parts = tuple(parts)
+        self._policy: RegionPolicy | None = None
         self._line: grpc.aio.Channel | None = None
         self._chance = random.Random()
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_cap_s, self._chance)
@@ -189,6 +193,12 @@ class Uplink:
         """Who this node is, by the certificate that is in use now."""
         return self._identity
 
+    @property
+    def policy(self) -> RegionPolicy | None:
+        """What the region laid down last, also while no hub is there; None when none said anything since the
+        start. Any thread may ask."""
+        return self._policy
+
     def hub_clock_us(self) -> int:
         """The hub's time, as far as it is known here, whatever this machine's clock is set to meanwhile: else
         its devices' questions, and the region's to it, would seem expired until the next attach."""
@@ -257,6 +267,8 @@ class Uplink:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._delivery.run())
                 group.create_task(self._taking.run())
+                for part in self._parts:
+                    group.create_task(part.run())
                 group.create_task(self._watch())
                 group.create_task(self._attach_for_ever())
         finally:
@@ -316,19 +328,30 @@ class Uplink:
                     self._line = None
                     self._delivery.line_down()
                     self._taking.line_down()
+                    for part in self._parts:
+                        part.line_down()
             finally:
                 call.cancel()
 
     def _begin(
         self, address: str, welcome: uplink_pb2.Welcome, stub: UplinkAsyncStub, line: grpc.aio.Channel
     ) -> None:
-        self._welcomed = welcome.clock_us, time.monotonic()
+        self._lay_down(welcome.policy if welcome.HasField("policy") else None, welcome.clock_us)
         self._status = UplinkStatus(True, address, self._clock(), "", 0.0)
         log.info("attached to the hub at %s (version %s)", address, welcome.version)
         self._report_now.set()
         self._line = line
         self._delivery.line_up(stub)
         self._taking.line_up(line)
+        for part in self._parts:
+            part.line_up(Line(address, line, abilities.shared(welcome.abilities)))
+
+    def _lay_down(self, message: uplink_pb2.Policy | None, clock_us: int) -> None:
+        """A hub said what the region lays down, or, of an older release, its time alone."""
+        if message is not None:
+            self._policy = serde.policy_from(message)
+            clock_us = self._policy.clock_us
+        self._welcomed = clock_us, time.monotonic()
 
     async def _converse(self, call: Any, stub: UplinkAsyncStub, asks: Asks, interval_s: float) -> None:
         """Reports and hears until the hub ends the attach, the line breaks, or a new certificate is there."""
@@ -369,6 +392,11 @@ class Uplink:
                 asks.cancel(message.cancel.ask_id)
             elif kind == "deliveries":
                 self._taking.told()
+            elif kind == "policy":
+                self._lay_down(message.policy, 0)
+            elif kind == "come":
+                for part in self._parts:
+                    part.come(message.come)
 
     async def _welcome(self, call: Any) -> uplink_pb2.Welcome:
         message = await call.read()
@@ -379,7 +407,9 @@ class Uplink:
 
     def _hello(self) -> uplink_pb2.Hello:
         self._epoch = self._archive.epoch
-        return uplink_pb2.Hello(version=software_version(), protocol=PROTOCOL, epoch=self._epoch)
+        return uplink_pb2.Hello(
+            version=software_version(), protocol=PROTOCOL, epoch=self._epoch, abilities=abilities.OURS
+        )
 
     # Reports.
 
@@ -433,6 +463,7 @@ class Uplink:
             rate_bytes_per_s=self._rate.measure(self._delivery.bytes_sent),
             ae_title=self._ae_title,
             hold=self.settings.hold,
+            bytes=totals.bytes,
         )
 
     # What makes it look.

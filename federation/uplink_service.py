@@ -16,10 +16,11 @@ from typing import Any
 
 from archive.errors import InvalidInput, MissError, OutOfResources, Unavailable
 from certs.gate import peer
-from federation import serde, status
+from federation import abilities, serde, status
 from federation.arrivals import Arrivals
 from federation.attachments import Attachment, Attachments
 from federation.coverage import STALE_AFTER_S
+from federation.laying_down import Rules
 from federation.pools import Pools
 from federation.receiving import Incoming, Pushed, Receiver
 from federation.replicator import Received, Refused
@@ -51,6 +52,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         arrivals: Arrivals,
         pools: Pools,
         version: str,
+        rules: Rules,
     ) -> None:
         self._settings = settings
         self._attachments = attachments
@@ -58,6 +60,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self._arrivals = arrivals
         self._pools = pools
         self._version = version
+        self._rules = rules
         self._pushes: Counter[str] = Counter()
         self._ahead: set[Ahead] = set()
         self._stopping = False
@@ -135,6 +138,8 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             clock_us=self._pools.clock(),
             report_interval_s=self._settings.report_interval_s,
             version=self._version,
+            abilities=abilities.OURS,
+            policy=serde.policy_to(self._rules.current()),
         )
 
     async def _converse(

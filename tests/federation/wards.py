@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from certs.identity import Identity
 from certs.settings import EnrolmentSettings
 from federation.hub import Hub
 from federation.hub_channel import HubChannel
+from federation.line import LinePart
 from federation.policy import Principal, Role
 from federation.region_source import RegionSource
 from federation.settings import DeliverySettings, HubSettings, StoreSettings, UplinkSettings
@@ -61,6 +62,7 @@ class Node:
     audited: list[AuditRow] = field(default_factory=list)  # who was answered from here
     deliveries: DeliverySettings = field(default_factory=DeliverySettings)
     standings: Sequence[DeliveryStanding] = ()
+    parts: Callable[[Archive, Identity], Sequence[LinePart]] = lambda archive, identity: ()
 
     def start(self, **changes: Any) -> Node:
         self.settings = replace(self.settings, **changes)
@@ -69,6 +71,7 @@ class Node:
         self.uplink = Uplink(
             self.archive, self.identity, self.settings, ae_title="WARD", audit=self.audited.append,
             deliveries=self.deliveries, on_standings=self._note,
+            parts=self.parts(self.archive, self.identity),
         )  # fmt: skip
         self.uplink.start()
         return self
