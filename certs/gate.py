@@ -52,11 +52,14 @@ RPCS: dict[str, frozenset[Profile]] = {
     "/miss.v1.Deliveries/Fetch": _NODE,
     "/miss.v1.Deliveries/Done": _NODE,
     "/miss.v1.Deliveries/Standing": _NODE,
+    "/miss.v1.Restore/Fetch": _NODE,
     "/miss.v1.Window/Search": _NODE,
     "/miss.v1.Window/Instances": _NODE,
     "/miss.v1.Window/Fetch": _NODE,
     "/miss.v1.Region/Search": _PORTAL,
     "/miss.v1.Region/Promote": _PORTAL,
+    "/miss.v1.Region/Gather": _PORTAL,
+    "/miss.v1.Region/Fetch": _PORTAL,
     "/miss.v1.Region/Wards": _PORTAL,
 }
 

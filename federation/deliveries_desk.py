@@ -16,18 +16,18 @@ from archive.archive import Archive
 from archive.errors import InvalidInput, MissError, NotFound
 from archive.ledger import Delivery, DeliveryKey, DeliveryStanding, Ledger
 from archive.ledger.deliveries import ORDER_MAX, PAGE_MAX
-from archive.model import Provenance, Scope
+from archive.model import Provenance
 from federation import serde
 from federation.deliveries_grants import DeliveryGrants, origin_device
-from federation.reading import Content, checked_chunks, find_content, raise_if_passing
+from federation.outgoing import is_held_by
+from federation.outgoing import messages as outgoing_messages
+from federation.reading import Content, find_content
 from protos import delivery_pb2, uplink_pb2
 
 log = logging.getLogger(__name__)
 
 NEXT_MAX = 256
 PAGES_MAX = 8  # of what is given up, before one question is answered
-GROUP_BYTES_MAX = 1 << 20
-GROUP_OBJECTS_MAX = 128
 REFUSAL_CHARS_MAX = 200
 NOT_LET = "the region does not let the one deliver to the other any more"
 
@@ -101,32 +101,20 @@ class DeliveryDesk:
         """What the ward may fetch of these, as messages of a push stream: small ones in groups, large ones in
         chunks. One that can't be read is left out and counted as refused; when it breaks off in between, so
         does the stream."""
-        group = uplink_pb2.PushGroup()
-        size = 0
-        for delivery in filter(self._allows, self._ledger.ready_of(keys[:NEXT_MAX])):
-            content = self._content(delivery)
-            if content is None:
-                continue
-            if content.size > GROUP_BYTES_MAX:
-                if group.objects:
-                    yield uplink_pb2.PushRequest(group=group)
-                    group, size = uplink_pb2.PushGroup(), 0
-                yield from self._large(delivery, content)
-                continue
-            dataset = self._whole(delivery, content)
-            if dataset is None:
-                continue
-            if group.objects and (
-                size + len(dataset) > GROUP_BYTES_MAX or len(group.objects) >= GROUP_OBJECTS_MAX
-            ):
-                yield uplink_pb2.PushRequest(group=group)
-                group, size = uplink_pb2.PushGroup(), 0
-            group.objects.append(uplink_pb2.PushWhole(
-                begin=_begin(delivery, content), dataset=dataset, digest=content.digest,
-            ))  # fmt: skip
-            size += len(dataset)
-        if group.objects:
-            yield uplink_pb2.PushRequest(group=group)
+        ready = filter(self._allows, self._ledger.ready_of(keys[:NEXT_MAX]))
+        under_way: dict[tuple[str, bytes], Delivery] = {}
+
+        def outgoing() -> Iterator[tuple[Content, uplink_pb2.PushBegin]]:
+            for delivery in ready:
+                content = self._content(delivery)
+                if content is not None:
+                    under_way[(content.head.sop_instance_uid, content.digest)] = delivery
+                    yield content, _begin(delivery, content)
+
+        def blame(content: Content, error: MissError | OSError) -> None:
+            self._blame(under_way[(content.head.sop_instance_uid, content.digest)], error)
+
+        return outgoing_messages(self._archive, outgoing(), blame)
 
     def done(self, ward: str, done: delivery_pb2.DeliveriesDone) -> None:
         """What became of them at the ward."""
@@ -156,20 +144,12 @@ class DeliveryDesk:
         return self._grants.allows(delivery.key.from_ward, delivery.key.to_ward)
 
     def _make_ready(self, keys: Sequence[DeliveryKey]) -> bool:
-        held = [key for key in keys if self._is_held(key)]
+        held = [
+            key for key in keys
+            if is_held_by(self._archive, key.from_ward, key.sop_instance_uid, key.digest)
+        ]  # fmt: skip
         self._ledger.ready_deliveries(held, self._clock())
         return bool(held)
-
-    def _is_held(self, key: DeliveryKey) -> bool:
-        """Whether the region has this content from the ward that delivers it. Of a content that is kept
-        beside another only the first ward is known: there the digest, which nobody knows without the bytes,
-        is enough."""
-        index = self._archive.index
-        known = index.lookup(key.sop_instance_uid)
-        if known is not None and known.digest == key.digest:
-            own = Scope(frozenset({key.from_ward}))
-            return bool(index.instances(known.study_uid, known.series_uid, key.sop_instance_uid, scope=own))
-        return index.has_content(key.sop_instance_uid, key.digest)
 
     def _content(self, delivery: Delivery) -> Content | None:
         key = delivery.key
@@ -178,28 +158,7 @@ class DeliveryDesk:
             self._refuse(key, "the region does not hold it any more", permanent=False)
         return content
 
-    def _whole(self, delivery: Delivery, content: Content) -> bytes | None:
-        try:
-            return b"".join(self._chunks(content))
-        except (MissError, OSError) as error:
-            self._blame(delivery, error)
-            return None
-
-    def _large(self, delivery: Delivery, content: Content) -> Iterator[uplink_pb2.PushRequest]:
-        yield uplink_pb2.PushRequest(begin=_begin(delivery, content))
-        try:
-            for chunk in self._chunks(content):
-                yield uplink_pb2.PushRequest(chunk=chunk)
-        except (MissError, OSError) as error:
-            self._blame(delivery, error)
-            raise
-        yield uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=content.digest))
-
-    def _chunks(self, content: Content) -> Iterator[bytes]:
-        return checked_chunks(self._archive, content.head.sop_instance_uid, content.digest, content.location)
-
     def _blame(self, delivery: Delivery, error: MissError | OSError) -> None:
-        raise_if_passing(error)
         words = str(error) if isinstance(error, MissError) else f"its pack can't be read ({error.strerror})"
         self._refuse(delivery.key, f"in the region: {words}", permanent=False)
 

@@ -378,7 +378,7 @@ def test_what_the_region_can_t_read_is_put_off_and_the_others_come(
         deliveries(sender).send(GALLIERA, stored(sender, instances))
         attached(taker)
         wait_for(lambda: standing(region).delivered == 2, "the others are taken")
-        (row,) = region.ledger.troubled_deliveries()
+        (row,) = wait_for(region.ledger.troubled_deliveries, "it is on record why one was not")
         assert row.key.sop_instance_uid == instances[1].sop_instance_uid and "checksum" in row.reason
     delivered(region, 3)
     check_taken(taker, instances)
