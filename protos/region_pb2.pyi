@@ -129,6 +129,127 @@ class PromoteReply(_message.Message):
 Global___PromoteReply: _TypeAlias = PromoteReply  # noqa: Y015
 
 @_typing.final
+class Gathered(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMING_FIELD_NUMBER: _builtins.int
+    LISTED_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    listed: _builtins.bool
+    """no more of those follow, and `coverage` says which wards answered"""
+    over: _builtins.bool
+    """no more of those follow: `complete` when all of it has arrived"""
+    complete: _builtins.bool
+    @_builtins.property
+    def coming(self) -> _containers.RepeatedCompositeFieldContainer[Global___Coming]:
+        """pages"""
+
+    @_builtins.property
+    def arrived(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SOP Instance UIDs"""
+
+    @_builtins.property
+    def coverage(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.WardCoverage]: ...
+    def __init__(
+        self,
+        *,
+        coming: _abc.Iterable[Global___Coming] | None = ...,
+        listed: _builtins.bool = ...,
+        arrived: _abc.Iterable[_builtins.str] | None = ...,
+        over: _builtins.bool = ...,
+        complete: _builtins.bool = ...,
+        coverage: _abc.Iterable[_common_pb2.WardCoverage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "coming", b"coming", "complete", b"complete", "coverage", b"coverage", "listed", b"listed", "over", b"over"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gathered: _TypeAlias = Gathered  # noqa: Y015
+
+@_typing.final
+class Coming(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WARD_FIELD_NUMBER: _builtins.int
+    LISTED_FIELD_NUMBER: _builtins.int
+    ward: _builtins.str
+    @_builtins.property
+    def listed(self) -> _uplink_pb2.Listed: ...
+    def __init__(
+        self,
+        *,
+        ward: _builtins.str = ...,
+        listed: _uplink_pb2.Listed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["listed", b"listed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["listed", b"listed", "ward", b"ward"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Coming: _TypeAlias = Coming  # noqa: Y015
+
+@_typing.final
+class FetchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STUDY_UID_FIELD_NUMBER: _builtins.int
+    SERIES_UID_FIELD_NUMBER: _builtins.int
+    SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ASSERTION_FIELD_NUMBER: _builtins.int
+    study_uid: _builtins.str
+    series_uid: _builtins.str
+    sop_instance_uid: _builtins.str
+    digest: _builtins.bytes
+    size: _builtins.int
+    @_builtins.property
+    def assertion(self) -> _common_pb2.Assertion: ...
+    def __init__(
+        self,
+        *,
+        study_uid: _builtins.str = ...,
+        series_uid: _builtins.str = ...,
+        sop_instance_uid: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        assertion: _common_pb2.Assertion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "digest", b"digest", "series_uid", b"series_uid", "size", b"size", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class FetchChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.bytes
+    """at most 1 MiB"""
+    def __init__(
+        self,
+        *,
+        dataset: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchChunk: _TypeAlias = FetchChunk  # noqa: Y015
+
+@_typing.final
 class WardsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

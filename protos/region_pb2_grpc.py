@@ -44,6 +44,16 @@ class RegionStub:
                 request_serializer=protos_dot_region__pb2.PromoteRequest.SerializeToString,
                 response_deserializer=protos_dot_region__pb2.PromoteReply.FromString,
                 _registered_method=True)
+        self.Gather = channel.unary_stream(
+                '/miss.v1.Region/Gather',
+                request_serializer=protos_dot_region__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=protos_dot_region__pb2.Gathered.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/miss.v1.Region/Fetch',
+                request_serializer=protos_dot_region__pb2.FetchRequest.SerializeToString,
+                response_deserializer=protos_dot_region__pb2.FetchChunk.FromString,
+                _registered_method=True)
         self.Wards = channel.unary_unary(
                 '/miss.v1.Region/Wards',
                 request_serializer=protos_dot_region__pb2.WardsRequest.SerializeToString,
@@ -68,6 +78,21 @@ class RegionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Gather(self, request, context):
+        """The same, one by one: first what wards hold alone, then which of it has arrived, until all has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """One such instance's data set without group 2, in order, while it arrives. The last chunk is held until it
+        is durable and indexed here, under its digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Wards(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +111,16 @@ def add_RegionServicer_to_server(servicer, server):
                     servicer.Promote,
                     request_deserializer=protos_dot_region__pb2.PromoteRequest.FromString,
                     response_serializer=protos_dot_region__pb2.PromoteReply.SerializeToString,
+            ),
+            'Gather': grpc.unary_stream_rpc_method_handler(
+                    servicer.Gather,
+                    request_deserializer=protos_dot_region__pb2.PromoteRequest.FromString,
+                    response_serializer=protos_dot_region__pb2.Gathered.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=protos_dot_region__pb2.FetchRequest.FromString,
+                    response_serializer=protos_dot_region__pb2.FetchChunk.SerializeToString,
             ),
             'Wards': grpc.unary_unary_rpc_method_handler(
                     servicer.Wards,
@@ -147,6 +182,60 @@ class Region:
             '/miss.v1.Region/Promote',
             protos_dot_region__pb2.PromoteRequest.SerializeToString,
             protos_dot_region__pb2.PromoteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gather(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miss.v1.Region/Gather',
+            protos_dot_region__pb2.PromoteRequest.SerializeToString,
+            protos_dot_region__pb2.Gathered.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miss.v1.Region/Fetch',
+            protos_dot_region__pb2.FetchRequest.SerializeToString,
+            protos_dot_region__pb2.FetchChunk.FromString,
             options,
             channel_credentials,
             insecure,

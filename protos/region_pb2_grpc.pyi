@@ -35,6 +35,12 @@ class RegionStub:
     """What attached wards still hold alone, and the coverage of the whole answer."""
     Promote: _grpc.UnaryUnaryMultiCallable[_region_pb2.PromoteRequest, _region_pb2.PromoteReply]
     """Reading promotes: returns when what was asked for is in the region, or the deadline has passed."""
+    Gather: _grpc.UnaryStreamMultiCallable[_region_pb2.PromoteRequest, _region_pb2.Gathered]
+    """The same, one by one: first what wards hold alone, then which of it has arrived, until all has."""
+    Fetch: _grpc.UnaryStreamMultiCallable[_region_pb2.FetchRequest, _region_pb2.FetchChunk]
+    """One such instance's data set without group 2, in order, while it arrives. The last chunk is held until it
+    is durable and indexed here, under its digest.
+    """
     Wards: _grpc.UnaryUnaryMultiCallable[_region_pb2.WardsRequest, _region_pb2.WardsReply]
 
 @_typing.type_check_only
@@ -44,6 +50,12 @@ class RegionAsyncStub(RegionStub):
     """What attached wards still hold alone, and the coverage of the whole answer."""
     Promote: _aio.UnaryUnaryMultiCallable[_region_pb2.PromoteRequest, _region_pb2.PromoteReply]  # type: ignore[assignment]
     """Reading promotes: returns when what was asked for is in the region, or the deadline has passed."""
+    Gather: _aio.UnaryStreamMultiCallable[_region_pb2.PromoteRequest, _region_pb2.Gathered]  # type: ignore[assignment]
+    """The same, one by one: first what wards hold alone, then which of it has arrived, until all has."""
+    Fetch: _aio.UnaryStreamMultiCallable[_region_pb2.FetchRequest, _region_pb2.FetchChunk]  # type: ignore[assignment]
+    """One such instance's data set without group 2, in order, while it arrives. The last chunk is held until it
+    is durable and indexed here, under its digest.
+    """
     Wards: _aio.UnaryUnaryMultiCallable[_region_pb2.WardsRequest, _region_pb2.WardsReply]  # type: ignore[assignment]
 
 class RegionServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +74,24 @@ class RegionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_region_pb2.PromoteReply, _abc.Awaitable[_region_pb2.PromoteReply]]:
         """Reading promotes: returns when what was asked for is in the region, or the deadline has passed."""
+
+    @_abc_1.abstractmethod
+    def Gather(
+        self,
+        request: _region_pb2.PromoteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_region_pb2.Gathered], _abc.AsyncIterator[_region_pb2.Gathered]]:
+        """The same, one by one: first what wards hold alone, then which of it has arrived, until all has."""
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _region_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_region_pb2.FetchChunk], _abc.AsyncIterator[_region_pb2.FetchChunk]]:
+        """One such instance's data set without group 2, in order, while it arrives. The last chunk is held until it
+        is durable and indexed here, under its digest.
+        """
 
     @_abc_1.abstractmethod
     def Wards(

@@ -377,11 +377,14 @@ class PromoteAsk(_message.Message):
     SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
     ASSERTION_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    LISTING_FIELD_NUMBER: _builtins.int
     ask_id: _builtins.str
     study_uid: _builtins.str
     sop_instance_uid: _builtins.str
     """empty: the whole study"""
     traceparent: _builtins.str
+    listing: _builtins.bool
+    """the answer is to list each pending instance"""
     @_builtins.property
     def assertion(self) -> _common_pb2.Assertion: ...
     def __init__(
@@ -392,10 +395,11 @@ class PromoteAsk(_message.Message):
         sop_instance_uid: _builtins.str = ...,
         assertion: _common_pb2.Assertion | None = ...,
         traceparent: _builtins.str = ...,
+        listing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "assertion", b"assertion", "listing", b"listing", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -824,14 +828,25 @@ class SearchAnswer(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    LISTED_FIELD_NUMBER: _builtins.int
+    LISTS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     ask_id: _builtins.str
     last: _builtins.bool
     truncated: _builtins.bool
+    lists: _builtins.bool
+    """it knows of it: `listed` is all there is"""
+    left_out: _builtins.int
+    """pending instances of the study that are set aside: they do not come"""
     @_builtins.property
     def matches(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Match]: ...
     @_builtins.property
     def report(self) -> Global___WardReport:
         """as of this answer"""
+
+    @_builtins.property
+    def listed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Listed]:
+        """to a PromoteAsk with `listing`; a ward that knows nothing of it gives matches"""
 
     def __init__(
         self,
@@ -841,14 +856,53 @@ class SearchAnswer(_message.Message):
         last: _builtins.bool = ...,
         truncated: _builtins.bool = ...,
         report: Global___WardReport | None = ...,
+        listed: _abc.Iterable[Global___Listed] | None = ...,
+        lists: _builtins.bool = ...,
+        left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "last", b"last", "matches", b"matches", "report", b"report", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_id", b"ask_id", "last", b"last", "left_out", b"left_out", "listed", b"listed", "lists", b"lists", "matches", b"matches", "report", b"report", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SearchAnswer: _TypeAlias = SearchAnswer  # noqa: Y015
+
+@_typing.final
+class Listed(_message.Message):
+    """An instance that a ward holds alone: what its receipt will say, and what lists show of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIES_UID_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    series_uid: _builtins.str
+    digest: _builtins.bytes
+    size: _builtins.int
+    """of the data set"""
+    @_builtins.property
+    def head(self) -> _common_pb2.InstanceHead: ...
+    @_builtins.property
+    def instance(self) -> _common_pb2.Fields: ...
+    def __init__(
+        self,
+        *,
+        series_uid: _builtins.str = ...,
+        head: _common_pb2.InstanceHead | None = ...,
+        digest: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        instance: _common_pb2.Fields | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "head", b"head", "instance", b"instance", "series_uid", b"series_uid", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Listed: _TypeAlias = Listed  # noqa: Y015
 
 @_typing.final
 class AnswerReply(_message.Message):

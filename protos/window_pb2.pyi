@@ -175,10 +175,13 @@ class WindowFetchRequest(_message.Message):
     SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     ASSERTION_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     study_uid: _builtins.str
     series_uid: _builtins.str
     sop_instance_uid: _builtins.str
     digest: _builtins.bytes
+    start: _builtins.int
+    """the first byte that is wanted"""
     @_builtins.property
     def assertion(self) -> _common_pb2.Assertion: ...
     def __init__(
@@ -189,10 +192,11 @@ class WindowFetchRequest(_message.Message):
         sop_instance_uid: _builtins.str = ...,
         digest: _builtins.bytes = ...,
         assertion: _common_pb2.Assertion | None = ...,
+        start: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "digest", b"digest", "series_uid", b"series_uid", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "digest", b"digest", "series_uid", b"series_uid", "sop_instance_uid", b"sop_instance_uid", "start", b"start", "study_uid", b"study_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,16 +207,20 @@ class WindowChunk(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATASET_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     dataset: _builtins.bytes
     """at most 1 MiB"""
+    start: _builtins.int
+    """in the first chunk: its place; a hub that knows nothing of it begins with 0"""
     def __init__(
         self,
         *,
         dataset: _builtins.bytes = ...,
+        start: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
