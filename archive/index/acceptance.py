@@ -1,51 +1,36 @@
 """A person's decision which content of a SOP Instance UID is live, brought into the index: the two change
 places, and everything that was counted from the one is counted from the other.
 
-What stands above instances keeps the first value that came, so nothing can be taken out of it again: a study
-that loses an instance is made anew from those it has left, in the order in which they were received, their
-attributes read where they lie. The same decision on the same index gives the same rows, so a rebuild that
-comes to the fact at the same place of the log ends with an equal index.
+A study that loses an instance is made anew from those it has left (`remaking.py`). The same decision on the
+same index gives the same rows, so a rebuild that comes to the fact at the same place of the log ends with an
+equal index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, text, update
+from sqlalchemy import Connection, and_, delete, insert, select, update
 
-from archive.index.levels import Levels, patient_key
-from archive.index.rows import Row, fields_of, fill, number_of, row_of
+from archive.index.levels import patient_key
+from archive.index.remaking import AttributeReader, entry_of, remake
+from archive.index.rows import Row, number_of, row_of
 from archive.index.schema import (
-    STUDY_TEXT,
     conflict,
     early_fact,
     holding,
     instance,
     outbox,
-    patient,
     patient_hash,
-    series,
-    series_ward,
-    study,
-    text_id,
 )
-from archive.index.statements import by_uid
-from archive.index.stored import head_of, location_of
 from archive.index.wardcounts import holding_row
 from archive.model import (
-    START,
-    Attributes,
     ConflictState,
     Fact,
     FactKind,
     IndexEntry,
     Level,
-    Record,
-    RecordKind,
 )
-
-AttributeReader = Callable[[Record], Attributes | None]
 
 # What stands in both tables of what is said of a content: where it came from, where it lies, what facts say.
 _COMMON = tuple(column.name for column in instance.c if column.name in conflict.c)
@@ -63,7 +48,7 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
         if here:
             _forget_early(connection, uid)
         return here
-    entry = _entry(found, read)
+    entry = entry_of(found, read)
     connection.execute(delete(conflict).where(mine))
     studies = {found.study_instance_uid}
     if before is not None:
@@ -76,7 +61,7 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
     _forget_early(connection, uid)
     _swap_holders(connection, found, before)
     _requeue(connection, found, before, fact.at_us if into_outbox else 0)
-    _remake(connection, studies, read)
+    remake(connection, studies, read)
     return True
 
 
@@ -95,22 +80,6 @@ def _live(found: Any, entry: IndexEntry) -> Row:
     row["patient_hash"] = patient_hash(patient_key(entry), found.study_instance_uid)
     row["number"] = number_of(row["instance_number"])
     return row
-
-
-def _entry(row: Any, read: AttributeReader) -> IndexEntry:
-    """A row of an instance or a conflict as what the levels count; one whose data set can't be read any more
-    says of itself only what the index knows."""
-    record = Record(RecordKind.INSTANCE, 0, head_of(row), bytes(row.digest), location_of(row), START)
-    attributes = read(record)
-    if attributes is None:
-        attributes = Attributes(
-            patient={},
-            study={"StudyInstanceUID": row.study_instance_uid},
-            series={"SeriesInstanceUID": row.series_instance_uid},
-            instance=fields_of(Level.IMAGE, row._mapping) if "instance_number" in row._mapping else {
-                "SOPInstanceUID": row.sop_instance_uid, "SOPClassUID": row.sop_class_uid},
-        )  # fmt: skip
-    return IndexEntry(record, attributes)
 
 
 def _forget_early(connection: Connection, uid: str) -> None:
@@ -170,55 +139,3 @@ def _queue(connection: Connection, found: Any, accepted_us: int) -> None:
         ward=found.ward, received_at_us=found.received_at_us,
         bytes=found.payload_length - found.dataset_offset, urgent=False, set_aside=False, detail="", **values,
     ))  # fmt: skip
-
-
-def _remake(connection: Connection, studies: Iterable[str], read: AttributeReader) -> None:
-    """Make studies, their series and their patients anew from the instances that are here."""
-    uids = sorted(studies)
-    query = select(study.c.patient_hash).where(study.c.study_instance_uid.in_(uids))
-    people = {bytes(row.patient_hash) for row in connection.execute(query)}
-    for table in (study, series, series_ward):
-        connection.execute(delete(table).where(table.c.study_instance_uid.in_(uids)))
-    if connection.dialect.name == "sqlite":
-        for uid in uids:
-            connection.execute(text(f"DELETE FROM {STUDY_TEXT} WHERE rowid = :id"), {"id": text_id(uid)})
-    holders: dict[str, list[str]] = {}
-    held = select(holding.c.sop_instance_uid, holding.c.ward).where(holding.c.study_instance_uid.in_(uids))
-    for row in connection.execute(held):
-        holders.setdefault(row.sop_instance_uid, []).append(row.ward)
-    levels = Levels(connection)
-    here = (
-        select(instance)
-        .where(instance.c.study_instance_uid.in_(uids))
-        .order_by(instance.c.received_at_us, instance.c.sop_instance_uid)
-    )
-    for row in connection.execute(here):
-        levels.add(_entry(row, read), sorted(holders.get(row.sop_instance_uid, ())))
-    _remake_patients(connection, people | levels.write_studies())
-
-
-def _remake_patients(connection: Connection, people: set[bytes]) -> None:
-    """A patient's fields are those of their studies, the first that was received first."""
-    found: dict[bytes, list[Any]] = {}
-    for row in by_uid(connection, select(study), study.c.patient_hash, people):
-        found.setdefault(bytes(row.patient_hash), []).append(row)
-    uids = {row.study_instance_uid for rows in found.values() for row in rows}
-    received = select(instance.c.study_instance_uid, func.min(instance.c.received_at_us))
-    received = received.group_by(instance.c.study_instance_uid)
-    first_us = dict(map(tuple, by_uid(connection, received, instance.c.study_instance_uid, uids)))
-    connection.execute(
-        delete(patient).where(patient.c.patient_hash == bindparam("b_hash")),
-        [{"b_hash": one} for one in sorted(people)],
-    )
-    rows = []
-    names = [column.name for column in patient.c]
-    for key in sorted(found):
-        ordered = sorted(
-            found[key], key=lambda row: (first_us[row.study_instance_uid], row.study_instance_uid)
-        )
-        made = {name: ordered[0]._mapping[name] for name in names}
-        for other in ordered[1:]:
-            fill(made, Level.PATIENT, {name: other._mapping[name] for name in names})
-        rows.append(made)
-    if rows:
-        connection.execute(insert(patient), rows)
