@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -40,6 +40,7 @@ from archive.packs.logfiles import LogLimits
 from archive.packs.packs import LAYOUT, Packs, StoredDataset
 from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
+from archive.partials import PartialLimits, Partials, read_notes
 from archive.recent import Recent
 from archive.space.compaction import Compaction
 from archive.space.eviction import Eviction
@@ -74,6 +75,9 @@ class ArchiveSettings:
     upkeep_bytes_per_s: float = 100e6
     set_aside_bytes_max: int = 10 << 30
     set_aside_age_s_max: float = 30 * 86_400.0
+    partial_bytes_max: int = 64 << 30
+    partial_ward_bytes_max: int = 16 << 30
+    partial_age_s_max: float = 24 * 3600.0
 
     @property
     def database_url(self) -> str:
@@ -87,6 +91,14 @@ class ArchiveSettings:
             free_bytes_min=self.free_bytes_min,
             index_lag_records_max=self.index_lag_records_max,
             index_lag_s_max=self.index_lag_s_max,
+        )
+
+    @property
+    def partial_limits(self) -> PartialLimits:
+        return PartialLimits(
+            bytes_max=self.partial_bytes_max,
+            ward_bytes_max=self.partial_ward_bytes_max,
+            age_s_max=self.partial_age_s_max,
         )
 
     @property
@@ -107,7 +119,10 @@ class Writing:
 
     def _open(self, settings: ArchiveSettings, storage: Storage, index: Index, outbox: bool) -> None:
         packs_read, facts_read = index.positions()
-        self.packs, self.facts, self.watermark = open_logs(settings, storage, packs_read, facts_read)
+        notes = read_notes(storage)
+        self.packs, self.facts, self.watermark = open_logs(
+            settings, storage, packs_read, facts_read, resumable=notes
+        )
         self.recent = Recent()
         self.indexer = Indexer(index, self.packs, self.facts, self.recent, outbox=outbox, on_idle=self._idle)
         try:
@@ -116,6 +131,8 @@ class Writing:
             self._close_logs()
             raise
         self._publish()
+        self.partials = Partials(storage, settings.partial_limits)
+        self.partials.adopt(notes)
         self.packs.on_durable(self._durable)
         self.intake = Intake(
             self.packs,
@@ -125,6 +142,7 @@ class Writing:
             ByteBudget(settings.memory_budget_bytes),
             storage,
             settings.intake_limits,
+            self.partials,
         )
         self.upkeep = self._begin_upkeep(settings, index)
         self.sorter = Sorter(
@@ -259,6 +277,11 @@ class Archive:
         self.wait_indexed()
         return self.index.search(query)
 
+    def listed(self, query: Query) -> list[tuple[str | int, ...]]:
+        """What orders each match, its UID among it (`archive/index/queries.py`): the matches unread."""
+        self.wait_indexed()
+        return self.index.listed(query)
+
     def count(self, query: Query) -> int:
         """How many matches there are in all."""
         self.wait_indexed()
@@ -365,7 +388,12 @@ def lock_state(state: Path) -> int:
 
 
 def open_logs(
-    settings: ArchiveSettings, storage: Storage, packs_read: Position, facts_read: Position
+    settings: ArchiveSettings,
+    storage: Storage,
+    packs_read: Position,
+    facts_read: Position,
+    *,
+    resumable: Container[str] = (),
 ) -> tuple[Packs, FactLog, Watermark]:
     """Packs and facts as the last crash left them; what an index has read of them was promised."""
     writer = LAYOUT.writer_of(storage)
@@ -377,6 +405,7 @@ def open_logs(
             promised=promised,
             limits=settings.log_limits,
             image_bytes_max=settings.small_object_bytes_max,
+            resumable=resumable,
         )
         try:
             facts = FactLog.open(storage, promised=facts_read, writer=packs.writer)

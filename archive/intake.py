@@ -43,6 +43,7 @@ from archive.packs.large import FOLDER as LARGE
 from archive.packs.large import OwnPack
 from archive.packs.packs import Packs, Written
 from archive.packs.storage import Storage
+from archive.partials import PartialKey, Partials
 from archive.recent import Recent, Unindexed
 from archive.reception import Content, Reception
 
@@ -98,8 +99,10 @@ class Intake:
         budget: ByteBudget,
         storage: Storage,
         limits: IntakeLimits,
+        partials: Partials,
     ) -> None:
         self.packs = packs
+        self.partials = partials
         self.indexer = indexer
         self.budget = budget
         self.limits = limits
@@ -121,21 +124,25 @@ class Intake:
         conflict: bool = False,
         size_hint: int | None = None,
         policy: ConflictPolicy = ConflictPolicy.KEEP,
+        partial: PartialKey | None = None,
+        offset: int = 0,
     ) -> Reception:
         """Begin to receive. `conflict` says that the sender keeps this content as a conflict itself; `policy`
-        what becomes of it if another is here.
+        what becomes of it if another is here. What has a `partial` key is kept when its sender is cut off,
+        and goes on at `offset` where that is what is kept.
 
-        Raises InvalidInstance, TooLarge, and OutOfResources: disk, index too far behind.
+        Raises InvalidInstance, TooLarge, and OutOfResources: disk, index too far behind; Unavailable when
+        what should go on is not here.
         """
         require_uid(head.sop_instance_uid, "the SOP Instance UID")
         _require_kind(head.sop_class_uid, head.transfer_syntax_uid)
         size = size_hint or 0
         if size > self.limits.object_bytes_max:
             raise TooLarge(f"an instance may have {self.limits.object_bytes_max} bytes")
-        self.require_space(size)
+        self.require_space(size - offset)
         if self.is_pressed():
             self._require_index()
-        return Reception(self, head, conflict, size, policy)
+        return Reception(self, head, conflict, size, policy, partial, offset)
 
     def is_pressed(self) -> bool:
         """Whether the index is so far behind that intake slows down."""
@@ -148,16 +155,22 @@ class Intake:
         return uid not in self._deciding and self._index.is_near and not self.is_pressed()
 
     def require_space(self, size: int) -> None:
-        """Raises OutOfResources when `size` more bytes would leave less than the reserve."""
-        now = time.monotonic()
-        if now - self._free_asked_s > _FREE_ASKED_S:
-            try:
-                self._free_bytes = self._storage.free_bytes()
-            except OSError as error:
-                raise OutOfResources("the disk does not say how much room it has") from error
-            self._free_asked_s = now
+        """Raises OutOfResources when `size` more bytes would leave less than the reserve; what is kept of
+        objects that were cut off goes first."""
+        if time.monotonic() - self._free_asked_s > _FREE_ASKED_S:
+            self._ask_free()
+        lacking = self.limits.free_bytes_min - (self._free_bytes - size)
+        if lacking > 0 and self.partials.make_room(lacking):
+            self._ask_free()
         if self._free_bytes - size < self.limits.free_bytes_min:
             raise OutOfResources("not enough room on the disk for instances")
+
+    def _ask_free(self) -> None:
+        try:
+            self._free_bytes = self._storage.free_bytes()
+        except OSError as error:
+            raise OutOfResources("the disk does not say how much room it has") from error
+        self._free_asked_s = time.monotonic()
 
     def _require_index(self) -> None:
         limits = self.limits

@@ -3,7 +3,8 @@ decides. Decides nothing itself.
 
 Up to 64 KiB gather as pieces; up to `small_object_bytes_max` in page-aligned memory, from which they go to
 disk in one write without a further copy; what is larger, or what the shared byte budget has no room for,
-streams into a pack of its own. The digest is taken as the bytes come.
+streams into a pack of its own. The digest is taken as the bytes come. One that its sender has named
+(`PartialKey`) may be suspended when the sender is cut off, and gone on with (`archive/partials.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING
 from archive.dataset.header import scan
 from archive.errors import Corrupt, DatasetMismatch, TooLarge
 from archive.model import Attributes, ConflictPolicy, InstanceHead
+from archive.packs.growing import Growing
 from archive.packs.images import RecordImage
-from archive.packs.large import LANE_BYTES, OwnPack
+from archive.packs.lanes import LANE_BYTES
+from archive.packs.large import OwnPack
 from archive.packs.storage import Buffer
 
 if TYPE_CHECKING:
     from archive.intake import Intake, Ticket
+    from archive.partials import PartialKey
 
 Content = bytes | RecordImage | OwnPack
 
@@ -37,8 +41,16 @@ class Reception:
     `filled` it is ended."""
 
     def __init__(
-        self, intake: Intake, head: InstanceHead, conflict: bool, size_hint: int, policy: ConflictPolicy
+        self,
+        intake: Intake,
+        head: InstanceHead,
+        conflict: bool,
+        size_hint: int,
+        policy: ConflictPolicy,
+        partial: PartialKey | None = None,
+        offset: int = 0,
     ) -> None:
+        """`partial` says that it may be suspended, `offset` that it goes on there."""
         self._intake = intake
         self._head = head
         self._conflict = conflict
@@ -52,13 +64,26 @@ class Reception:
         self._granted = 0
         self._checked = 0
         self._ended = False
-        if size_hint > self._small_max:
-            self._begin_own()
+        self._partial: PartialKey | None = None
+        if offset and partial is not None:
+            self._go_on(partial, offset)
+        elif size_hint > self._small_max:
+            own = self._begin_own()
+            if partial is not None:
+                intake.partials.forget(partial)
+                intake.partials.note(partial, own.name, size_hint)
+                self._partial = partial
 
     @property
     def size(self) -> int:
         """The bytes of the data set so far."""
         return self._size
+
+    def read_beside(self) -> Growing | None:
+        """What is on disk of it while it arrives, for a reader in another thread; None for what gathers in
+        memory, and when it is over. Raises OSError."""
+        own = self._own
+        return None if own is None else own.read_beside()
 
     def write(self, view: Buffer) -> None:
         """More of the data set, without group 2, in order. Copied or on disk when this returns."""
@@ -141,6 +166,17 @@ class Reception:
         self._own = self._intake.packs.begin_own(self._head, buffered=self._grant(2 * LANE_BYTES))
         return self._own
 
+    def _go_on(self, partial: PartialKey, offset: int) -> None:
+        intake = self._intake
+        kept = intake.partials.take(partial, offset)
+        try:
+            self._own = intake.packs.reopen_own(self._head, kept, buffered=self._grant(2 * LANE_BYTES))
+        except BaseException:
+            intake.partials.over(kept.pack)
+            self.abort()
+            raise
+        self._partial, self._size, self._checked = partial, offset, offset
+
     def _spill(self) -> None:
         pieces, image = self._pieces, self._image
         own = self._begin_own()
@@ -184,6 +220,17 @@ class Reception:
         whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         return whole, hashlib.sha256(whole).digest()
 
+    def suspend(self) -> int:
+        """The sender was cut off: what came is kept to go on with, where that was provided for; how many
+        bytes that are. Ends it like `abort`."""
+        kept = 0
+        if self._partial is not None and self._own is not None and not self._ended:
+            partial, self._partial = self._partial, None
+            own, self._own = self._own, None
+            kept = self._intake.partials.keep(partial, own)
+        self.abort()
+        return kept
+
     def abort(self) -> None:
         """Let go of everything; what was committed stays. Any number of times."""
         self._ended = True
@@ -195,6 +242,8 @@ class Reception:
         if own is not None:
             with contextlib.suppress(OSError):
                 own.abort()
+            if self._partial is not None:
+                self._intake.partials.over(own.name)
         granted, self._granted = self._granted, 0
         if granted:
             self._intake.budget.give_back(granted)

@@ -1,8 +1,8 @@
 """Objects that are too large to gather in memory: each streams into a pack of its own, at flat memory for
 any size.
 
-What arrives is gathered in one of two buffers of whole pages while the other is written past the page cache
-by a thread beside, so that receiving, digest and disk overlap and a large object leaves the cache as it was.
+What arrives is gathered and written by `lanes.py`, so that receiving, digest and disk overlap and a large
+object leaves the page cache as it was. When its sender is cut off, a pack may be suspended and gone on with.
 
 The pack is called `.part` until a synced reference in the log names it, then `.pack`: the log decides what
 exists, and the name only saves looking it up. What a crash leaves as `.part` without a reference was
@@ -16,129 +16,70 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from archive.errors import MissError
+from archive.errors import Corrupt, MissError
 from archive.model import InstanceHead, Position, RecordKind
-from archive.packs.images import PagePool
+from archive.packs.growing import Growing
+from archive.packs.lanes import Lanes, Overlapped, Plain
 from archive.packs.log import Log
 from archive.packs.logfiles import KEPT, SET_ASIDE, write_error
-from archive.packs.records import FILE_HEADER_BYTES, FileHeader, Framing, Purpose, Reference, part10_prefix
+from archive.packs.records import (
+    FILE_HEADER_BYTES,
+    RECORD_HEADER_BYTES_MAX,
+    FileHeader,
+    Framing,
+    Purpose,
+    Reference,
+    part10_prefix,
+)
 from archive.packs.recovery import Damage, FoundRecord
 from archive.packs.storage import AppendFile, Buffer, Storage
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 log = logging.getLogger(__name__)
 
 FOLDER = "large"
-_SYNC_BYTES = 64 << 20  # dirty pages of one object stay below this, and a failing disk shows early
-LANE_BYTES = 1 << 20    # of one of the two buffers of an object
-_WRITERS_MAX = 4
+_PIECE_BYTES = 1 << 20
 
 
-class Lanes:
-    """Buffers and threads for the own packs of one archive."""
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """What is kept of an own pack whose sender was cut off: the first `dataset_bytes` of its data set, and
+    their digest as far as it was taken, None after a restart: it is taken again from the disk."""
 
-    def __init__(self) -> None:
-        self.pool = PagePool(LANE_BYTES)
-        self.writers = ThreadPoolExecutor(_WRITERS_MAX, "own-pack")
-
-    def close(self) -> None:
-        self.writers.shutdown()
-
-
-class _Plain:
-    """Writes every piece as it comes."""
-
-    def __init__(self, file: AppendFile) -> None:
-        self._file = file
-        self._end = self._synced = 0
-
-    def room(self, size: int) -> memoryview | None:
-        return None
-
-    def filled(self, size: int) -> None:
-        raise AssertionError("there was no room")
-
-    def write(self, view: Buffer) -> None:
-        self._file.pwritev([view], self._end)
-        self._end += len(view)
-        if self._end - self._synced >= _SYNC_BYTES:
-            self._file.fdatasync()
-            self._synced = self._end
-
-    def finish(self) -> None:
-        """Everything is in the file."""
-
-    def release(self) -> None:
-        """Nothing is held."""
-
-
-class _Overlapped:
-    """Gathers in one buffer while the other is being written."""
-
-    def __init__(self, file: AppendFile, lanes: Lanes) -> None:
-        self._file = file
-        self._lanes = lanes
-        self._pages = [lanes.pool.lend(), lanes.pool.lend()]
-        self._views = [memoryview(pages) for pages in self._pages]
-        self._at = 0        # in the buffer that is being filled
-        self._base = 0      # where that buffer goes in the file
-        self._tail = 0      # how much of it was written by `finish`
-        self._writing: Future[None] | None = None
-
-    def room(self, size: int) -> memoryview | None:
-        return self._views[0][self._at : self._at + size]
-
-    def filled(self, size: int) -> None:
-        self._at += size
-        if self._at == LANE_BYTES:
-            self._await()
-            self._writing = self._lanes.writers.submit(self._write_lane, self._views[0], self._base)
-            self._views.reverse()
-            self._base += LANE_BYTES
-            self._at = 0
-
-    def write(self, view: Buffer) -> None:
-        with memoryview(view) as rest:
-            taken = 0
-            while taken < len(rest):
-                room = self._views[0][self._at : self._at + len(rest) - taken]
-                room[:] = rest[taken : taken + len(room)]
-                taken += len(room)
-                self.filled(len(room))
-
-    def _write_lane(self, view: memoryview, offset: int) -> None:
-        self._file.pwritev([view], offset, direct=True)
-        if offset % _SYNC_BYTES == 0:
-            self._file.fdatasync()
-
-    def _await(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def finish(self) -> None:
-        self._await()
-        if self._at > self._tail:
-            self._file.pwritev([self._views[0][: self._at]], self._base)
-            self._tail = self._at
-
-    def release(self) -> None:
-        with contextlib.suppress(OSError):
-            self._await()
-        for view in self._views:
-            view.release()
-        for pages in self._pages:
-            self._lanes.pool.take_back(pages)
-        self._views, self._pages = [], []
+    pack: str
+    dataset_bytes: int
+    running: Hash | None
 
 
 class OwnPack:
     """A pack with one instance in it, being written. Exactly one of `seal` and `abort` ends it."""
 
     def __init__(
-        self,
+        self, storage: Storage, head: InstanceHead, framing: Framing, stem: str, running: Hash
+    ) -> None:
+        """Made by `create` or `reopen`."""
+        self._storage = storage
+        self._stem = stem
+        self._framing = framing
+        self._prefix = part10_prefix(head)
+        self._header = framing.encode_streamed_header(
+            head, kind=RecordKind.INSTANCE, sequence=framing.header.first_sequence, prefix=self._prefix
+        )
+        self._payload_offset = FILE_HEADER_BYTES + len(self._header)
+        self._end = self._payload_offset + len(self._prefix)
+        self._running = running
+        self._file: AppendFile | None = None
+        self._out: Plain | Overlapped | None = None
+
+    @classmethod
+    def create(
+        cls,
         storage: Storage,
         head: InstanceHead,
         *,
@@ -146,36 +87,82 @@ class OwnPack:
         begun: Position,
         sequence: int,
         lanes: Lanes | None,
-    ) -> None:
+    ) -> OwnPack:
         """Without `lanes`, when no memory was granted, every piece is written as it comes."""
-        self._storage = storage
-        self._stem = f"{FOLDER}/{os.urandom(16).hex()}"
-        self._framing = Framing(
-            FileHeader.new(
-                Purpose.OWN_PACK,
-                0,
-                writer=writer,
-                previous=begun,
-                first_sequence=sequence,
-                created_us=time.time_ns() // 1000,
-            )  # fmt: skip
+        header = FileHeader.new(
+            Purpose.OWN_PACK,
+            0,
+            writer=writer,
+            previous=begun,
+            first_sequence=sequence,
+            created_us=time.time_ns() // 1000,
         )
-        self._prefix = part10_prefix(head)
-        self._header = self._framing.encode_streamed_header(
-            head, kind=RecordKind.INSTANCE, sequence=sequence, prefix=self._prefix
-        )
-        self._payload_offset = FILE_HEADER_BYTES + len(self._header)
-        self._end = self._payload_offset + len(self._prefix)
-        self._running = hashlib.sha256()
-        self._file: AppendFile | None = None
-        self._out: _Plain | _Overlapped | None = None
+        own = cls(storage, head, Framing(header), f"{FOLDER}/{os.urandom(16).hex()}", hashlib.sha256())
         try:
-            self._file = storage.create(self._part_name)
-            self._out = _Plain(self._file) if lanes is None else _Overlapped(self._file, lanes)
-            self._out.write(self._framing.header.encode() + self._header + self._prefix)
+            own._file = storage.create(own._part_name)
+            own._out = Plain(own._file) if lanes is None else Overlapped(own._file, lanes)
+            own._out.write(header.encode() + own._header + own._prefix)
         except OSError as error:
-            self.abort()
+            own.abort()
             raise write_error(error) from error
+        return own
+
+    @classmethod
+    def reopen(
+        cls,
+        storage: Storage,
+        head: InstanceHead,
+        kept: Suspended,
+        *,
+        begun: Position,
+        lanes: Lanes | None,
+    ) -> OwnPack:
+        """Goes on where `suspend` stopped, perhaps in an earlier life of this process. Its reference will
+        stand behind `begun`, which its header says from here on. Raises Corrupt when it is not this
+        instance's; then, as after any other error, nothing stays."""
+        name = part_name(kept.pack)
+        file: AppendFile | None = None
+        own: OwnPack | None = None
+        try:
+            file = storage.open(name, write=True)
+            header = FileHeader.decode(file.read(0, FILE_HEADER_BYTES))
+            if header is None:
+                raise Corrupt("what was kept of an object can't be read")
+            framing = Framing(replace(header, previous=begun))
+            own = cls(storage, head, framing, name.removesuffix(".part"), hashlib.sha256())
+            own._file, file = file, None
+            own._go_on(kept, lanes)
+        except (MissError, OSError) as error:
+            if own is not None:
+                own.abort()
+            else:
+                if file is not None:
+                    file.close()
+                discard(storage, kept.pack)
+            if isinstance(error, OSError):
+                raise write_error(error) from error
+            raise
+        return own
+
+    def _go_on(self, kept: Suspended, lanes: Lanes | None) -> None:
+        file = self._file
+        assert file is not None
+        before = self._header + self._prefix
+        if file.read(FILE_HEADER_BYTES, len(before)) != before:
+            raise Corrupt("what was kept of an object is another's")
+        place, end = self._end, self._end + kept.dataset_bytes
+        if kept.running is not None:
+            self._running = kept.running
+        while kept.running is None and place < end:
+            piece = file.read(place, min(_PIECE_BYTES, end - place))
+            if not piece:
+                raise Corrupt("what was kept of an object is shorter than it was")
+            self._running.update(piece)
+            place += len(piece)
+        file.pwritev([self._framing.header.encode()], 0)
+        file.fdatasync()
+        self._end = end
+        self._out = Plain(file, end) if lanes is None else Overlapped(file, lanes, end)
 
     @property
     def name(self) -> str:
@@ -222,6 +209,13 @@ class OwnPack:
     def digest(self) -> bytes:
         return self._running.digest()
 
+    def read_beside(self) -> Growing | None:
+        """For a reader in another thread, while this is written; None when it is over."""
+        out = self._out
+        if out is None:
+            return None
+        return Growing(self._storage.open(self._part_name), out, self._payload_offset + len(self._prefix))
+
     @contextlib.contextmanager
     def dataset(self) -> Iterator[Buffer]:
         """The data set as it lies on disk, mapped, to read its header."""
@@ -262,14 +256,50 @@ class OwnPack:
             file.close()
         return file is not None
 
+    def suspend(self) -> Suspended:
+        """Let go of file and memory; what has come stays, durable, for `reopen`. Raises when it can't."""
+        file, out = self._file, self._out
+        assert file is not None and out is not None
+        try:
+            out.finish()
+            file.fdatasync()
+            self._storage.sync_directory(FOLDER)
+        except OSError as error:
+            self.abort()
+            raise write_error(error) from error
+        kept = Suspended(self.name, self.dataset_bytes, self._running)
+        self._let_go()
+        return kept
+
     def abort(self) -> None:
         """Nothing stays. Calling it again, or after `close`, does nothing."""
         if not self._let_go():
             return
-        try:
-            self._storage.delete(self._part_name)
-        except OSError as error:
-            log.warning("%s can't be removed: errno %s", self._part_name, error.errno)
+        discard(self._storage, self.name)
+
+
+def discard(storage: Storage, pack: str) -> None:
+    """Remove an own pack that nothing refers to."""
+    try:
+        storage.delete(part_name(pack))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s can't be removed: errno %s", part_name(pack), error.errno)
+
+
+def begun_bytes(storage: Storage, pack: str) -> int:
+    """How much of a data set is in an own pack that was begun, by its file alone; 0 when it can't be read."""
+    reader = storage.reader(part_name(pack))
+    header = FileHeader.decode(reader.read(0, FILE_HEADER_BYTES))
+    if header is None:
+        return 0
+    record = Framing(header).decode(
+        reader.read(FILE_HEADER_BYTES, RECORD_HEADER_BYTES_MAX), 0, FILE_HEADER_BYTES
+    )
+    if record is None:
+        return 0
+    return max(0, storage.size(part_name(pack)) - record.payload_offset - record.prefix_bytes)
 
 
 def settle(storage: Storage, pack: str) -> None:
@@ -286,9 +316,9 @@ def part_name(pack: str) -> str:
     return f"{pack.removesuffix('.pack')}.part"
 
 
-def settle_after_crash(storage: Storage, records: Log) -> None:
-    """Own packs that were being written: those that the log refers to are settled, the others are kept
-    aside, for good where damage in the log may hide a reference."""
+def settle_after_crash(storage: Storage, records: Log, resumable: Container[str] = ()) -> None:
+    """Own packs that were being written: those that the log refers to are settled, those in `resumable` left
+    as they are, the others are kept aside, for good where damage in the log may hide a reference."""
     begun: dict[str, Position] = {}
     lost: list[str] = []
     for name in storage.list(FOLDER):
@@ -311,7 +341,7 @@ def settle_after_crash(storage: Storage, records: Log) -> None:
         pack = f"{name.removesuffix('.part')}.pack"
         if pack in named:
             settle(storage, pack)
-        else:
+        elif damaged or pack not in resumable:
             lost.append(name)
     for name in lost:
         stem = name.removesuffix(".part").replace("/", "-")

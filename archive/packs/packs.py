@@ -19,7 +19,8 @@ from archive.errors import EVICTED, Corrupt, Evicted, NotFound
 from archive.model import START, InstanceHead, Location, Position, Record, RecordKind
 from archive.packs import holes, large
 from archive.packs.images import PagePool, RecordImage
-from archive.packs.large import Lanes, OwnPack
+from archive.packs.lanes import Lanes
+from archive.packs.large import OwnPack, Suspended
 from archive.packs.log import IMAGE_FRAME_BYTES, Log
 from archive.packs.logfiles import Appended, Layout, LogLimits
 from archive.packs.records import TRAILER_BYTES, Flag, Purpose, Reference, header_bytes, part10_prefix
@@ -58,11 +59,13 @@ class Packs:
         promised: Position = START,
         limits: LogLimits | None = None,
         image_bytes_max: int = 1 << 20,
+        resumable: Container[str] = (),
     ) -> Packs:
         """To write. `promised` is a place that was read from the packs before: everything below it was
-        synced. `image_bytes_max` is the largest data set that an image takes."""
+        synced. `image_bytes_max` is the largest data set that an image takes; own packs in `resumable` that
+        were being written stay to be gone on with."""
         records = Log.open(storage, LAYOUT, promised=promised, limits=limits)
-        large.settle_after_crash(storage, records)
+        large.settle_after_crash(storage, records, resumable)
         return cls(storage, records, image_bytes_max)
 
     @classmethod
@@ -116,10 +119,15 @@ class Packs:
         """A pack for one large instance; it counts once `append_own` has referred to it. `buffered` says that
         it may hold twice LANE_BYTES of memory."""
         records = self.log
-        return OwnPack(
+        return OwnPack.create(
             self.storage, head, writer=records.writer, begun=records.end, sequence=records.next_sequence,
             lanes=self._lanes if buffered else None,
         )  # fmt: skip
+
+    def reopen_own(self, head: InstanceHead, kept: Suspended, *, buffered: bool = True) -> OwnPack:
+        """Go on with one that was suspended. Raises Corrupt when it is not this instance's."""
+        lanes = self._lanes if buffered else None
+        return OwnPack.reopen(self.storage, head, kept, begun=self.log.end, lanes=lanes)
 
     def append_reference(self, record: Record) -> Written:
         """Refer once more, behind the last instance, to a pack of its own that an earlier record names."""

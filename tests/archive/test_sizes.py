@@ -13,7 +13,7 @@ from pydicom.uid import generate_uid
 
 from archive.archive import Archive
 from archive.model import InstanceHead, Outcome
-from archive.packs.large import LANE_BYTES
+from archive.packs.lanes import LANE_BYTES
 from archive.packs.records import FILE_HEADER_BYTES, TRAILER_BYTES, header_bytes, part10_prefix
 from archive.rebuild import rebuild
 from tests.archive.archives import settings_for, stored_bytes
