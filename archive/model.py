@@ -260,11 +260,22 @@ class Rules:
 LITERAL = Rules()
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class StudyPlace:
+    """Where a study stands among others: they are listed from the last place to the first."""
+
+    date: str
+    time: str
+    uid: str
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A question to a source. `keys` are (keyword or dotted path, value in DICOM's matching form, PS3.4
     C.2.2.2); an empty value is universal matching. Order is StudyDate, StudyTime, StudyInstanceUID descending
-    at study level, and by number and UID ascending below it."""
+    at study level, and by number and UID ascending below it. `after` asks for the studies behind that place
+    alone: a list that is read on from the last row it showed shows none twice and misses none, whatever
+    arrives meanwhile."""
 
     level: Level
     keys: tuple[tuple[str, str], ...] = ()
@@ -275,6 +286,7 @@ class Query:
     pending_only: bool = False                   # only instances that have no receipt yet
     limit: int | None = None
     offset: int = 0
+    after: StudyPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,11 +325,28 @@ class Match:
     pending_at: tuple[str, ...] = ()
     nearline: bool = False
 
+    @property
+    def place(self) -> StudyPlace:
+        """Where its study stands among others."""
+        study = self.study
+        return StudyPlace(study.get("StudyDate", ""), study.get("StudyTime", ""), study["StudyInstanceUID"])
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """What people corrected of a study, as it counts now: values by keyword, an empty one for none. `at_us`
+    is when the last of it was decided, `ward` where, "" for the region."""
+
+    values: tuple[tuple[str, str], ...]
+    at_us: int
+    ward: str
+
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
     """An instance that is listed here, and can be read here unless it was evicted: then the region has it.
-    `digest` is SHA-256 of the data set without group 2; `damaged` bytes are known not to match it."""
+    `digest` is SHA-256 of the data set without group 2; `damaged` bytes are known not to match it. Its
+    location and its digest are of the bytes as they came; readers get them with `corrections` applied."""
 
     study_uid: str
     series_uid: str
@@ -327,6 +356,7 @@ class StoredInstance:
     instance: Fields
     evicted: bool = False
     damaged: bool = False
+    corrections: Overlay | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """How the hub asks wards: what they still hold alone, and that a study which only a ward holds comes here.
 Wards are asked all at once, each with the same deadline, and only those that are attached and have something
-pending. Lives in the hub's event loop; it decides nothing about who may ask: its callers have.
+pending; one that did not answer lately is waited for less (`federation/leash.py`). Lives in the hub's event
+loop; it decides nothing about who may ask: its callers have.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archive.archive import Archive
-from archive.errors import InvalidInput, MissError, Unavailable
+from archive.errors import InvalidInput, MissError, OutOfResources, Unavailable
 from archive.model import Match, Query, Scope, Ward
 from federation import serde
 from federation.arrivals import Arrivals
-from federation.attachments import Attachments
+from federation.attachments import Ask, Attachment, Attachments
 from federation.coverage import Asked, WardCoverage, coverage_of, is_worth_asking
+from federation.leash import Leash
 from federation.pools import Pools
 from federation.settings import HubSettings
 from protos import common_pb2, uplink_pb2
@@ -50,6 +52,8 @@ class WardAsking:
         self._arrivals = arrivals
         self._archive = archive
         self._pools = pools
+        self._leashes: dict[str, tuple[Attachment, Leash]] = {}
+        self._probes: set[asyncio.Task[Ask]] = set()
 
     def coverage(self, wards: list[Ward], asked: Mapping[str, Asked]) -> list[WardCoverage]:
         """What an answer covers of each ward, by what it said last and how asking it went."""
@@ -74,7 +78,7 @@ class WardAsking:
                 )
 
             try:
-                answer = await self._attachments.ask(ward, ask, wait_s)
+                answer = await self._ask(ward, ask, wait_s)
             except MissError as error:
                 asking.asked[ward] = Asked(str(error) or "it did not answer")
                 return
@@ -118,6 +122,51 @@ class WardAsking:
 
         await _all(one(ward.id) for ward in self._worth_asking(wards, scope))
         return asked
+
+    async def _ask(
+        self, ward: str, message: Callable[[str], uplink_pb2.HubMessage], deadline_s: float
+    ) -> Ask:
+        """Asks one ward, and waits as long as its leash is."""
+        leash = self._leash(ward)
+        waits_s = leash.wait_s(deadline_s)
+        stays = leash.is_short and not leash.probing
+        # What does not stay open ends with the wait below: its own deadline is behind that.
+        open_s = deadline_s if stays else deadline_s + 1.0
+        task = asyncio.create_task(self._attachments.ask(ward, message, open_s))
+        try:
+            done, _ = await asyncio.wait((task,), timeout=waits_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if done:
+            return _heard(task, leash)
+        before = "; nor did it answer before" if leash.is_short else ""
+        leash.missed()
+        if stays:
+            leash.probing = True
+            self._probes.add(task)
+            task.add_done_callback(lambda ended: self._probed(ended, leash))
+        else:
+            task.cancel()
+        raise Unavailable(f"no answer within {waits_s:g} s{before}")
+
+    def _leash(self, ward: str) -> Leash:
+        """That of the ward's attachment; a new one begins anew."""
+        attachment = self._attachments.attached(ward)
+        if attachment is None:
+            self._leashes.pop(ward, None)
+            return Leash()
+        known, leash = self._leashes.get(ward, (None, Leash()))
+        if known is not attachment:
+            leash = Leash()
+            self._leashes[ward] = attachment, leash
+        return leash
+
+    def _probed(self, task: asyncio.Task[Ask], leash: Leash) -> None:
+        self._probes.discard(task)
+        leash.probing = False
+        if not task.cancelled() and task.exception() is None:
+            leash.answered()
 
     def _worth_asking(self, wards: list[Ward], scope: Scope) -> list[Ward]:
         now_us, states = self._pools.clock(), self._attachments.states
@@ -172,6 +221,19 @@ class WardAsking:
             )
 
         return {uid for uid in uids if is_here(uid)}
+
+
+def _heard(task: asyncio.Task[Ask], leash: Leash) -> Ask:
+    """What came of a question in time. That too many are open at the ward is no word of its own."""
+    try:
+        answer = task.result()
+    except OutOfResources:
+        raise
+    except MissError:
+        leash.answered()
+        raise
+    leash.answered()
+    return answer
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -26,7 +26,9 @@ from federation import serde
 from federation.assertion import verify
 from federation.coverage import Report
 from federation.fanout import PENDING_UIDS_MAX
+from federation.gathering import LISTED_MAX
 from federation.policy import Act, decide, narrowed
+from federation.serde_gathering import listed_to, pages_of
 from protos import common_pb2, uplink_pb2
 
 if TYPE_CHECKING:
@@ -135,8 +137,33 @@ class Asks:
         )
         if marked:
             self._on_urgent()
+        if ask.listing:
+            await self._list(ask, stub)
+            return
         query = Query(level, tuple(keys), pending_only=True, limit=PENDING_UIDS_MAX)
         await self._answer(ask.ask_id, await self._in_pool(self._archive.search, query), stub)
+
+    async def _list(self, ask: uplink_pb2.PromoteAsk, stub: UplinkAsyncStub) -> None:
+        """What of it is pending, instance by instance: it can be read while it arrives."""
+        await self._in_pool(self._archive.wait_indexed)
+        found, aside = await self._in_pool(
+            self._archive.index.pending_of, ask.study_uid, ask.sop_instance_uid or None, LISTED_MAX + 1
+        )
+        report = serde.report_to(await self._report())
+        pages = list(pages_of(map(listed_to, found[:LISTED_MAX]), PAGE_BYTES)) or [[]]
+        for number, page in enumerate(pages, 1):
+            last = number == len(pages)
+            await stub.Answer(
+                uplink_pb2.SearchAnswer(
+                    ask_id=ask.ask_id,
+                    listed=page,
+                    lists=True,
+                    left_out=aside,
+                    last=last,
+                    truncated=last and len(found) > LISTED_MAX,
+                    report=report if last else None,
+                )
+            )
 
     def _scope(self, assertion: common_pb2.Assertion, act: Act, subject: Mapping[str, str]) -> Scope:
         """What the person or device that asks may see here, by an assertion that holds; audited, or it is
@@ -164,8 +191,9 @@ class Asks:
 
     async def _answer(self, ask_id: str, matches: Sequence[Match], stub: UplinkAsyncStub) -> None:
         report = serde.report_to(await self._report())
-        listed = sum(len(holding.sop_instance_uids) for match in matches for holding in match.holdings)
         pending = sum(match.instance_count for match in matches)
+        matches = cut_to(matches, PENDING_UIDS_MAX)
+        listed = sum(len(holding.sop_instance_uids) for match in matches for holding in match.holdings)
         truncated = listed < pending or len(matches) >= PENDING_UIDS_MAX
         pages = _pages(matches)
         for number, page in enumerate(pages, 1):
@@ -183,6 +211,24 @@ class Asks:
     def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+
+
+def cut_to(matches: Sequence[Match], most: int) -> Sequence[Match]:
+    """The matches with at most so many UIDs in all, the first ones in full as far as there is room; each
+    match keeps one, so that none of at most so many is missing from an answer that is cut."""
+    spare = most - len(matches)
+    cut = []
+    for match in matches:
+        room, holdings = 1 + max(spare, 0), []
+        for holding in match.holdings:
+            if uids := holding.sop_instance_uids[:room]:
+                holdings.append(replace(holding, sop_instance_uids=uids))
+                room -= len(uids)
+        kept = sum(len(holding.sop_instance_uids) for holding in holdings)
+        spare -= max(kept - 1, 0)
+        is_cut = kept < sum(len(holding.sop_instance_uids) for holding in match.holdings)
+        cut.append(replace(match, holdings=tuple(holdings), truncated=match.truncated or is_cut))
+    return cut
 
 
 def _pages(matches: Sequence[Match]) -> list[list[common_pb2.Match]]:

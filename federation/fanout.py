@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from archive.index.rows import number_of
-from archive.model import Level, Match, SeriesHolding
+from archive.model import Level, Match, SeriesHolding, StudyPlace
 
 PENDING_UIDS_MAX = 1_000
+UID_AT = {Level.STUDY: 2, Level.SERIES: 1, Level.IMAGE: 1}  # in what orders a row (`archive.listed`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,10 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a merged answer. `added` counts the rows that no row of the region stands for."""
+    """A page of a merged answer, and whether more rows follow it."""
 
     matches: list[Match]
-    added: int
+    more: bool
 
 
 def merge(
@@ -69,9 +70,14 @@ def merge(
     *,
     limit: int | None = None,
     offset: int = 0,
+    after: StudyPlace | None = None,
 ) -> Page:
-    """The page of the union. `region` holds the region's first `offset + limit` rows, and every row of its
-    own that a ward lists too. For the patient level wards answer with studies.
+    """The page of the union. `region` holds the region's first `offset + limit + 1` rows (behind `after`),
+    and every row of its own that a ward lists too, wherever it stands. For the patient level wards answer
+    with studies.
+
+    What stands before `after` is left out at the end, by the place that the row has in the union: a ward and
+    the region may know a study by different dates.
     """
     joins: Mapping[Level, Callable[[Match | None, Sequence[tuple[str, Match]], Held], Match | None]] = {
         Level.PATIENT: _join_patient,
@@ -84,15 +90,14 @@ def merge(
     for answer in sorted(wards, key=lambda answer: answer.ward):
         for match in answer.matches:
             listed.setdefault(_key(level, match), []).append((answer.ward, match))
-    added = 0
     for key, matches in listed.items():
         joined = joins[level](rows.get(key), matches, held)
         if joined is None:
             continue  # it reached the region since the ward listed it, and is counted there
-        added += key not in rows
         rows[key] = joined
-    ordered = in_order(level, rows.values())
-    return Page(ordered[offset : None if limit is None else offset + limit], added)
+    ordered = [row for row in in_order(level, rows.values()) if after is None or row.place < after]
+    end = None if limit is None else offset + limit
+    return Page(ordered[offset:end], end is not None and len(ordered) > end)
 
 
 def with_own(
@@ -149,7 +154,7 @@ def studies_of(wards: Iterable[WardMatches]) -> frozenset[str]:
 def in_order(level: Level, matches: Iterable[Match]) -> list[Match]:
     """The index's order: studies by date, time and UID descending; below them by number, then UID."""
     if level is Level.STUDY:
-        return sorted(matches, key=_study_order, reverse=True)
+        return sorted(matches, key=lambda match: match.place, reverse=True)
     orders: Mapping[Level, Callable[[Match], tuple[str | int, ...]]] = {
         Level.PATIENT: lambda match: (
             match.patient.get("PatientID", ""),
@@ -168,9 +173,32 @@ def in_order(level: Level, matches: Iterable[Match]) -> list[Match]:
     return sorted(matches, key=orders[level])
 
 
-def _study_order(match: Match) -> tuple[str, str, str]:
-    study = match.study
-    return study.get("StudyDate", ""), study.get("StudyTime", ""), study["StudyInstanceUID"]
+def listing(
+    level: Level, region: Sequence[tuple[str | int, ...]], wards: Sequence[WardMatches]
+) -> list[str]:
+    """The UIDs of the union in its order. `region` is what orders its rows, by `archive.listed`, read after
+    the wards were asked; a row of both stands where the region has it."""
+    place = UID_AT[level]
+    known = {row[place] for row in region}
+    new: dict[str, tuple[str | int, ...]] = {}
+    for answer in sorted(wards, key=lambda answer: answer.ward):
+        for match in answer.matches:
+            standing = standing_of(match)
+            if standing[place] not in known:
+                new.setdefault(str(standing[place]), standing)
+    rows = [*region, *new.values()]
+    # Series and instances are ordered by number and UID alone.
+    ordered = sorted(rows, key=lambda row: row[: place + 1], reverse=level is Level.STUDY)
+    return list(dict.fromkeys(str(row[place]) for row in ordered))
+
+
+def standing_of(match: Match) -> tuple[str | int, ...]:
+    """What orders a row, as `archive.listed` gives it."""
+    if match.level is Level.STUDY:
+        return match.place.date, match.place.time, match.place.uid
+    if match.level is Level.SERIES:
+        return number_of(match.series.get("SeriesNumber", "")), match.series["SeriesInstanceUID"]
+    return number_of(match.instance.get("InstanceNumber", "")), match.instance["SOPInstanceUID"]
 
 
 def _key(level: Level, match: Match) -> tuple[str, ...]:

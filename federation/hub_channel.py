@@ -79,7 +79,7 @@ class HubChannel:
 
     def search(self, principal: Principal, query: Query, deadline_s: float) -> WardsSaid:
         request = region_pb2.SearchRequest(
-            query=serde.query_to(replace(query, limit=None, offset=0)),
+            query=serde.query_to(replace(query, limit=None, offset=0, after=None)),
             assertion=serde.assertion_to(sign(principal, self.identity, self._clock())),
             deadline_s=deadline_s,
         )

@@ -13,8 +13,9 @@ from archive.errors import NotFound
 from archive.model import ConflictRow, Level, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
 from federation.coverage import CoverageState, WardCoverage
+from federation.fanout import listing
 from federation.policy import Act, Principal, decide, narrowed, require
-from federation.source import Answer
+from federation.source import Answer, Listing
 
 CONFLICTS_LOOKED_AT = 1_000
 
@@ -28,10 +29,19 @@ class NodeSource:
         self._clock = clock
 
     def search(self, principal: Principal, query: Query) -> Answer:
-        scope = self._scope(principal, Act.SEARCH)
-        asked = replace(query, scope=narrowed(query.scope, scope))
-        matches = self._archive.search(asked)
-        return Answer(matches, self.coverage(), remaining(self._archive, asked, len(matches)))
+        asked = replace(query, scope=narrowed(query.scope, self._scope(principal, Act.SEARCH)))
+        if query.limit is None:
+            return Answer(self._archive.search(asked), self.coverage())
+        matches = self._archive.search(replace(asked, limit=query.limit + 1))
+        return Answer(matches[: query.limit], self.coverage(), len(matches) > query.limit)
+
+    def listing(self, principal: Principal, query: Query, most: int) -> Listing:
+        answer = self.search(principal, query)
+        if not answer.more and not query.offset:
+            return Listing(answer)
+        scope = narrowed(query.scope, self._scope(principal, Act.SEARCH))
+        rows = self._archive.listed(replace(query, scope=scope, limit=most + 1, offset=0))
+        return Listing(answer, tuple(listing(query.level, rows, ())[:most]), len(rows) <= most)
 
     def instances(
         self,
@@ -84,13 +94,6 @@ class NodeSource:
 
     def _scope(self, principal: Principal, act: Act) -> Scope:
         return narrowed(require(principal, act), Scope(frozenset({self._ward.id})))
-
-
-def remaining(archive: Archive, query: Query, shown: int) -> int | None:
-    """How many matches come after a page: counted only when the page is full."""
-    if query.limit is None or shown < query.limit:
-        return 0
-    return max(archive.count(replace(query, limit=None, offset=0)) - query.offset - shown, 0)
 
 
 def conflicts_for(archive: Archive, principal: Principal, limit: int) -> list[ConflictRow]:

@@ -33,10 +33,10 @@ from federation.coverage import (
     is_worth_asking,
     status_of,
 )
-from federation.fanout import Held, WardMatches, merge, series_of, studies_of, uids_of
+from federation.fanout import UID_AT, Held, WardMatches, listing, merge, series_of, studies_of, uids_of
 from federation.node_source import conflicts_for, person_in
 from federation.policy import Act, Principal, narrowed, require
-from federation.source import Answer, WardsPart, WardsSaid
+from federation.source import Answer, Listing, WardsPart, WardsSaid
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,25 @@ class RegionSource:
         self._whole = _Recently()
 
     def search(self, principal: Principal, query: Query) -> Answer:
-        scope = narrowed(query.scope, require(principal, Act.SEARCH))
-        query = replace(query, scope=scope, pending_only=False)
+        query = self._allowed(principal, query)
+        return self._joined(query, self._ask_wards(principal, query))
+
+    def listing(self, principal: Principal, query: Query, most: int) -> Listing:
+        query = self._allowed(principal, query)
         asked = self._ask_wards(principal, query)
+        answer = self._joined(query, asked)
+        if not answer.more and not query.offset:
+            return Listing(answer)
+        rows = self._archive.listed(replace(query, limit=most + 1, offset=0))
+        uids = listing(query.level, rows, asked.matches)
+        return Listing(answer, tuple(uids[:most]), len(rows) <= most and len(uids) <= most)
+
+    def _allowed(self, principal: Principal, query: Query) -> Query:
+        scope = narrowed(query.scope, require(principal, Act.SEARCH))
+        return replace(query, scope=scope, pending_only=False)
+
+    def _joined(self, query: Query, asked: WardsSaid) -> Answer:
+        """The page of what the region and the wards have."""
         uids, series = uids_of(asked.matches), series_of(asked.matches)
         held = self._held(query, uids, series, asked.matches)
         for _ in range(LOOKS_MAX):
@@ -80,12 +96,11 @@ class RegionSource:
             before, held = held, self._held(query, uids, series, asked.matches)
             if held == before:  # nothing of it arrived while the rows were read: they fit each other
                 break
-        page = merge(query.level, rows, asked.matches, held, limit=query.limit, offset=query.offset)
-        return Answer(
-            page.matches,
-            asked.coverage,
-            self._remaining(query, page.added, len(page.matches)),
-        )
+        page = merge(
+            query.level, rows, asked.matches, held,
+            limit=query.limit, offset=query.offset, after=query.after,
+        )  # fmt: skip
+        return Answer(page.matches, asked.coverage, page.more)
 
     def instances(
         self,
@@ -155,7 +170,7 @@ class RegionSource:
         if not self._worth_asking(wards, states):
             return WardsSaid(coverage=self._from_ledger(wards, states))
         asked_level = Level.STUDY if query.level is Level.PATIENT else query.level
-        question = replace(query, level=asked_level, limit=None, offset=0)
+        question = replace(query, level=asked_level, limit=None, offset=0, after=None)
         try:
             said = self._hub.search(principal, question, self._ask_deadline_s)
         except MissError as error:
@@ -183,7 +198,7 @@ class RegionSource:
 
     def _rows(self, query: Query, wards: Sequence[WardMatches]) -> list[Match]:
         """The region's first rows, as far as the page reaches, and its rows of what the wards list."""
-        reach = None if query.limit is None else query.offset + query.limit
+        reach = None if query.limit is None else query.offset + query.limit + 1
         rows = self._archive.search(replace(query, limit=reach, offset=0))
         if query.level is Level.PATIENT:
             return rows + self._patients(query, wards, rows) if reach is not None else rows
@@ -191,7 +206,7 @@ class RegionSource:
         missing = sorted(listed - {_uid(query.level, row) for row in rows})
         for cut in _cuts(missing):
             keys = ((keyword, "\\".join(cut)),)
-            rows += self._archive.search(replace(query, keys=keys, limit=None, offset=0))
+            rows += self._archive.search(replace(query, keys=keys, limit=None, offset=0, after=None))
         return rows
 
     def _patients(self, query: Query, wards: Sequence[WardMatches], rows: Sequence[Match]) -> list[Match]:
@@ -212,7 +227,7 @@ class RegionSource:
             found: set[str] = set()
             for cut in _cuts(sorted(wanted)):
                 question = Query(level, ((keyword, "\\".join(cut)),), scope=query.scope, person=query.person)
-                found.update(_uid(level, match) for match in self._archive.search(question))
+                found.update(str(row[UID_AT[level]]) for row in self._archive.listed(question))
             return frozenset(found)
 
         if not uids:
@@ -222,12 +237,6 @@ class RegionSource:
             here(Level.SERIES, "SeriesInstanceUID", series),
             here(Level.STUDY, "StudyInstanceUID", studies_of(wards)),
         )
-
-    def _remaining(self, query: Query, added: int, shown: int) -> int | None:
-        if query.limit is None or shown < query.limit:
-            return 0
-        total = self._archive.count(replace(query, limit=None, offset=0)) + added
-        return max(total - query.offset - shown, 0)
 
     # Reading promotes.
 

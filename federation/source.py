@@ -17,18 +17,26 @@ from federation.policy import Principal
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A page of matches with what it covers. `remaining` counts the matches after the page, None when
-    unknown.
-    """
+    """A page of matches with what it covers, and whether more follow it."""
 
     matches: list[Match]
     coverage: list[WardCoverage]
-    remaining: int | None = None
+    more: bool = False
 
     @property
     def covered(self) -> bool:
         """Whether nothing is known to be missing from any ward."""
         return all(ward.covered for ward in self.coverage)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A page, and the UIDs of all that it is a page of, in order; `whole` unless there are more than that. A
+    page that nothing follows stands for itself: it has no such list."""
+
+    answer: Answer
+    uids: tuple[str, ...] = ()
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,10 @@ class Source(Protocol):
 
     def search(self, principal: Principal, query: Query) -> Answer:
         """The matches that the principal may see. Raises Forbidden when the role searches nothing at all."""
+
+    def listing(self, principal: Principal, query: Query, most: int) -> Listing:
+        """What `search` gives, with the UIDs at the query's level of all that matches, at most so many, when
+        that is more than the page."""
 
     def instances(
         self,

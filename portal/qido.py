@@ -24,6 +24,7 @@ from portal import dicomxml, multipart
 from portal.access import visitor_of
 from portal.context import Context
 from portal.dicomweb import accept_of, allow, base_url, compressed
+from portal.listings import Listings, Paged
 from portal.negotiate import (
     DICOM_JSON,
     DICOM_XML,
@@ -61,6 +62,7 @@ class Qido:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._listings = Listings(context.source)
 
     def routes(self, root: str) -> list[BaseRoute]:
         return [Route(root + resource.path, self._handler(resource)) for resource in RESOURCES]
@@ -81,8 +83,8 @@ class Qido:
         query = self._query(request, resource, asked)
         subject = {"resource": resource.path, **request.path_params, **dict(query.keys)}
         await allow(self._context, request, Act.SEARCH, "search by DICOMweb", subject)
-        answer = await self._ask(request, query)
-        return await self._answer(request, resource, asked, answer, chosen[1])
+        paged = await self._ask(request, query)
+        return await self._answer(request, resource, asked, paged, chosen[1])
 
     def _query(self, request: Request, resource: Resource, asked: Asked) -> Query:
         keys = dict(asked.keys)
@@ -100,7 +102,7 @@ class Qido:
             offset=asked.offset,
         )
 
-    async def _ask(self, request: Request, query: Query) -> Answer:
+    async def _ask(self, request: Request, query: Query) -> Paged:
         """The source's answer. A question below `/for/{opened}` that does not name its study asks for a
         patient's other studies by a bare Patient ID: it is bound to the person of the study that was
         opened, since two hospitals may both use 123."""
@@ -117,16 +119,19 @@ class Qido:
                 query = replace(query, person=frozenset({person}))
         if query.limit == 0:
             scope = decide(principal, Act.SEARCH).scope
-            return Answer([], [ward for ward in await run(source.coverage) if scope.allows(ward.ward)], None)
-        return await run(source.search, principal, query)
+            covered = [ward for ward in await run(source.coverage) if scope.allows(ward.ward)]
+            return Paged(Answer([], covered), 0)
+        return await run(self._listings.page, principal, query)
 
     async def _answer(
-        self, request: Request, resource: Resource, asked: Asked, answer: Answer, form: str
+        self, request: Request, resource: Resource, asked: Asked, paged: Paged, form: str
     ) -> Response:
+        answer = paged.answer
         service = f"{base_url(request)}/dicom-web"
         warnings = list(asked.warnings)
-        if answer.remaining:
-            warnings.append(f"There are {answer.remaining} additional results that can be requested")
+        if paged.remaining:
+            count = f"{paged.remaining}" if paged.exact else f"at least {paged.remaining}"
+            warnings.append(f"There are {count} additional results that can be requested")
         warnings += coverage_warnings(answer.coverage)
         if not answer.matches:
             return self._headed(Response(status_code=HTTPStatus.NO_CONTENT), service, warnings, answer)

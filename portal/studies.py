@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, tzinfo
 from urllib.parse import urlencode
 
-from archive.model import Fields, Level, Match, Query
+from archive.model import Fields, Level, Match, Query, StudyPlace, is_uid
 from federation.coverage import CoverageState, WardCoverage, plain_words
 from federation.source import Answer
 
 PAGE_ROWS = 50
 TEXT_CHARS_MAX = 64
-PAGES_MAX = 10_000
 MODALITIES = ("CT", "MR", "CR", "DX", "US", "MG", "NM", "PT", "XA", "RF", "ES", "OP", "SC", "SR", "OT")
 
 
@@ -29,10 +28,9 @@ class Search:
     modality: str = ""
     accession: str = ""
     description: str = ""
-    page: int = 0
+    after: StudyPlace | None = None
 
     def query(self) -> Query:
-        """One row more than a page, so that the page knows whether another follows."""
         keys = {
             "PatientName": contains(self.name.replace("^", " ")),
             "PatientID": contains(self.patient_id),
@@ -45,12 +43,13 @@ class Search:
             Level.STUDY,
             tuple((keyword, value) for keyword, value in keys.items() if value),
             combine_datetime=True,
-            limit=PAGE_ROWS + 1,
-            offset=self.page * PAGE_ROWS,
+            limit=PAGE_ROWS,
+            after=self.after,
         )
 
     def criteria(self) -> dict[str, str]:
-        return {name: str(value) for name, value in asdict(self).items() if value}
+        found = {name: str(value) for name, value in asdict(replace(self, after=None)).items() if value}
+        return found | ({"after": _written(self.after)} if self.after else {})
 
     def url(self) -> str:
         names = {"patient_id": "id", "date_from": "from", "date_to": "to"}
@@ -65,7 +64,6 @@ def read_search(parameters: Mapping[str, str]) -> Search:
     def text(name: str) -> str:
         return "".join(c for c in parameters.get(name, "").strip()[:TEXT_CHARS_MAX] if c.isprintable())
 
-    page = text("page")
     modality = text("modality").upper()
     return Search(
         name=text("name"),
@@ -75,8 +73,20 @@ def read_search(parameters: Mapping[str, str]) -> Search:
         modality=modality if modality.replace("_", "").isalnum() and len(modality) <= 16 else "",
         accession=text("accession"),
         description=text("description"),
-        page=min(int(page), PAGES_MAX) if page.isascii() and page.isdigit() else 0,
+        after=_place(parameters.get("after", "")),
     )
+
+
+def _written(place: StudyPlace) -> str:
+    """A place in a URL: what follows the last row of a page."""
+    return f"{place.date}_{place.time}_{place.uid}"
+
+
+def _place(text: str) -> StudyPlace | None:
+    day, _, rest = text.partition("_")
+    time, _, uid = rest.partition("_")
+    plain = all(len(part) <= TEXT_CHARS_MAX and part.isprintable() for part in (day, time))
+    return StudyPlace(day, time, uid) if plain and uid and is_uid(uid) else None
 
 
 def contains(text: str) -> str:
@@ -139,7 +149,7 @@ class Listing:
     covered: tuple[WardLine, ...]
     missing: tuple[WardLine, ...]
     caption: str
-    previous: str
+    newest: str
     next: str
 
     @property
@@ -153,15 +163,14 @@ class Listing:
 
 def listing(answer: Answer, search: Search, now_us: int, zone: tzinfo) -> Listing:
     wards = {ward.ward: ward for ward in answer.coverage}
-    matches = answer.matches[:PAGE_ROWS]
-    more = len(answer.matches) > PAGE_ROWS
+    matches, more = answer.matches, answer.more
     return Listing(
         rows=tuple(_row(match, wards) for match in matches),
         covered=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if ward.covered),
         missing=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if not ward.covered),
-        caption=_caption(len(matches), search, more),
-        previous=replace(search, page=search.page - 1).url() if search.page else "",
-        next=replace(search, page=search.page + 1).url() if more else "",
+        caption=_caption(len(matches), search, more, whole=answer.covered),
+        newest=replace(search, after=None).url() if search.after else "",
+        next=replace(search, after=matches[-1].place).url() if more and matches else "",
     )
 
 
@@ -172,13 +181,16 @@ def ward_line(ward: WardCoverage, now_us: int, zone: tzinfo, *, named: bool = Tr
     return WardLine(words if named else words.removeprefix(ward.title).strip(), tones.get(ward.state, "bad"))
 
 
-def _caption(shown: int, search: Search, more: bool) -> str:
+def _caption(shown: int, search: Search, more: bool, *, whole: bool) -> str:
+    """What is not complete is never called none."""
+    if not shown and not whole:
+        return "None found where this answer looked."
     if not shown:
-        return "No further studies." if search.page else "No studies."
-    first = search.page * PAGE_ROWS + 1
-    if not more and first == 1:
-        return f"{shown} stud{'y' if shown == 1 else 'ies'}, newest first."
-    return f"Studies {first} to {first + shown - 1}, newest first."
+        return "No further studies." if search.after else "No studies."
+    studies = f"{shown} stud{'y' if shown == 1 else 'ies'}"
+    if search.after:
+        return f"{studies} further, newest first."
+    return f"The newest {studies}." if more else f"{studies}, newest first."
 
 
 def _row(match: Match, wards: Mapping[str, WardCoverage]) -> Row:

@@ -161,6 +161,7 @@ class Query(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     PENDING_ONLY_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     every_ward: _builtins.bool
     bound_to_person: _builtins.bool
@@ -177,6 +178,10 @@ class Query(_message.Message):
     def person(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatientKey]: ...
     @_builtins.property
     def rules(self) -> Global___Rules: ...
+    @_builtins.property
+    def after(self) -> Global___StudyPlace:
+        """only the studies behind this place"""
+
     def __init__(
         self,
         *,
@@ -191,14 +196,42 @@ class Query(_message.Message):
         offset: _builtins.int = ...,
         pending_only: _builtins.bool = ...,
         rules: Global___Rules | None = ...,
+        after: Global___StudyPlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "rules", b"rules", "wards", b"wards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "bound_to_person", b"bound_to_person", "combine_datetime", b"combine_datetime", "every_ward", b"every_ward", "keys", b"keys", "level", b"level", "limit", b"limit", "offset", b"offset", "pending_only", b"pending_only", "person", b"person", "rules", b"rules", "wards", b"wards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Query: _TypeAlias = Query  # noqa: Y015
+
+@_typing.final
+class StudyPlace(_message.Message):
+    """Where a study stands in the order of lists."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    date: _builtins.str
+    time: _builtins.str
+    uid: _builtins.str
+    def __init__(
+        self,
+        *,
+        date: _builtins.str = ...,
+        time: _builtins.str = ...,
+        uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "time", b"time", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StudyPlace: _TypeAlias = StudyPlace  # noqa: Y015
 
 @_typing.final
 class Rules(_message.Message):

@@ -23,14 +23,17 @@ from sqlalchemy import (
     column,
     exists,
     func,
+    literal,
     literal_column,
     not_,
     or_,
     select,
     table,
+    tuple_,
 )
 
 from archive.catalog import BY_KEYWORD, at_level
+from archive.errors import InvalidQuery
 from archive.index.conditions import condition, literal_run
 from archive.index.rows import split
 from archive.index.schema import (
@@ -48,7 +51,7 @@ from archive.index.schema import (
 from archive.index.stored import INSTANCE_COLUMNS, instance_of
 from archive.index.tallies import Tally, Unit, evicted, holders, tallies, uid_lists
 from archive.matching import parse
-from archive.model import EVERYTHING, Level, Match, Query, Scope, StoredInstance
+from archive.model import EVERYTHING, Level, Match, Query, Scope, StoredInstance, StudyPlace
 from archive.predicates import AllOf, Empty, Like, Named, OneOf, Predicate, Worded
 
 COMMON_MIN = 20_000
@@ -81,6 +84,19 @@ def count(connection: Connection, query: Query) -> int:
     if question.hopeless:
         return 0
     return int(connection.execute(question.count()).scalar_one())
+
+
+def listed(connection: Connection, query: Query) -> list[tuple[str | int, ...]]:
+    """What orders each row that matches, its UID among it, in the query's order: the rows without reading
+    them. Of studies date, time and UID; of series number, UID and study; of instances number and UID."""
+    if query.level is Level.PATIENT:
+        raise InvalidQuery("patients are not listed by what orders them")
+    query = _widened(connection, query)
+    question = _Question(query, _hints(connection, query, paged=query.limit is not None))
+    if question.hopeless:
+        return []
+    statement = question.listed().limit(query.limit).offset(query.offset or None)
+    return [tuple(row) for row in connection.execute(statement)]
 
 
 def instances(
@@ -159,9 +175,17 @@ class _Question:
             self._where.append(home.c.patient_hash.in_(people))
         if self._wards is not None or self._pending:
             self._where.append(self._visible())
+        if query.after is not None:
+            self._where.append(self._behind(query.after))
 
     def select(self) -> Select[Any]:
         return _selection(self._level).where(*self._where)
+
+    def listed(self) -> Select[Any]:
+        order = _order(self._level)
+        columns = [study.c.study_date, study.c.study_time, study.c.study_instance_uid]
+        chosen = columns if self._level is Level.STUDY else order
+        return select(*chosen).select_from(_rows(self._level)).where(*self._where).order_by(*order)
 
     def count(self) -> Select[Any]:
         return select(func.count()).select_from(_rows(self._level)).where(*self._where)
@@ -235,6 +259,13 @@ class _Question:
         return exists().where(
             outbox.c.sop_instance_uid == instance.c.sop_instance_uid, *_pending_in(self._wards)
         )
+
+    def _behind(self, place: StudyPlace) -> ColumnElement[bool]:
+        """Compared as one value, which both databases look up in the index of the order."""
+        if self._level is not Level.STUDY:
+            raise InvalidQuery("only studies are listed from a place on")
+        order = tuple_(study.c.study_date, study.c.study_time, study.c.study_instance_uid)
+        return order < tuple_(literal(place.date), literal(place.time), literal(place.uid))
 
     def _study_visible(self) -> ColumnElement[bool]:
         uid = study.c.study_instance_uid
@@ -445,7 +476,8 @@ def _names_its_patient(wards: list[str]) -> ColumnElement[bool]:
 
 
 def _pending_in(wards: list[str] | None) -> list[ColumnElement[bool]]:
-    return [outbox.c.conflict.is_(False), *([] if wards is None else [outbox.c.ward.in_(wards)])]
+    told = [outbox.c.conflict.is_(False), outbox.c.hidden.is_(False)]
+    return [*told, *([] if wards is None else [outbox.c.ward.in_(wards)])]
 
 
 def _studies_of(wards: list[str]) -> Select[Any]:

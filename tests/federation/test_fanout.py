@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archive.model import Level, Match, SeriesHolding
-from federation.fanout import Held, WardMatches, in_order, merge, series_of, studies_of, uids_of
+from archive.model import Level, Match, SeriesHolding, StudyPlace
+from federation.fanout import (
+    Held,
+    WardMatches,
+    in_order,
+    listing,
+    merge,
+    series_of,
+    standing_of,
+    studies_of,
+    uids_of,
+)
 
 WARDS = ("a/ct", "a/mr", "b/ct")
 
@@ -163,7 +173,7 @@ def test_the_merge_is_the_union(every: list[Image], level: Level) -> None:
     page = merge(level, region, wards, held_of(every, wards))
     truth = rows_of(level, every, "all")
     assert [summary(match) for match in page.matches] == [summary(match) for match in truth]
-    assert page.added == len(truth) - len(region)
+    assert not page.more
     assert all(not match.holdings for match in page.matches)
     alone = {ward for image in every if not image.region for ward in image.pending}
     assert {ward for match in page.matches for ward in match.pending_at} == alone
@@ -177,15 +187,60 @@ def test_pages_of_the_merge_are_cuts_of_the_whole(every: list[Image], offset: in
     wards = answers(Level.IMAGE, every)
     held = held_of(every, wards)
     whole = merge(Level.IMAGE, rows_of(Level.IMAGE, every, "region"), wards, held).matches
-    wide_enough = rows_of(Level.IMAGE, every, "region")[: offset + limit]
+    reach = offset + limit + 1
+    wide_enough = rows_of(Level.IMAGE, every, "region")[:reach]
     listed = {match.instance["SOPInstanceUID"] for answer in wards for match in answer.matches}
     wide_enough += [
         match
-        for match in rows_of(Level.IMAGE, every, "region")[offset + limit :]
+        for match in rows_of(Level.IMAGE, every, "region")[reach:]
         if match.instance["SOPInstanceUID"] in listed
     ]
     page = merge(Level.IMAGE, wide_enough, wards, held, limit=limit, offset=offset)
     assert [summary(m) for m in page.matches] == [summary(m) for m in whole[offset : offset + limit]]
+    assert page.more == (len(whole) > offset + limit)
+
+
+@settings(max_examples=100, deadline=None)
+@given(images(20), st.integers(1, 4))
+def test_pages_by_place_are_cuts_of_the_whole(every: list[Image], limit: int) -> None:
+    wards = answers(Level.STUDY, every)
+    held, region = held_of(every, wards), rows_of(Level.STUDY, every, "region")
+    whole = merge(Level.STUDY, region, wards, held).matches
+    listed = studies_of(wards)
+    seen: list[Match] = []
+    more = True
+    while more:
+        after = seen[-1].place if seen else None
+        behind = [match for match in region if after is None or match.place < after][: limit + 1]
+        rows = behind + [
+            match for match in region if match not in behind and match.study["StudyInstanceUID"] in listed
+        ]
+        page = merge(Level.STUDY, rows, wards, held, limit=limit, after=after)
+        seen, more = seen + page.matches, page.more
+    assert [summary(match) for match in seen] == [summary(match) for match in whole]
+
+
+def test_a_study_that_a_ward_and_the_region_date_differently_is_on_one_page() -> None:
+    image = Image(1, 1, 1, False, frozenset({"a/ct"}), frozenset({"a/ct"}))
+    (listed,) = rows_of(Level.STUDY, [image], "a/ct")
+    held = Held(frozenset(), frozenset({image.series_uid}), frozenset({image.study_uid}))
+    there = replace(listed, study={**listed.study, "StudyDate": "20200901"}, holdings=(), wards=("b/ct",))
+    wards = [WardMatches("a/ct", (listed,))]
+    between = StudyPlace("20200501", "", "1")
+    assert len(merge(Level.STUDY, [there], wards, held).matches) == 1
+    assert merge(Level.STUDY, [there], wards, held, after=between).matches == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(images(20), st.sampled_from([Level.STUDY, Level.SERIES, Level.IMAGE]))
+def test_a_listing_is_the_order_of_the_union(every: list[Image], level: Level) -> None:
+    wards = answers(level, every)
+    region = rows_of(level, every, "region")
+    keyword = {Level.STUDY: "study", Level.SERIES: "series", Level.IMAGE: "instance"}[level]
+    name = {Level.STUDY: "StudyInstanceUID", Level.SERIES: "SeriesInstanceUID"}.get(level, "SOPInstanceUID")
+    whole = merge(level, region, wards, held_of(every, wards)).matches
+    found = listing(level, [standing_of(match) for match in region], wards)
+    assert found == [getattr(match, keyword)[name] for match in whole]
 
 
 def test_an_instance_that_arrived_while_it_was_asked_counts_once() -> None:

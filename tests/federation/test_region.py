@@ -131,7 +131,7 @@ def test_what_is_replicated_and_what_is_pending_is_one_row_with_union_counts(
     assert [shape(match) for match in answer.matches] == [
         ("1.2.7", 2, 5, (second.ward.id, first.ward.id), (second.ward.id,))
     ]
-    assert answer.remaining == 0
+    assert not answer.more
     series = source.search(EVA, Query(Level.SERIES, (("StudyInstanceUID", "1.2.7"),)))
     assert {match.series["SeriesInstanceUID"]: match.instance_count for match in series.matches} == {
         "1.2.7.1": 4, "1.2.7.9": 1,
@@ -160,9 +160,9 @@ def test_pages_of_a_merge_follow_each_other(region: Region, nodes: list[Node], s
     for offset in range(0, 10, 3):
         answer = source.search(EVA, replace(STUDIES, limit=3, offset=offset))
         seen += [match.study["StudyInstanceUID"] for match in answer.matches]
-        left.append(answer.remaining)
+        left.append(answer.more)
     assert seen == sorted(days, reverse=True)
-    assert left == [7, 4, 1, 0]
+    assert left == [True, True, True, False]
     patients = source.search(EVA, Query(Level.PATIENT))
     assert [(match.study_count, match.instance_count) for match in patients.matches] == [(10, 10)]
     first.take(study("1.2.30", 1, patient_id="100"))
@@ -709,7 +709,7 @@ def test_a_ward_portal_shows_its_own_node_with_the_region_away(
             source.instances(technician(second), "1.2.7")
         with pytest.raises(Forbidden):
             source.instances(IT, "1.2.7")
-        assert source.search(EVA, replace(STUDIES, limit=1)).remaining == 0
+        assert source.search(EVA, replace(STUDIES, limit=1)).more is False
 
 
 def test_the_wards_status_is_whole(region: Region, nodes: list[Node], source: RegionSource) -> None:

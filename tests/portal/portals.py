@@ -21,7 +21,7 @@ from federation.coverage import CoverageState, WardCoverage
 from federation.node_source import NodeSource
 from federation.passwords import hash_password
 from federation.policy import Act, Principal, require
-from federation.source import Answer
+from federation.source import Answer, Listing
 from portal.access import cookie_name
 from portal.context import Context
 from tests.datasets import Instance
@@ -63,7 +63,10 @@ class EmptySource:
     def search(self, principal: Principal, query: Query) -> Answer:
         require(principal, Act.SEARCH)
         self.searches += 1
-        return Answer([], list(self.wards), 0)
+        return Answer([], list(self.wards))
+
+    def listing(self, principal: Principal, query: Query, most: int) -> Listing:
+        return Listing(self.search(principal, query))
 
     def instances(
         self,
