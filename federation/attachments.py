@@ -3,8 +3,9 @@ Lives in the hub's event loop. A ward has one attachment at a time: a newer one 
 one, since a node whose line was cut attaches again long before the hub can know that the first line is dead.
 
 Bounds: 64 messages wait for a ward, 32 questions are open at one, an answer lists at most 1,000 UIDs. A ward
-past them counts as one that does not answer. Ward states go to the ledger at every report, one write at a
-time for a ward; when the ledger can't be written the memory goes on, and the next report tries again.
+past them counts as one that does not answer. Ward states go to the ledger at every report, in one transaction
+those of all wards that reported while the last one was written, so that a thousand wards cost twenty small
+transactions a second; when the ledger can't be written the memory goes on, and the next report tries again.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from archive.errors import MissError, OutOfResources, Unavailable
 from archive.ledger import WardState
-from archive.model import Match
+from archive.model import Match, StoredInstance
 from federation import abilities, coverage, serde
 from federation.coverage import Report
 from federation.fanout import PENDING_UIDS_MAX
+from federation.gathering import LISTED_MAX
 from federation.line import RegionPolicy
 from protos import uplink_pb2
 
@@ -31,7 +33,9 @@ OUTBOUND_MAX = 64
 ASKS_MAX = 32
 ANSWER_MATCHES_MAX = 2 * PENDING_UIDS_MAX
 
-Keep = Callable[[WardState], Awaitable[None]]
+KEEP_GAP_S = 0.05  # between two transactions of ward states
+
+Keep = Callable[[Sequence[WardState]], Awaitable[None]]
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +47,8 @@ class Ask:
     matches: list[Match] = field(default_factory=list)
     uids: int = 0
     truncated: bool = False
+    listed: list[StoredInstance] | None = None  # to a question for a listing, by a ward that knows of it
+    left_out: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -71,14 +77,16 @@ class Attachment:
 
 
 class Attachments:
-    """The registry. `keep` writes a ward state to the ledger."""
+    """The registry. `keep` writes ward states to the ledger."""
 
     def __init__(self, states: Mapping[str, WardState], keep: Keep, clock: Callable[[], int]) -> None:
         self._states = dict(states)
         self._keep = keep
         self._clock = clock
         self._attached: dict[str, Attachment] = {}
-        self._writing: dict[str, asyncio.Lock] = {}
+        self._unkept: set[str] = set()
+        self._kept: asyncio.Future[None] | None = None  # done when what is in `_unkept` now was written
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def states(self) -> Mapping[str, WardState]:
@@ -112,6 +120,20 @@ class Attachments:
             await asyncio.shield(self.detach(attachment, "the line was lost"))
             raise
         return attachment
+
+    async def take_over(self, states: Mapping[str, WardState]) -> None:
+        """This hub writes the region's store from here on: `states` is what the last one kept. Who is
+        attached here has told this hub alone how it stands."""
+        own, self._states = self._states, dict(states)
+        for ward in self._attached:
+            mine = own[ward]
+            state = coverage.greeted(
+                states.get(ward), ward, epoch=mine.epoch, version=mine.version, now_us=mine.attached_since_us
+            )
+            if (report := coverage.report_in(mine)) is not None:
+                state = coverage.reported(state, report, mine.seen_us)
+            self._states[ward] = state
+        await asyncio.gather(*(self._put(self._states[ward]) for ward in self._attached))
 
     async def report(self, ward: str, report: Report) -> None:
         """A report came from a node that is attached."""
@@ -178,6 +200,19 @@ class Attachments:
         elif last:
             ask.done.set_result(None)
 
+    def listed(
+        self, ward: str, ask_id: str, instances: Sequence[StoredInstance], left_out: int
+    ) -> None:
+        """A page of a listing came; `answered` says when it was the last."""
+        attachment = self._attached.get(ward)
+        ask = attachment.asks.get(ask_id) if attachment is not None else None
+        if ask is None or ask.done.done():
+            return
+        ask.listed = [*(ask.listed or ()), *instances]
+        ask.left_out = left_out
+        if len(ask.listed) > LISTED_MAX:
+            ask.done.set_exception(OutOfResources("the ward answered past the bounds of an answer"))
+
     def failed(self, ward: str, ask_id: str, reason: str) -> None:
         """The ward says that it can't answer."""
         attachment = self._attached.get(ward)
@@ -206,10 +241,27 @@ class Attachments:
         return self._states.get(ward) or coverage.blank(ward)
 
     async def _put(self, state: WardState) -> None:
+        """Keeps the state; it is in the ledger, or can't be, when this returns."""
         self._states[state.ward] = state
-        async with self._writing.setdefault(state.ward, asyncio.Lock()):
-            newest = self._states[state.ward]
+        self._unkept.add(state.ward)
+        if self._kept is None:
+            self._kept = asyncio.get_running_loop().create_future()
+        kept = self._kept
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep_all())
+        await asyncio.shield(kept)
+
+    async def _keep_all(self) -> None:
+        while self._kept is not None:
+            kept, self._kept = self._kept, None
+            states = [self._states[ward] for ward in self._unkept]
+            self._unkept.clear()
             try:
-                await self._keep(newest)
-            except MissError as error:
-                log.error("the state of %s can't be kept: %s", state.ward, error)
+                await self._keep(states)
+            except Exception as error:  # not ours alone: whoever waits has to be told
+                log.error("the states of %d wards can't be kept: %s", len(states), error,
+                          exc_info=None if isinstance(error, MissError) else error)  # fmt: skip
+            finally:
+                if not kept.done():
+                    kept.set_result(None)
+            await asyncio.sleep(KEEP_GAP_S)

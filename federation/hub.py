@@ -1,7 +1,7 @@
-"""The hub: the one process that the region's nodes and portals dial. It composes the regional archive and
-ledger, the gate, and the services of `uplink_service.py`, `region_service.py` and `certs/reissue.py`, and
-has the enrolment port beside them. It dials nobody, and holds nothing that its archive and ledger do not:
-kill it at any point.
+"""The hub: a process that the region's nodes and portals dial. It has the gate, the attaches and the
+enrolment port; the one of them that holds the lock of the regional store has the archive and the services
+over it as well (`federation/hub_writer.py`), and the others, set up as standby, wait for that lock. A hub
+dials nobody, and holds nothing that its archive and ledger do not: kill it at any point.
 
 Its event loop runs in a thread of its own, so that a process, a demo and a test start and stop it alike.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from queue import SimpleQueue
 from types import TracebackType
@@ -20,45 +22,33 @@ from types import TracebackType
 import grpc
 import grpc.aio
 
-from archive.archive import Archive
+from archive.archive import Archive, lock_state
 from archive.errors import MissError, SettingsError, Unavailable
-from archive.handlers import handlers_of
 from archive.ledger import Ledger, WardState
-from archive.orders import OrderDesk
 from certs.authority import Authority, clock_us, hub_identity
 from certs.credentials import SERVER_OPTIONS, server_credentials
 from certs.enrolment import EnrolmentServer
 from certs.gate import Gate
 from certs.identity import Identity
+from certs.profiles import slug
 from certs.reissue import CertificatesServicer
 from certs.renewal import RenewalThread
-from federation.arrivals import Arrivals
-from federation.asking import WardAsking
+from federation.attach_service import ATTACH, AttachService, attach_handler
 from federation.attachments import Attachments
 from federation.coverage import departed
-from federation.deliveries_desk import DeliveryDesk
-from federation.deliveries_grants import DeliveryGrants
-from federation.deliveries_service import DeliveriesService
+from federation.hub_writer import HubWriter, Standing
 from federation.laying_down import Rules, tell_for_ever
+from federation.methods import STANDS_BY, Methods
 from federation.pools import Pools
-from federation.receiving import Receiver
-from federation.region_service import RegionService
-from federation.restoring_service import RestoreService
 from federation.settings import HubSettings
-from federation.uplink_service import UplinkService
 from federation.version import software_version
-from federation.window_service import WindowService
-from protos import (
-    delivery_pb2_grpc,
-    region_pb2_grpc,
-    restore_pb2_grpc,
-    uplink_pb2_grpc,
-    window_pb2_grpc,
-)
+from protos import uplink_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 START_WAIT_S = 60.0
+LOOK_S = 0.25  # how often a hub that stands by tries for the writer's lock
+OPEN_AGAIN_S = 2.0
 
 
 class Hub:
@@ -72,6 +62,7 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._failure: Exception | None = None
+        self._writer: HubWriter | None = None
         self._grace_s = settings.stop_grace_s
         self.port = 0
         self.enrolment_port = 0
@@ -139,59 +130,45 @@ class Hub:
         settings.state.mkdir(parents=True, exist_ok=True)
         authority = Authority.open(settings.ca, clock=self._clock)
         identity = self._identity()
-        ledger = await asyncio.to_thread(Ledger.open, settings.ledger)
-        archive = await asyncio.to_thread(Archive.open, settings.archive_settings(), outbox=False)
-        pools = Pools(settings.workers, self._clock)
-        desk = OrderDesk(ledger, handlers_of(archive))
-        desk.start()
+        self._ledger = await asyncio.to_thread(Ledger.open, settings.ledger)
+        self._pools = Pools(settings.workers, self._clock)
         try:
-            await self._serve(authority, identity, ledger, archive, pools)
+            archive = await asyncio.to_thread(self._open_archive)
+            await self._serve(authority, identity, archive)
         finally:
-            await asyncio.to_thread(pools.shutdown)
-            await asyncio.to_thread(desk.stop)
-            await asyncio.to_thread(archive.close)
-            ledger.close()
+            await asyncio.to_thread(self._pools.shutdown)
+            if self._writer is not None:
+                await self._writer.close()
+                self._writer = None
+            self._ledger.close()
 
-    async def _serve(
-        self, authority: Authority, identity: Identity, ledger: Ledger, archive: Archive, pools: Pools
-    ) -> None:
-        settings = self.settings
-
-        async def keep(state: WardState) -> None:
-            await pools.ledger(ledger.put_ward_state, state)
-
-        attachments = Attachments(await _all_away(ledger, pools), keep, self._clock)
-        arrivals, version = Arrivals(), software_version()
-        rules = Rules(archive, self._clock)
-        uplinks = UplinkService(
-            settings, attachments, Receiver(archive, self._clock), arrivals, pools, version, rules
+    async def _serve(self, authority: Authority, identity: Identity, archive: Archive | None) -> None:
+        settings, ledger, version = self.settings, self._ledger, software_version()
+        self._rules = Rules(self._clock, settings.addresses)
+        self._attachments = Attachments({}, self._keep, self._clock)
+        attaching = AttachService(settings, self._attachments, self._rules, version)
+        self._standing = Standing(
+            settings, ledger, identity, self._pools, self._attachments, attaching, self._clock, version
         )
-        asking = WardAsking(settings, attachments, arrivals, archive, pools)
-        windows = WindowService(settings, asking, archive, ledger, identity, pools)
-        regions = RegionService(asking, attachments, ledger, identity.roots_pem, pools, version)
+        self._methods = Methods()
+        self._methods.add(ATTACH, attach_handler(attaching))
         certificates = CertificatesServicer(
             authority, ledger, life_s=settings.enrolment.certificate_life_s, clock=self._clock
         )
-        desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), self._clock)
-        deliveries = DeliveriesService(desk, attachments, arrivals, pools)
+        uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, self._methods.server)
         gate = Gate(ledger, clock=self._clock)
         server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
-        uplink_pb2_grpc.add_UplinkServicer_to_server(uplinks, server)
-        region_pb2_grpc.add_RegionServicer_to_server(regions, server)
-        window_pb2_grpc.add_WindowServicer_to_server(windows, server)
-        delivery_pb2_grpc.add_DeliveriesServicer_to_server(deliveries, server)
-        restore_pb2_grpc.add_RestoreServicer_to_server(RestoreService(archive, pools), server)
-        uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, server)
+        server.add_generic_rpc_handlers((self._methods,))
+        if archive is not None:
+            await self._write(archive)
         self.port = self._bind(server, identity)
         async with AsyncExitStack() as parts:
             await gate.start()
             parts.push_async_callback(gate.stop)
-            parts.callback(windows.stop)
-            deliveries.start()
-            parts.push_async_callback(deliveries.stop)
+            parts.push_async_callback(self._stop_writer)
             await server.start()
-            parts.push_async_callback(self._stop_serving, server, attachments, uplinks)
-            telling = asyncio.create_task(tell_for_ever(rules, attachments))
+            parts.push_async_callback(self._stop_serving, server)
+            telling = asyncio.create_task(tell_for_ever(self._rules, self._attachments))
             parts.callback(telling.cancel)
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
             await enrolment.start()
@@ -202,18 +179,78 @@ class Hub:
             self.enrolment_port = enrolment.port
             region, ports = authority.region, (self.port, self.enrolment_port)
             log.info("the hub of %s takes calls on port %d, invites on %d", region, *ports)
+            if archive is None:
+                log.warning("%s; it waits for the store of %s", STANDS_BY, region)
+                taking_over = asyncio.create_task(self._take_over())
+                parts.push_async_callback(self._end_waiting, taking_over)
             self._ready.set()
-            assert self._stopping is not None
-            await self._stopping.wait()
+            await self._stopping_event.wait()
 
-    async def _stop_serving(
-        self, server: grpc.aio.Server, attachments: Attachments, uplinks: UplinkService
-    ) -> None:
+    # Who writes the region's store.
+
+    @property
+    def standing_by(self) -> bool:
+        """Whether another hub writes the region's store."""
+        return self._writer is None
+
+    def _open_archive(self) -> Archive | None:
+        """The region's archive to write; None for a hub that may stand by when another writes."""
+        settings = self.settings
+        if settings.standby:
+            try:  # the lock alone first: what follows may change the index's schema
+                os.close(lock_state(settings.state))
+            except Unavailable:
+                return None
+        return Archive.open(settings.archive_settings(), outbox=False)
+
+    async def _write(self, archive: Archive) -> None:
+        """This hub is the one that writes from here on."""
+        writer = self._writer = HubWriter(self._standing, archive)
+        await self._attachments.take_over(await _all_away(self._ledger, self._pools))
+        self._rules.archive = archive
+        writer.start()
+        writer.add_to(self._methods)
+
+    async def _take_over(self) -> None:
+        """Waits for the lock, which goes with the process that held it, and becomes the writer."""
+        while not self._stopping_event.is_set():
+            begun_s = time.monotonic()
+            try:
+                if (archive := await asyncio.to_thread(self._open_archive)) is not None:
+                    await self._write(archive)
+                    self._attachments.lay_down(self._rules.current())
+                    log.warning("this hub writes the region's store now (%.2f s)", time.monotonic() - begun_s)
+                    return
+            except Exception:  # whatever it is: the next try may find it mended
+                log.exception("the region's store is free, but can't be opened")
+                await asyncio.sleep(OPEN_AGAIN_S)
+            await asyncio.sleep(LOOK_S)
+
+    async def _end_waiting(self, taking_over: asyncio.Task[None]) -> None:
+        await taking_over  # not cancelled: it may be opening the archive, in a thread
+
+    async def _keep(self, states: Sequence[WardState]) -> None:
+        """Into the ledger, by the one hub that writes: one that stands by would note as away whom the other
+        has attached."""
+        if not self.standing_by:
+            await self._pools.ledger(self._ledger.put_ward_states, states)
+
+    @property
+    def _stopping_event(self) -> asyncio.Event:
+        assert self._stopping is not None
+        return self._stopping
+
+    async def _stop_serving(self, server: grpc.aio.Server) -> None:
         stopped = asyncio.create_task(server.stop(self._grace_s))  # takes no new calls from here on
         await asyncio.sleep(0)
-        attachments.end_all("the hub stops")
-        uplinks.stop()
+        self._attachments.end_all("the hub stops")
+        if self._writer is not None:
+            self._writer.stop_taking()
         await stopped
+
+    async def _stop_writer(self) -> None:
+        if self._writer is not None:
+            await self._writer.stop()
 
     def _bind(self, server: grpc.aio.Server, identity: Identity) -> int:
         host, port = self.settings.host, self.settings.port
@@ -227,7 +264,8 @@ class Hub:
         settings = self.settings
         return hub_identity(
             settings.ca,
-            settings.state / "identity",
+            # Each hub has its own key: one that may stand by shares the folder with others.
+            settings.state / (f"identity-{slug(settings.name)}" if settings.standby else "identity"),
             name=settings.name,
             life_s=settings.enrolment.certificate_life_s,
             clock=self._clock,
@@ -238,10 +276,9 @@ async def _all_away(ledger: Ledger, pools: Pools) -> dict[str, WardState]:
     """The ward states of the ledger. Whoever the last hub left attached is not attached to this one."""
     states = await pools.ledger(ledger.ward_states)
     away = {ward: departed(state) for ward, state in states.items()}
-    for ward, state in away.items():
-        if state != states[ward]:
-            try:
-                await pools.ledger(ledger.put_ward_state, state)
-            except MissError as error:
-                log.error("the state of %s can't be kept: %s", ward, error)
+    changed = [state for ward, state in away.items() if state != states[ward]]
+    try:
+        await pools.ledger(ledger.put_ward_states, changed)
+    except MissError as error:
+        log.error("the states of the wards can't be kept: %s", error)
     return away

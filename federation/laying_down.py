@@ -1,6 +1,6 @@
-"""What the region lays down for its nodes, as this hub tells it: its time, up to which receipt they may evict,
-how far the store that confirmed them has been written, where the hubs are. Told in the welcome, every minute,
-and when it changes: a hub whose clock is set does not leave its nodes with the old one.
+"""What the region lays down for its nodes, as this hub tells it: its time, up to which receipt they may
+evict, how far the store that confirmed them has been written, where the hubs are. Told in the welcome, every
+minute, and when it changes: a hub whose clock is set does not leave its nodes with the old one.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ CLOCK_SET_S = 0.5  # a clock that went so far beside the one that nobody sets wa
 
 @dataclass(slots=True)
 class Rules:
-    """What is laid down now. `protected_to_us` decides how far nodes may evict; nothing is below 0."""
+    """What is laid down now. `archive` is that of a hub that writes the region's store; one without stands
+    by. `protected_to_us` decides how far nodes may evict: what has a receipt of that time or older; 0 is
+    nothing."""
 
-    archive: Archive
     clock: Callable[[], int]
     hub_addresses: tuple[str, ...] = ()
+    archive: Archive | None = None
     protected_to_us: Callable[[], int] = lambda: 0
 
     def current(self) -> RegionPolicy:
+        policy = RegionPolicy(self.clock(), hub_addresses=self.hub_addresses)
+        if self.archive is None:
+            return replace(policy, standby=True)
         packs = self.archive.packs
-        return RegionPolicy(
-            clock_us=self.clock(),
+        return replace(
+            policy,
             protected_to_us=self.protected_to_us(),
             store=packs.writer,
             store_position=packs.log.durable if packs.writer else START,
-            hub_addresses=self.hub_addresses,
         )
 
 

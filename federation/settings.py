@@ -67,7 +67,15 @@ class HubSettings:
     )
     host: str = setting("0.0.0.0", "The address that nodes and portals dial; both sides show certificates.")
     port: int = setting(7443, "Its port; 0 takes a free one.", minimum=0, maximum=65535)
-    name: str = setting("hub", "This hub's name in its certificate.")
+    name: str = setting("hub", "This hub's name in its certificate; several hubs have one each.")
+    addresses: tuple[str, ...] = setting(
+        (), "Where all hubs of the region can be dialled, host:port, at most 8: a node attaches to each, a "
+        "portal turns to the next when one is away. Nodes hear of a change at once.",
+    )
+    standby: bool = setting(
+        False, "Stand by while another hub writes the region's store, and take over when it dies; a hub "
+        "without this does not start then. For hubs that share state, ledger and ca: set it on all of them.",
+    )
     report_interval_s: float = setting(5.0, "How often each ward reports.", "s", minimum=0.1, maximum=5.0)
     ask_deadline_s: float = setting(
         2.0, "How long a search waits for one ward.", "s", minimum=0.1, maximum=60.0

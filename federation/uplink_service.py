@@ -1,6 +1,6 @@
-"""The hub's end of the uplinks: Attach, Offer, Push and Answer. It moves messages between calls and the
-classes that know what to do with them; who calls is the certificate's word, by `certs/gate.py`, and no
-field's.
+"""The hub's end of what nodes send: Offer, Push and Answer; Attach is that of `federation/attach_service.py`.
+It moves messages between calls and the classes that know what to do with them; who calls is the certificate's
+word, by `certs/gate.py`, and no field's.
 
 Bounds: push streams in all and for each ward, four messages of about 1 MiB read ahead on each, two batches
 of objects on their way to the disk on each. Past them a node is told to come later.
@@ -14,25 +14,21 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
-from archive.errors import InvalidInput, MissError, OutOfResources, Unavailable
+from archive.errors import MissError, OutOfResources
 from certs.gate import peer
-from federation import abilities, serde, status
+from federation import serde, status
 from federation.arrivals import Arrivals
-from federation.attachments import Attachment, Attachments
-from federation.coverage import STALE_AFTER_S
-from federation.laying_down import Rules
+from federation.attach_service import AttachService
+from federation.attachments import Attachments
 from federation.pools import Pools
 from federation.receiving import Incoming, Pushed, Receiver
 from federation.replicator import Received, Refused
+from federation.serde_gathering import listed_from
 from federation.settings import HubSettings
 from protos import uplink_pb2, uplink_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
-HELLO_WAIT_S = 10.0
-CONTROL_BYTES_MAX = 64 << 10
-EPOCH_BYTES_MAX = 64
 READ_AHEAD = 4
 BATCH_MESSAGES_MAX = 4
 SETTLING_MAX = 2
@@ -51,16 +47,14 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         receiver: Receiver,
         arrivals: Arrivals,
         pools: Pools,
-        version: str,
-        rules: Rules,
+        attaching: AttachService,
     ) -> None:
         self._settings = settings
         self._attachments = attachments
         self._receiver = receiver
         self._arrivals = arrivals
         self._pools = pools
-        self._version = version
-        self._rules = rules
+        self._attaching = attaching
         self._pushes: Counter[str] = Counter()
         self._ahead: set[Ahead] = set()
         self._stopping = False
@@ -77,20 +71,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
     async def Attach(  # type: ignore[override]
         self, request_iterator: Any, context: Any
     ) -> None:
-        ward = peer(context).ward
-        messages = aiter(request_iterator)
-        try:
-            hello = await _hello(messages)
-        except MissError as error:
-            await status.abort(context, error)
-        attachment = await self._attachments.attach(ward, hello)
-        reason = "the line was lost"
-        try:
-            await context.write(uplink_pb2.HubMessage(welcome=self._welcome()))
-            reason = await self._converse(attachment, messages, context)
-        finally:
-            # Shielded: the call's cancellation must not keep the ward attached for ever.
-            await asyncio.shield(self._attachments.detach(attachment, reason))
+        await self._attaching.attach(request_iterator, context)
 
     async def Offer(self, request: uplink_pb2.OfferRequest, context: Any) -> uplink_pb2.OfferReply:
         ward = peer(context).ward
@@ -122,6 +103,9 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             matches = [serde.match_of_ward(match, ward) for match in request.matches]
             if request.HasField("report") and self._attachments.attached(ward) is not None:
                 await self._attachments.report(ward, serde.report_from(request.report))
+            if request.lists:
+                listed = [listed_from(one, ward) for one in request.listed]
+                self._attachments.listed(ward, request.ask_id, listed, request.left_out)
         except MissError as error:
             self._attachments.failed(ward, request.ask_id, f"its answer can't be used: {error}")
             await status.abort(context, error)
@@ -129,57 +113,6 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             ward, request.ask_id, matches, last=request.last, truncated=request.truncated
         )
         return uplink_pb2.AnswerReply()
-
-    # Attach.
-
-    def _welcome(self) -> uplink_pb2.Welcome:
-        return uplink_pb2.Welcome(
-            protocol=PROTOCOL,
-            clock_us=self._pools.clock(),
-            report_interval_s=self._settings.report_interval_s,
-            version=self._version,
-            abilities=abilities.OURS,
-            policy=serde.policy_to(self._rules.current()),
-        )
-
-    async def _converse(
-        self, attachment: Attachment, messages: AsyncIterator[uplink_pb2.NodeMessage], context: Any
-    ) -> str:
-        """Hears and speaks until either ends; returns why, in words for the log."""
-        hear = asyncio.create_task(self._hear(attachment, messages))
-        speak = asyncio.create_task(_speak(attachment, context))
-        try:
-            await asyncio.wait((hear, speak, attachment.ended), return_when=asyncio.FIRST_COMPLETED)
-            if attachment.ended.done():
-                return attachment.ended.result()
-            error = next((task.exception() for task in (hear, speak) if task.done()), None)
-            if error is None:
-                return "it said goodbye"
-            if not isinstance(error, MissError):
-                log.error("the attach of %s broke", attachment.ward, exc_info=error)
-            return str(error)
-        finally:
-            for task in (hear, speak):
-                task.cancel()
-            await asyncio.gather(hear, speak, return_exceptions=True)
-
-    async def _hear(self, attachment: Attachment, messages: AsyncIterator[uplink_pb2.NodeMessage]) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(STALE_AFTER_S):
-                    message = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise Unavailable(f"it was silent for {STALE_AFTER_S:g} s") from None
-            if message.ByteSize() > CONTROL_BYTES_MAX:
-                raise InvalidInput("it sent a control message larger than 64 KB")
-            kind = message.WhichOneof("message")
-            if kind == "report":
-                await self._attachments.report(attachment.ward, serde.report_from(message.report))
-            elif kind == "ask_failed":
-                failed = message.ask_failed
-                self._attachments.failed(attachment.ward, failed.ask_id, failed.reason)
 
     # Push.
 
@@ -248,22 +181,6 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         if receipts:
             self._attachments.receipted(ward)
         self._arrivals.came(one.sop_instance_uid for one in (*receipts, *(refused or ())))
-
-
-async def _hello(messages: AsyncIterator[uplink_pb2.NodeMessage]) -> uplink_pb2.Hello:
-    try:
-        async with asyncio.timeout(HELLO_WAIT_S):
-            message = await anext(messages)
-    except (TimeoutError, StopAsyncIteration):
-        raise InvalidInput("an attach begins with hello") from None
-    if message.WhichOneof("message") != "hello" or len(message.hello.epoch) > EPOCH_BYTES_MAX:
-        raise InvalidInput("an attach begins with hello")
-    return message.hello
-
-
-async def _speak(attachment: Attachment, context: Any) -> None:
-    while True:
-        await context.write(await attachment.outbound.get())
 
 
 async def _read_ahead(messages: AsyncIterator[uplink_pb2.PushRequest], ahead: Ahead) -> None:

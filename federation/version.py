@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 DISTRIBUTION = "miss-archive"
+PROTOCOL = 1  # of the conversation between node and hub: the newest that this release speaks
+PROTOCOL_OLDEST = 1  # and the oldest
 
 
 def software_version() -> str:

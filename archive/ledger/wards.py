@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -70,12 +71,18 @@ class Wards(Subject):
 
     def put_ward_state(self, state: WardState) -> None:
         """Keep `state` in place of the ward's last one."""
+        self.put_ward_states([state])
+
+    def put_ward_states(self, states: Sequence[WardState]) -> None:
+        """The same of several wards, in one transaction."""
 
         def work(connection: Connection) -> None:
-            row = as_row(state)
-            if not connection.execute(
-                update(ward_state).where(ward_state.c.ward == state.ward).values(row)
-            ).rowcount:
-                connection.execute(insert(ward_state).values(row))
+            for state in states:
+                row = as_row(state)
+                if not connection.execute(
+                    update(ward_state).where(ward_state.c.ward == state.ward).values(row)
+                ).rowcount:
+                    connection.execute(insert(ward_state).values(row))
 
-        self._database.write(work)
+        if states:
+            self._database.write(work)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -27,8 +27,8 @@ def run(test: Callable[[Attachments], Coroutine[Any, Any, None]]) -> list[WardSt
     """Runs a test in a loop of its own; returns what was kept in the ledger."""
     kept: list[WardState] = []
 
-    async def keep(state: WardState) -> None:
-        kept.append(state)
+    async def keep(states: Sequence[WardState]) -> None:
+        kept.extend(states)
 
     asyncio.run(test(Attachments({}, keep, lambda: time.time_ns() // 1000)))
     return kept
@@ -115,7 +115,7 @@ def test_who_leaves_while_it_is_written_down_does_not_stay_attached() -> None:
     async def test() -> None:
         writing, go_on = asyncio.Event(), asyncio.Event()
 
-        async def keep(state: WardState) -> None:
+        async def keep(states: Sequence[WardState]) -> None:
             writing.set()
             await go_on.wait()
 
@@ -193,7 +193,7 @@ def test_the_ledger_gets_every_state_and_may_be_away() -> None:
     ]
     assert kept[-1].last_receipt_us > 0
 
-    async def away(state: WardState) -> None:
+    async def away(states: Sequence[WardState]) -> None:
         raise Unavailable("the ledger is away")
 
     async def without() -> None:
@@ -203,6 +203,38 @@ def test_the_ledger_gets_every_state_and_may_be_away() -> None:
         assert attachments.states[WARD].pending == 3
 
     asyncio.run(without())
+
+
+def test_the_states_of_many_wards_share_a_transaction() -> None:
+    wards, written = [f"h/{number}" for number in range(200)], []
+
+    async def keep(states: Sequence[WardState]) -> None:
+        written.append({state.ward: state.pending for state in states})
+        await asyncio.sleep(0.001)
+
+    async def test() -> None:
+        attachments = Attachments({}, keep, lambda: 7)
+        await asyncio.gather(*(attachments.attach(ward, HELLO) for ward in wards))
+        await asyncio.gather(*(attachments.report(ward, Report(3)) for ward in wards))
+
+    asyncio.run(test())
+    assert len(written) <= 4
+    assert {ward: pending for batch in written for ward, pending in batch.items()} == dict.fromkeys(wards, 3)
+
+
+def test_who_takes_over_knows_what_the_last_hub_kept_and_what_it_was_told_itself() -> None:
+    async def test(attachments: Attachments) -> None:
+        await attachments.attach(WARD, HELLO)
+        await attachments.report(WARD, Report(0, clock_us=7))
+        away = WardState("other/ward", epoch=b"o", complete_to_us=5, seen_us=5)
+        lost = WardState(WARD, epoch=b"an older disk", complete_to_us=3, seen_us=3, pending=4)
+        await attachments.take_over({WARD: lost, "other/ward": away})
+        here = attachments.states[WARD]
+        assert here.attached and here.pending == 0 and here.complete_to_us > 3
+        assert here.lost_note == "up to 4 instances lost with the old disk"
+        assert attachments.states["other/ward"] == away
+
+    assert run(test)[-1].lost_note
 
 
 def test_arrivals_wake_all_who_wait_and_keep_nothing() -> None:

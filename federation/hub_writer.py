@@ -1,0 +1,91 @@
+"""What only the hub has that writes the region's store: the archive, and the services over it. Exactly one
+hub is that, by the lock that an archive's writer holds and that goes with its process; the others stand by
+until they get it. A new service is added here by two lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from archive.archive import Archive
+from archive.handlers import handlers_of
+from archive.ledger import Ledger
+from archive.orders import OrderDesk
+from certs.identity import Identity
+from federation.arrivals import Arrivals
+from federation.asking import WardAsking
+from federation.attach_service import AttachService
+from federation.attachments import Attachments
+from federation.deliveries_desk import DeliveryDesk
+from federation.deliveries_grants import DeliveryGrants
+from federation.deliveries_service import DeliveriesService
+from federation.methods import Methods
+from federation.pools import Pools
+from federation.receiving import Receiver
+from federation.region_service import RegionService
+from federation.settings import HubSettings
+from federation.uplink_service import UplinkService
+from federation.window_service import WindowService
+from protos import delivery_pb2_grpc, region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a hub has whether it writes or stands by."""
+
+    settings: HubSettings
+    ledger: Ledger
+    identity: Identity
+    pools: Pools
+    attachments: Attachments
+    attaching: AttachService
+    clock: Callable[[], int]
+    version: str
+
+
+class HubWriter:
+    """The archive and the services, between `start` and `stop`. `stop_taking` comes before, while the server
+    still answers; `close` when nobody asks any more."""
+
+    def __init__(self, standing: Standing, archive: Archive) -> None:
+        self.archive = archive
+        settings, attachments, pools = standing.settings, standing.attachments, standing.pools
+        ledger, identity, version = standing.ledger, standing.identity, standing.version
+        arrivals = Arrivals()
+        asking = WardAsking(settings, attachments, arrivals, archive, pools)
+        desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), standing.clock)
+        self._orders = OrderDesk(ledger, handlers_of(archive))
+        self._uplinks = UplinkService(
+            settings, attachments, Receiver(archive, standing.clock), arrivals, pools, standing.attaching
+        )
+        self._regions = RegionService(asking, attachments, ledger, identity.roots_pem, pools, version)
+        self._windows = WindowService(settings, asking, archive, ledger, identity, pools)
+        self._deliveries = DeliveriesService(desk, attachments, arrivals, pools)
+
+    def add_to(self, methods: Methods) -> None:
+        """From here on the hub can be asked what only a writer can."""
+        server = methods.server
+        uplink_pb2_grpc.add_UplinkServicer_to_server(self._uplinks, server)
+        region_pb2_grpc.add_RegionServicer_to_server(self._regions, server)
+        window_pb2_grpc.add_WindowServicer_to_server(self._windows, server)
+        delivery_pb2_grpc.add_DeliveriesServicer_to_server(self._deliveries, server)
+        methods.standing_by = False
+
+    def start(self) -> None:
+        self._orders.start()
+        self._deliveries.start()
+
+    def stop_taking(self) -> None:
+        """Each push ends after what has been read of it."""
+        self._uplinks.stop()
+
+    async def stop(self) -> None:
+        await self._deliveries.stop()
+        self._windows.stop()
+
+    async def close(self) -> None:
+        """Lets go of the store; the lock is free afterwards."""
+        await asyncio.to_thread(self._orders.stop)
+        await asyncio.to_thread(self.archive.close)
