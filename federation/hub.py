@@ -40,6 +40,7 @@ from federation.hub_writer import HubWriter, Standing
 from federation.laying_down import Rules, tell_for_ever
 from federation.methods import STANDS_BY, Methods
 from federation.pools import Pools
+from federation.protection import Protection
 from federation.settings import HubSettings
 from federation.version import software_version
 from protos import uplink_pb2_grpc
@@ -144,7 +145,10 @@ class Hub:
 
     async def _serve(self, authority: Authority, identity: Identity, archive: Archive | None) -> None:
         settings, ledger, version = self.settings, self._ledger, software_version()
-        self._rules = Rules(self._clock, settings.addresses)
+        protection = Protection(ledger, settings.protection, self._clock)
+        self._rules = Rules(
+            self._clock, settings.addresses, protected_to_us=protection.protected_to_us
+        )
         self._attachments = Attachments({}, self._keep, self._clock)
         attaching = AttachService(settings, self._attachments, self._rules, version)
         self._standing = Standing(
@@ -168,6 +172,8 @@ class Hub:
             parts.push_async_callback(self._stop_writer)
             await server.start()
             parts.push_async_callback(self._stop_serving, server)
+            watching = asyncio.create_task(protection.watch(self._pools))
+            parts.callback(watching.cancel)
             telling = asyncio.create_task(tell_for_ever(self._rules, self._attachments))
             parts.callback(telling.cancel)
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)

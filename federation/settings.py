@@ -50,6 +50,20 @@ class StoreSettings:
 
 
 @dataclass(frozen=True)
+class ProtectionSettings:
+    """What nodes may evict: what the region would still have, were it restored from its backup."""
+
+    by: str = setting(
+        "age", "Receipts count once they are older than protection.hours, or up to the last backup that was "
+        "declared (`miss region backed-up`); without one nothing is evicted then.", choices=("age", "backup"),
+    )
+    hours: float = setting(
+        48.0, "By age: how old a receipt has to be; longer than the time between two backups and what one "
+        "takes, so that a backup which failed costs nothing.", "h", minimum=0.0, maximum=10_000.0,
+    )
+
+
+@dataclass(frozen=True)
 class HubSettings:
     """The hub: what the region's nodes and portals dial."""
 
@@ -106,6 +120,7 @@ class HubSettings:
         'Which ward may hand its images to which: "FROM > TO", each a ward (hospital/ward) or "*". None may '
         "when the list is empty.",
     )
+    protection: ProtectionSettings = setting(ProtectionSettings)
     enrolment: EnrolmentSettings = setting(EnrolmentSettings)
     archive: StoreSettings = setting(StoreSettings)
 

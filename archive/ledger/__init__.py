@@ -16,6 +16,7 @@ from archive.ledger.completions import Completions, StudyCompletion
 from archive.ledger.deliveries import Delivery, DeliveryBook, DeliveryKey, DeliveryStanding, DeliveryState
 from archive.ledger.devices import Connection, ConnectionLog, Device, Devices
 from archive.ledger.invites import Binding, Invite, Invites
+from archive.ledger.keeping import DeclaredBackup, Keeping, Pin
 from archive.ledger.orders import Order, Orders
 from archive.ledger.performed import PerformedStep, PerformedSteps, StepReference
 from archive.ledger.routes import (
@@ -44,6 +45,7 @@ __all__ = [
     "Commitment",
     "CommitmentItem",
     "Connection",
+    "DeclaredBackup",
     "Delivery",
     "DeliveryKey",
     "DeliveryStanding",
@@ -54,6 +56,7 @@ __all__ = [
     "Invite",
     "Ledger",
     "Order",
+    "Pin",
     "RouteChoice",
     "RouteKind",
     "RouteState",
@@ -75,7 +78,7 @@ __all__ = [
 
 class Ledger(
     Wards, Devices, ConnectionLog, Users, CertificateRegister, Invites, AuditLog, Orders, Routes,
-    DeliveryBook, Commitments, Worklist, PerformedSteps, Completions,
+    DeliveryBook, Commitments, Worklist, PerformedSteps, Completions, Keeping,
 ):
     """An open ledger."""
 

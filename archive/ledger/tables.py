@@ -336,6 +336,33 @@ study_completion = Table(
 )
 Index("study_completion_at", study_completion.c.at_us)
 
+# What a node's cache keeps, and why; when each study was last wanted; how the cache stands, for people.
+pinned_study = Table(
+    "pinned_study",
+    metadata,
+    *_columns(Characters(), "study_uid", "kind"),
+    *_columns(BigInteger, "until_us"),
+    *_columns(Characters(), "by"),
+    *_columns(BigInteger, "at_us"),
+    PrimaryKeyConstraint("study_uid", "kind"),
+)
+
+study_use = Table("study_use", metadata, _key("study_uid"), *_columns(BigInteger, "at_us"))
+Index("study_use_at", study_use.c.at_us)
+
+cache_note = Table(
+    "cache_note", metadata, _key("name"), *_columns(Characters(), "value"), *_columns(BigInteger, "at_us")
+)
+
+# Backups of the region, as they were declared: all that it had confirmed by then is in them.
+declared_backup = Table(
+    "declared_backup",
+    metadata,
+    Column("as_of_us", BigInteger, primary_key=True, autoincrement=False),
+    *_columns(Characters(), "by"),
+    *_columns(BigInteger, "at_us"),
+)
+
 _REFUSE_SQLITE = """
 CREATE TRIGGER audit_keeps_{act} BEFORE {act} ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END
@@ -416,6 +443,12 @@ def _sixth(connection: Connection) -> None:
         table.create(connection, checkfirst=True)
 
 
+def _keeping(connection: Connection) -> None:
+    """What a node's cache keeps; the backups of the region."""
+    for table in (pinned_study, study_use, cache_note, declared_backup):
+        table.create(connection, checkfirst=True)
+
+
 def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> None:
     """A ledger that this release makes has them from the first step."""
     for table, columns in added.items():
@@ -425,7 +458,7 @@ def _add_columns(connection: Connection, added: dict[str, dict[str, str]]) -> No
                 connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {definition}"))
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _sixth)
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _fifth, _sixth, _keeping)
 
 
 def log_key(at_us: int) -> str:

@@ -31,6 +31,8 @@ from archive.space.pace import Pace
 log = logging.getLogger(__name__)
 
 BATCH_FACTS_MAX = 500
+STUDIES_MAX = 1_000
+_PUNCHED_BYTES = 64 << 10  # what an eviction costs the disk, whatever the size of what goes
 _ATTRIBUTES_CHARS_MAX = 4 << 20
 _RECLAIM_BATCH = 500
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -38,20 +40,28 @@ _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 @dataclass(frozen=True, slots=True)
 class EvictionRequest:
-    """What to give up: of one study, or what was received before a time, or the oldest until so much disk is
-    free. `protected_to_us`: a receipt of a later time is not enough, since the region may still lose it."""
+    """What to give up: of one study or several, or what was received before a time, or the oldest until so
+    much disk is free. `protected_to_us`: a receipt of a later time is not enough, since the region may still
+    lose it."""
 
     protected_to_us: int
     study_uid: str = ""
     received_before_us: int = 0
     free_bytes: int = 0
     dry_run: bool = False
+    study_uids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.protected_to_us <= 0:
             raise InvalidInput("say up to when the region's receipts are protected")
-        if not (self.study_uid or self.received_before_us or self.free_bytes):
+        if len(self.study_uids) > STUDIES_MAX:
+            raise InvalidInput(f"more than {STUDIES_MAX} studies at once")
+        if not (self.studies or self.received_before_us or self.free_bytes):
             raise InvalidInput("say what to evict: a study, an age, or how much disk is to be free")
+
+    @property
+    def studies(self) -> tuple[str, ...]:
+        return (self.study_uid, *self.study_uids) if self.study_uid else self.study_uids
 
 
 @dataclass(slots=True)
@@ -80,7 +90,7 @@ class Eviction:
         """Choose, record, give back. Raises Unavailable when the index does not answer, or when it is
         stopped; what was done by then stays done."""
         report = EvictionReport()
-        chosen = self._of_study(request, report) if request.study_uid else self._oldest(request, report)
+        chosen = self._of_studies(request, report) if request.studies else self._oldest(request, report)
         batch: list[IndexEntry] = []
         chars = 0
         for record in chosen:
@@ -110,10 +120,16 @@ class Eviction:
         for entry in batch:
             _count(report, entry.record)
         self.give_back()
-        pace.took(sum(entry.record.location.length for entry in batch))
+        pace.took(sum(min(entry.record.location.length, _PUNCHED_BYTES) for entry in batch))
 
-    def _of_study(self, request: EvictionRequest, report: EvictionReport) -> Iterator[Record]:
-        contents = self._index.contents_of(request.study_uid)
+    def _of_studies(self, request: EvictionRequest, report: EvictionReport) -> Iterator[Record]:
+        for study_uid in request.studies:
+            yield from self._of_study(study_uid, request, report)
+
+    def _of_study(
+        self, study_uid: str, request: EvictionRequest, report: EvictionReport
+    ) -> Iterator[Record]:
+        contents, damaged = self._index.contents_of(study_uid), self._index.cached.damaged_of(study_uid)
         current = LAYOUT.name_of(self._packs.log.end.file)
         if not request.dry_run and any(location.pack == current for _, _, location in contents):
             self._packs.log.seal()
@@ -122,6 +138,9 @@ class Eviction:
             places = self._index.places(uid for uid, _, _ in part)
             for uid, digest, location in part:
                 place = places.get((uid, digest))
+                if (uid, digest) in damaged:  # what is left of it may be the last there is
+                    report.kept += 1
+                    continue
                 if place is None or place.location != location or not self._may_go(place, request, report):
                     continue
                 record = record_at(self._packs, uid, digest, location)
