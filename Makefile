@@ -2,11 +2,12 @@
 #
 #   make setup    .venv with the `miss` command and its tools, and the viewer's assets (again only when they changed)
 #   make demo     a whole region on this machine; ARGS="--wards 2 --load FOLDER" passes options on
-#   make test     every test; ARGS="tests/archive -x" narrows it
+#   make test     every test, in JOBS processes beside each other; ARGS="tests/archive -x" narrows it
 #   make lint     ruff and mypy --strict
 
 PYTHON ?= python3
 ARGS   ?=
+JOBS   ?= 3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -34,7 +35,7 @@ demo: setup
 	$(BIN)/miss demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

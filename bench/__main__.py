@@ -23,6 +23,7 @@ from bench.lag import LAG_ROWS
 from bench.mixed import MIXED_ROWS
 from bench.programs_that_send import SENDING_ROWS
 from bench.rates import RATE_ROWS
+from bench.replicating import REPLICATION_ROWS
 from bench.retrieving import RETRIEVE_ROWS
 from bench.runs import TINY, Bench, Scale
 from bench.table import Report, Result, line
@@ -38,7 +39,7 @@ class Row(Protocol):
 
 
 ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS,
-                         *MIXED_ROWS, *CROWDED_ROWS)
+                         *MIXED_ROWS, *CROWDED_ROWS, *REPLICATION_ROWS)
 LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 

@@ -4,6 +4,7 @@ stopped in order, and never left behind. Knows commands, ports and logs; not wha
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ PARENT_VARIABLE = "MISS_PARENT_FD"
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.05
 LOG_TAIL_BYTES = 2_000
+FREE_PORTS = range(12_000, 32_000)  # Linux gives 32768 and above to whoever connects
 
 T = TypeVar("T")
 
@@ -31,12 +33,14 @@ class Child:
     """One `miss` command as a process of its own, its output in `log`.
 
     The child holds the reading end of a pipe whose writing end is ours alone: when this process ends, however
-    it ends, the child reads the end of the pipe and stops (`stop_with_parent`).
+    it ends, the child reads the end of the pipe and stops (`stop_with_parent`). `before` goes before the
+    command, for one that runs elsewhere (`ip netns exec NAME`): it is to become the command.
     """
 
     name: str
     arguments: Sequence[str]
     log: Path
+    before: Sequence[str] = ()
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _pipe: int = field(default=-1, init=False)
 
@@ -46,7 +50,7 @@ class Child:
         try:
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "miss", *self.arguments],
+                    [*self.before, sys.executable, "-P", "-m", "miss", *self.arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[reading],
                     env=_environment() | {PARENT_VARIABLE: str(reading)},
                     # A session of its own: the terminal's Ctrl-C reaches us alone, and we stop them in order.
@@ -147,11 +151,18 @@ def listening(host: str, port: int) -> bool | None:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that nobody holds now. Held together while they are chosen, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports that nobody holds now. Held together while they are chosen, so that they differ; by chance, and
+    below those that the kernel gives to whoever connects, so that hardly anybody takes one before it is used.
+    """
+    sockets: list[socket.socket] = []
     try:
-        for one in sockets:
-            one.bind((host, 0))
+        while len(sockets) < count:
+            one = socket.socket()
+            sockets.append(one)
+            try:
+                one.bind((host, random.SystemRandom().choice(FREE_PORTS)))
+            except OSError:
+                sockets.pop().close()
         return [one.getsockname()[1] for one in sockets]
     finally:
         for one in sockets:

@@ -22,6 +22,11 @@ START_S_MAX = 60.0
 _numbers = itertools.count(1)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Octets do not name a case: some are made anew by each process that collects."""
+    return "octets" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
     """The folder of the server's socket. Skips where PostgreSQL's programs are not installed."""

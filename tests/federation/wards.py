@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from federation.policy import Principal, Role
 from federation.region_source import RegionSource
 from federation.settings import DeliverySettings, HubSettings, StoreSettings, UplinkSettings
 from federation.uplink import Uplink
+from miss.processes import free_ports
 from tests.datasets import Instance
 from tests.federation.regions import Region
 
@@ -29,9 +29,8 @@ QUICK = UplinkSettings(backoff_first_s=0.05, backoff_cap_s=0.3, poll_s=0.02)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    [port] = free_ports(1)
+    return port
 
 
 def hub_settings(region: Region, **changes: Any) -> HubSettings:
