@@ -275,6 +275,12 @@ class Intake:
                         return Outcome.STORED, None, True
                     return Outcome.DUPLICATE, None, False
                 live = known is not None
+                if known is None and self._index.has_removals():
+                    gone = self._index.lookup_removed(uid)
+                    if gone is not None and gone.digest == digest:
+                        return (Outcome.DUPLICATE, None, False) if gone.settled else (
+                            Outcome.STORED, None, True)  # fmt: skip
+                    live = gone is not None  # not served, and its UID is taken all the same
             if (live or conflict) and self._index.has_content(uid, digest):
                 return Outcome.CONFLICT, None, False
         except MissError as error:

@@ -29,6 +29,7 @@ CODES = {  # titles of rejection notes (DCM, IHE RAD TF-3 4.66); "" is an admini
     WORKLIST: "incorrect modality worklist entry",
     EXPIRED: "data retention policy expired",
 }
+GIVEN_UP = "purged"  # the detail of an EVICTED fact about what was removed: nobody has the bytes for it
 DELETES = ("", EXPIRED)  # these mean that the bytes are to go; the others only hide
 
 REASON_CHARS_MAX = 200

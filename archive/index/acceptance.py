@@ -14,6 +14,7 @@ from sqlalchemy import Connection, and_, delete, insert, select, update
 
 from archive.index.levels import patient_key
 from archive.index.remaking import AttributeReader, entry_of, remake
+from archive.index.removed import cover
 from archive.index.rows import Row, number_of, row_of
 from archive.index.schema import (
     conflict,
@@ -22,6 +23,7 @@ from archive.index.schema import (
     instance,
     outbox,
     patient_hash,
+    removed,
 )
 from archive.index.wardcounts import holding_row
 from archive.model import (
@@ -42,7 +44,7 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
     uid = fact.sop_instance_uid
     mine = and_(conflict.c.sop_instance_uid == uid, conflict.c.digest == fact.digest)
     found = connection.execute(select(conflict).where(mine)).fetchone()
-    before = connection.execute(select(instance).where(instance.c.sop_instance_uid == uid)).fetchone()
+    before = _served(connection, uid)
     if found is None:
         here = before is not None and bytes(before.digest) == fact.digest
         if here:
@@ -53,7 +55,8 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
     studies = {found.study_instance_uid}
     if before is not None:
         studies.add(before.study_instance_uid)
-        connection.execute(delete(instance).where(instance.c.sop_instance_uid == uid))
+        for table in (instance, removed):
+            connection.execute(delete(table).where(table.c.sop_instance_uid == uid))
         connection.execute(insert(conflict).values(_replaced(before, found, fact)))
     connection.execute(insert(instance).values(_live(found, entry)))
     others = and_(conflict.c.sop_instance_uid == uid, conflict.c.digest != fact.digest)
@@ -61,8 +64,18 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
     _forget_early(connection, uid)
     _swap_holders(connection, found, before)
     _requeue(connection, found, before, fact.at_us if into_outbox else 0)
+    cover(connection, [uid])  # what was removed stays so, with another content
     remake(connection, studies, read)
     return True
+
+
+def _served(connection: Connection, uid: str) -> Any:
+    """The row of the content that is live, or was when its UID was removed."""
+    for table in (instance, removed):
+        row = connection.execute(select(table).where(table.c.sop_instance_uid == uid)).fetchone()
+        if row is not None:
+            return row
+    return None
 
 
 def _replaced(before: Any, found: Any, fact: Fact) -> Row:
@@ -123,7 +136,7 @@ def tell_again(connection: Connection, uid: str, digest: bytes) -> None:
     """The region was told that this content is live when it no longer was: it is told of the one that is."""
     mine = and_(conflict.c.sop_instance_uid == uid, conflict.c.digest == digest)
     decided_us = connection.execute(select(conflict.c.decided_us).where(mine)).scalar()
-    live = connection.execute(select(instance).where(instance.c.sop_instance_uid == uid)).fetchone()
+    live = _served(connection, uid)
     if decided_us and live is not None:
         _queue(connection, live, decided_us)
 

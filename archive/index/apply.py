@@ -1,7 +1,8 @@
 """Bringing records into the index: one transaction for a batch, exactly once by content.
 
 An instance counts once by its SOP Instance UID: the first content is live, any other is a conflict and
-hidden, until a person accepts it (`acceptance.py`). What stands above the instances is `levels.py`'s.
+hidden, until a person accepts it (`acceptance.py`). What falls under a removal is kept apart (`removed.py`).
+What stands above the instances is `levels.py`'s.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, select
 
-from archive.index.acceptance import AttributeReader, accept
+from archive.index.acceptance import accept
+from archive.index.corrected import Overlays
 from archive.index.levels import Levels, patient_key
+from archive.index.remaking import AttributeReader
+from archive.index.removed import Standing, covering
 from archive.index.rows import Content, Row, number_of, row_of
-from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash
+from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash, removed
 from archive.index.space import write_again
 from archive.index.statements import by_uid, insert_all
 from archive.index.wardcounts import holding_row
@@ -23,13 +27,22 @@ from archive.model import ConflictState, Fact, FactKind, IndexEntry, Level, Reco
 
 
 def apply_entries(
-    connection: Connection, entries: Sequence[IndexEntry], *, into_outbox: bool, read: AttributeReader
+    connection: Connection,
+    entries: Sequence[IndexEntry],
+    *,
+    into_outbox: bool,
+    read: AttributeReader,
+    removals: bool = True,
 ) -> None:
     """Bring records in, in their order. What is there already is passed over, so that a batch may come
-    again. `read` gives the attributes of what is here, for what a person accepted before it came."""
-    entries = [entry for entry in entries if entry.record.kind is not RecordKind.MARK]
+    again. `read` gives the attributes of what is here, for what a person accepted before it came. What
+    people corrected of a study is laid over all of it. Without `removals` nothing was ever removed here, and
+    nothing is asked about that."""
+    overlays = Overlays(connection)
+    entries = overlays.over([entry for entry in entries if entry.record.kind is not RecordKind.MARK])
+    read = overlays.reader(read)
     if entries:
-        batch = _Batch(connection, entries, into_outbox)
+        batch = _Batch(connection, entries, into_outbox, removals)
         batch.sort_out()
         batch.write()
         for fact in batch.accepted:
@@ -71,20 +84,19 @@ class _Batch:
     """The records of one transaction, grouped in memory: one read and one write a table, however many they
     are."""
 
-    def __init__(self, connection: Connection, entries: Sequence[IndexEntry], into_outbox: bool) -> None:
+    def __init__(
+        self, connection: Connection, entries: Sequence[IndexEntry], into_outbox: bool, removals: bool
+    ) -> None:
         self._connection = connection
         self._entries = entries
         self._into_outbox = into_outbox
         uids = {entry.record.head.sop_instance_uid for entry in entries}
-        self._live: dict[str, bytes] = {
-            uid: bytes(digest)
-            for uid, digest in by_uid(
-                connection,
-                select(instance.c.sop_instance_uid, instance.c.digest),
-                instance.c.sop_instance_uid,
-                uids,
-            )
-        }
+        self._removals = removals
+        self._live: dict[str, bytes] = {}  # and what was removed: it has its UID all the same
+        for table in (instance, removed) if removals else (instance,):
+            query = select(table.c.sop_instance_uid, table.c.digest)
+            for uid, digest in by_uid(connection, query, table.c.sop_instance_uid, uids):
+                self._live[uid] = bytes(digest)
         query = select(
             conflict.c.sop_instance_uid, conflict.c.digest, conflict.c.receipt_us, conflict.c.damaged
         )
@@ -94,6 +106,7 @@ class _Batch:
         }
         self._waiting = self._early(uids)
         self._instances: list[Row] = []
+        self._removed: list[Row] = []
         self._conflicts: dict[Content, Row] = {}
         self._outbox: list[Row] = []
         self._holdings: list[Row] = []
@@ -118,17 +131,33 @@ class _Batch:
             self._add_conflicts(other)
         if fresh:
             self._promote({(entry.record.head.sop_instance_uid, entry.record.digest) for entry in fresh})
-            self._levels.load(fresh)
+            hidden = self._covered(fresh)
+            shown = [entry for entry in fresh if entry.record.head.sop_instance_uid not in hidden]
+            self._levels.load(shown)
             for entry in fresh:
-                self._add_instance(entry)
+                self._add_instance(entry, hidden.get(entry.record.head.sop_instance_uid))
+
+    def _covered(self, entries: Sequence[IndexEntry]) -> dict[str, Standing]:
+        """Those that fall under a removal: they are taken, and not shown."""
+        if not self._removals:
+            return {}
+        return covering(self._connection, [
+            {
+                "study_instance_uid": entry.attributes.study_uid,
+                "series_instance_uid": entry.attributes.series_uid,
+                "sop_instance_uid": entry.record.head.sop_instance_uid,
+                "received_at_us": entry.record.head.provenance.received_at_us,
+            }
+            for entry in entries
+        ])  # fmt: skip
 
     def write(self) -> None:
         execute = self._connection.execute
         self._levels.write()
-        fresh = {(row["sop_instance_uid"], row["digest"]): row for row in self._instances}
-        write_again(self._connection, self._again, fresh | self._conflicts)
+        fresh = {(row["sop_instance_uid"], row["digest"]): row for row in (*self._instances, *self._removed)}
+        write_again(self._connection, self._again, fresh | self._conflicts, removals=self._removals)
         for table, rows in (
-            (instance, self._instances), (conflict, list(self._conflicts.values())),
+            (instance, self._instances), (removed, self._removed), (conflict, list(self._conflicts.values())),
             (outbox, self._outbox), (holding, self._holdings),
         ):  # fmt: skip
             if rows:
@@ -150,7 +179,7 @@ class _Batch:
             elif row.kind == FactKind.SET_ASIDE.value:
                 facts.set_aside = row.detail
             elif row.kind == FactKind.DAMAGE.value:
-                facts.damaged = True
+                continue  # a release before this one kept them: they are about bytes that lay here before
             elif row.kind == FactKind.COPY.value:
                 facts.wards.add(row.ward)
             else:
@@ -197,7 +226,7 @@ class _Batch:
                 early = facts.verdicts[FactKind.ACCEPTED.value]
                 self.accepted.append(Fact(FactKind.ACCEPTED, *content, early.ward, early.at_us, early.detail))
 
-    def _add_instance(self, entry: IndexEntry) -> None:
+    def _add_instance(self, entry: IndexEntry, standing: Standing | None) -> None:
         attributes, head = entry.attributes, entry.record.head
         facts = self._waiting.get((head.sop_instance_uid, entry.record.digest), _NO_FACTS)
         row = row_of(Level.IMAGE, attributes.instance)
@@ -210,13 +239,18 @@ class _Batch:
             number=number_of(row["instance_number"]),
             **_stored(entry, facts),
         )
-        self._instances.append(row)
         holders = sorted(facts.wards - {head.provenance.ward})
-        self._levels.add(entry, holders)
+        if standing is None:
+            self._instances.append(row)
+            self._levels.add(entry, holders)
+        else:
+            self._removed.append(row | {"removal_id": standing.removal, "purged": standing.purged})
         self._holdings += [holding_row(row, holder) for holder in holders]
-        self._queue(entry, facts, conflicting=False)
+        self._queue(entry, facts, conflicting=False, hidden=standing is not None)
 
-    def _queue(self, entry: IndexEntry, facts: _Waiting, *, conflicting: bool) -> None:
+    def _queue(
+        self, entry: IndexEntry, facts: _Waiting, *, conflicting: bool, hidden: bool = False
+    ) -> None:
         if not self._into_outbox or facts.receipt_us:
             return
         head, location = entry.record.head, entry.record.location
@@ -227,7 +261,7 @@ class _Batch:
             "ward": head.provenance.ward, "received_at_us": head.provenance.received_at_us,
             "bytes": location.length - location.dataset_offset, "conflict": conflicting,
             "urgent": False, "tries": 0,
-            "set_aside": facts.set_aside is not None, "detail": facts.set_aside or "",
+            "set_aside": facts.set_aside is not None, "detail": facts.set_aside or "", "hidden": hidden,
         })  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 
 A fact is about a content: a UID and a digest, whether it is live or a conflict. A receipt takes it from the
 outbox for good; SET_ASIDE and RETRY say whether the outbox offers it; COPY adds a ward that holds it too;
-DAMAGE flags it. PROPOSED, EQUIVALENT and REJECTED say where a conflict stands, ACCEPTED makes it live
-(`acceptance.py`); REFUSED is about what was not taken. A fact that comes again changes nothing.
+DAMAGE flags it; LOST takes a receipt back (`loss.py`). PROPOSED, EQUIVALENT and REJECTED say where a
+conflict stands, ACCEPTED makes it live (`acceptance.py`); REFUSED is about what was not taken. REMOVED,
+RESTORED and PURGED are about whatever a UID covers (`removed.py`). A fact that comes again changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
-from archive.index.acceptance import AttributeReader, accept, tell_again
+from archive.index.acceptance import accept, tell_again
+from archive.index.loss import lose
+from archive.index.remaking import AttributeReader, remake
+from archive.index.removed import bring_in
 from archive.index.rows import Content, Row
 from archive.index.schema import (
     conflict,
@@ -24,11 +28,12 @@ from archive.index.schema import (
     instance,
     outbox,
     refusal,
+    removed,
     series,
     series_ward,
     study,
 )
-from archive.index.statements import by_uid, update_some
+from archive.index.statements import PARAMETERS_MAX, by_uid, update_some
 from archive.index.wardcounts import (
     SERIES_KEY,
     SeriesKey,
@@ -39,6 +44,7 @@ from archive.index.wardcounts import (
     write_wards,
 )
 from archive.model import TOLD, UNDECIDED, ConflictState, Fact, FactKind
+from archive.removals import REMOVAL_KINDS
 
 
 def apply_facts(
@@ -47,15 +53,27 @@ def apply_facts(
     """Bring facts in, in their order. `into_outbox` at a node, whose region is told what was accepted; `read`
     gives the attributes of what is here."""
     before: list[Fact] = []
+    removals = [fact for fact in facts if fact.kind in REMOVAL_KINDS]
     for fact in facts:
-        if fact.kind is not FactKind.ACCEPTED:
+        if fact.kind in REMOVAL_KINDS:
+            continue
+        if fact.kind not in _IN_TURN:
             before.append(fact)
             continue
         _apply_run(connection, before)
         before = []
-        if not accept(connection, fact, into_outbox=into_outbox, read=read):
+        if fact.kind is FactKind.LOST:
+            lose(connection, fact, into_outbox=into_outbox)
+        elif not accept(connection, fact, into_outbox=into_outbox, read=read):
             _keep_early(connection, [fact])
     _apply_run(connection, before)
+    if removals:  # what they cover depends on no fact, so they come last
+        changed = sorted(bring_in(connection, removals))
+        for start in range(0, len(changed), PARAMETERS_MAX):
+            remake(connection, changed[start : start + PARAMETERS_MAX], read)
+
+
+_IN_TURN = frozenset({FactKind.ACCEPTED, FactKind.LOST})  # each changes what the next one meets
 
 
 def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
@@ -91,8 +109,14 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
             uids,
         )
     }
+    absent = uids - live.keys()
+    hidden = {
+        row.sop_instance_uid: row
+        for row in by_uid(connection, select(removed), removed.c.sop_instance_uid, absent)
+    }
     changes, early = _Changes(), []
     copies: list[tuple[Mapping[str, Any], str]] = []
+    unseen: list[tuple[Mapping[str, Any], str]] = []
     for fact in facts:
         content = (fact.sop_instance_uid, fact.digest)
         row = live.get(fact.sop_instance_uid)
@@ -102,13 +126,18 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
                 copies.append((row._mapping, fact.ward))
         elif content in others and fact.kind is not FactKind.COPY:
             changes.note(content, fact)
+        elif fact.sop_instance_uid in hidden and bytes(hidden[content[0]].digest) == fact.digest:
+            changes.note(content, fact)
+            if fact.kind is FactKind.COPY and fact.ward != hidden[content[0]].ward:
+                unseen.append((hidden[content[0]]._mapping, fact.ward))
         else:
             early.append(fact)
-    changes.write(connection)
+    changes.write(connection, hidden=bool(hidden))
     for content, receipt in changes.receipts.items():
         if content in others and told_us(receipt):
             tell_again(connection, *content)
     _hold(connection, copies)
+    _hold(connection, unseen, counted=False)
     _keep_early(connection, early)
 
 
@@ -132,15 +161,19 @@ def _keep_refusals(connection: Connection, facts: Sequence[Fact]) -> None:
 _REFUSAL_COLUMNS = ("sop_instance_uid", "digest", "ward", "device", "at_us")
 
 
-def _hold(connection: Connection, copies: Sequence[tuple[Mapping[str, Any], str]]) -> None:
+def _hold(
+    connection: Connection, copies: Sequence[tuple[Mapping[str, Any], str]], *, counted: bool = True
+) -> None:
     """Copies at other wards of instances that are here; a ward that is known to hold one is not counted
-    again."""
+    again, and those of what was removed are not counted."""
     if not copies:
         return
     uids = {row["sop_instance_uid"] for row, _ in copies}
     query = select(holding.c.sop_instance_uid, holding.c.ward)
     known = {tuple(row) for row in by_uid(connection, query, holding.c.sop_instance_uid, uids)}
-    keys = {(row["study_instance_uid"], row["series_instance_uid"]) for row, _ in copies}
+    keys = {
+        (row["study_instance_uid"], row["series_instance_uid"]) for row, _ in copies if counted
+    }
     studies, all_series, wards = _rows_behind(connection, keys)
     added: list[Row] = []
     for row, ward in copies:
@@ -148,10 +181,13 @@ def _hold(connection: Connection, copies: Sequence[tuple[Mapping[str, Any], str]
             continue
         known.add((row["sop_instance_uid"], ward))
         added.append(holding_row(row, ward))
+        if not counted:
+            continue
         key = (row["study_instance_uid"], row["series_instance_uid"])
         count_in_ward(wards, studies[key[0]], all_series[key], ward, row["sop_class_uid"])
     if added:
         connection.execute(insert(holding), added)
+    if added and counted:
         update_some(connection, study, ("study_instance_uid",), ("wards",), list(studies.values()))
         update_some(connection, series, SERIES_KEY, ("wards",), list(all_series.values()))
         write_wards(connection, wards)
@@ -199,7 +235,8 @@ class _Changes:
         elif fact.kind in _VERDICTS:
             self.verdicts.append(fact)
 
-    def write(self, connection: Connection) -> None:
+    def write(self, connection: Connection, *, hidden: bool) -> None:
+        """`hidden`: some of it may be about what was removed."""
         for fact in self.verdicts:
             state, from_states = _VERDICTS[fact.kind]
             by_person = state is ConflictState.REJECTED
@@ -215,7 +252,7 @@ class _Changes:
             connection.execute(statement.values(
                 state=state.value, decided_us=fact.at_us, decided_by=fact.detail if by_person else ""
             ))  # fmt: skip
-        for table in (instance, conflict):
+        for table in (instance, conflict, *((removed,) if hidden else ())):
             here = (table.c.sop_instance_uid == bindparam("b_uid"), table.c.digest == bindparam("b_digest"))
             if self.receipts:
                 statement = (
@@ -268,7 +305,9 @@ _VERDICTS = {
 
 def _keep_early(connection: Connection, facts: Sequence[Fact]) -> None:
     """Facts about what is not here yet, the first of a kind; RETRY takes back SET_ASIDE, and the last word of
-    that pair counts."""
+    that pair counts. DAMAGE is about the bytes that lay here when it was found: a copy that comes after it
+    is a good one."""
+    facts = [fact for fact in facts if fact.kind is not FactKind.DAMAGE]
     if not facts:
         return
     key = (early_fact.c.sop_instance_uid, early_fact.c.digest, early_fact.c.kind, early_fact.c.ward)

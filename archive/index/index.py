@@ -11,26 +11,34 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from archive.database import Database
-from archive.index import arrivals, contents, queries, space
+from archive.index import arrivals, contents, queries, removed, space
 from archive.index import described as descriptions
 from archive.index import outbox as backlog
-from archive.index.acceptance import AttributeReader
 from archive.index.apply import apply_entries
+from archive.index.cached import Cached
+from archive.index.corrected import Corrections, Overlays, apply_corrections
 from archive.index.described import Described
 from archive.index.effects import apply_facts
+from archive.index.inventory import Inventories
+from archive.index.remaking import AttributeReader
+from archive.index.removed import KnownRemoved, RemovedContent, Tombstone
 from archive.index.schema import DERIVED, STEPS, UNDERIVED_COLUMNS, conflict, patient, study
 from archive.index.space import Place, Reclaim
 from archive.index.statements import move_position, read_positions
+from archive.index.stubs import apply_stubs
+from archive.index.travel import Travel, note_known
 from archive.model import (
     EVERYTHING,
     START,
     UNDECIDED,
     ConflictRow,
     ConflictState,
+    Copies,
     Fact,
+    FactKind,
     IndexEntry,
     Known,
     Location,
@@ -47,6 +55,7 @@ from archive.model import (
     Totals,
 )
 from archive.packs.dropping import ABSENCE_KINDS
+from archive.removals import REMOVAL_KINDS
 
 _LOOKUP = (
     "SELECT digest, study_instance_uid, series_instance_uid, evicted, damaged FROM instance"
@@ -55,9 +64,18 @@ _LOOKUP = (
 _IS_WHOLE = "sop_instance_uid = ? AND digest = ? AND NOT evicted AND NOT damaged"
 _HAS_CONFLICT = f"SELECT 1 FROM conflict WHERE {_IS_WHOLE}"
 _STATE = "SELECT state FROM conflict WHERE sop_instance_uid = ? AND digest = ? AND NOT evicted"
+_LOOKUP_REMOVED = (
+    "SELECT digest, purged OR NOT (evicted OR damaged) FROM removed WHERE sop_instance_uid = ?"
+)
+_HAS_REMOVED = (
+    "SELECT 1 FROM removed WHERE sop_instance_uid = ? AND digest = ?"
+    " AND (purged OR NOT (evicted OR damaged))"
+)
 _UNCOMPARED = "SELECT 1 FROM conflict WHERE state IN ('open', 'proposed') AND compared = FALSE LIMIT 1"
 _REFUSED = "SELECT 1 FROM refusal WHERE sop_instance_uid = ? AND digest = ?"
 _HAS_LIVE = f"SELECT 1 FROM instance WHERE {_IS_WHOLE}"
+
+_APART = ABSENCE_KINDS | {FactKind.CORRECTED}
 
 
 class Index:
@@ -66,6 +84,11 @@ class Index:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._read: AttributeReader = lambda record: None
+        self.cached = Cached(database)
+        self._removals: bool | None = None
+        self.inventories = Inventories(database)
+        self.corrections = Corrections(database)
+        self.travel = Travel(database)
 
     @classmethod
     def open(cls, url: str, *, read_only: bool = False) -> Index:
@@ -95,7 +118,7 @@ class Index:
         """Apply records up to `position` in one transaction; applying them again changes nothing."""
 
         def work(connection: Any) -> None:
-            apply_entries(connection, entries, into_outbox=outbox, read=self._read)
+            self._bring_in(connection, entries, outbox)
             move_position(connection, "packs", position)
 
         self._database.write(work)
@@ -105,20 +128,36 @@ class Index:
 
         def work(connection: Any) -> None:
             with connection.begin_nested() as tried:
-                apply_entries(connection, entries, into_outbox=outbox, read=self._read)
+                self._bring_in(connection, entries, outbox)
                 tried.rollback()
 
         self._database.write(work)
+
+    def _bring_in(self, connection: Any, entries: Sequence[IndexEntry], outbox: bool) -> None:
+        removals = self.has_removals()
+        apply_entries(connection, entries, into_outbox=outbox, read=self._read, removals=removals)
+
+    def has_removals(self) -> bool:
+        """Whether anything was ever removed here, as far as the one writer knows: asked once, then kept."""
+        if self._removals is None:
+            self._removals = self._database.quick("SELECT 1 FROM tombstone LIMIT 1") is not None
+        return self._removals
 
     def apply_facts(self, facts: Sequence[Fact], position: Position, *, outbox: bool = False) -> None:
         """Apply facts up to `position` in one transaction."""
 
         def work(connection: Any) -> None:
-            others = [fact for fact in facts if fact.kind not in ABSENCE_KINDS]
-            apply_facts(connection, others, into_outbox=outbox, read=self._read)
+            apply_corrections(connection, facts, read=self._read)
+            read = Overlays(connection).reader(self._read)
+            others = [fact for fact in facts if fact.kind not in _APART]
+            apply_facts(connection, others, into_outbox=outbox, read=read)
             space.apply_space_facts(connection, facts)
+            apply_stubs(connection, facts, into_outbox=outbox, read=read)
+            note_known(connection, facts)
             move_position(connection, "facts", position)
 
+        if any(fact.kind in REMOVAL_KINDS for fact in facts):
+            self._removals = True  # before they count: intake asks from then on
         self._database.write(work)
 
     def lookup(self, sop_instance_uid: str) -> Known | None:
@@ -126,17 +165,37 @@ class Index:
         row = self._database.quick(_LOOKUP, (sop_instance_uid,))
         return None if row is None else Known(bytes(row[0]), row[1], row[2], bool(row[3]), bool(row[4]))
 
-    def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
-        """Whether this very content is here and whole, live or as a conflict."""
-        content = (sop_instance_uid, digest)
-        return any(
-            self._database.quick(question, content) is not None for question in (_HAS_LIVE, _HAS_CONFLICT)
+    def lookup_removed(self, sop_instance_uid: str) -> KnownRemoved | None:
+        """What was removed under this UID; to be asked only where `has_removals`."""
+        row = self._database.quick(_LOOKUP_REMOVED, (sop_instance_uid,))
+        return None if row is None else KnownRemoved(bytes(row[0]), bool(row[1]))
+
+    def removals(self, limit: int = 100, *, prefix: str = "", in_force: bool = False) -> list[Tombstone]:
+        """The removals, newest first, and what became of each; those alone whose id begins so, or that
+        count."""
+        return self._database.read(
+            lambda connection: removed.tombstones(connection, limit, prefix, in_force=in_force)
         )
+
+    def removed_under(self, removal: str, limit: int, *, kept: bool = False) -> list[RemovedContent]:
+        """What this removal covers here; with `kept` only what still has its bytes, conflicts too."""
+        return self._database.read(lambda connection: removed.contents(connection, removal, limit, kept=kept))
+
+    def has_content(self, sop_instance_uid: str, digest: bytes) -> bool:
+        """Whether this very content is here and whole, live or as a conflict, or was removed: what is purged
+        is not taken again."""
+        content = (sop_instance_uid, digest)
+        questions = (_HAS_LIVE, _HAS_CONFLICT, *((_HAS_REMOVED,) if self.has_removals() else ()))
+        return any(self._database.quick(question, content) is not None for question in questions)
 
     def search(self, query: Query) -> list[Match]:
         """The rows that match (PS3.4 C.2.2.2), as far as the query's scope allows. InvalidQuery when it is
         not a question that can be asked here."""
         return self._database.read(lambda connection: queries.search(connection, query))
+
+    def listed(self, query: Query) -> list[tuple[str | int, ...]]:
+        """What orders each row that matches: see `queries.listed`."""
+        return self._database.read(lambda connection: queries.listed(connection, query))
 
     def count(self, query: Query) -> int:
         """How many rows match, whatever the limit and the offset."""
@@ -150,15 +209,23 @@ class Index:
         *,
         scope: Scope = EVERYTHING,
     ) -> list[StoredInstance]:
-        """The instances of a study, a series or one instance, by series, number and UID; none looks like none
-        that the scope allows."""
-        return self._database.read(
+        """The instances of a study, a series or one instance, by series, number and UID, each with what is
+        corrected of it; none looks like none that the scope allows."""
+        found = self._database.read(
             lambda connection: queries.instances(connection, study_uid, series_uid, sop_instance_uid, scope)
         )
+        return self.corrections.over(found)
 
     def pending(self, limit: int) -> list[PendingInstance]:
         """What to offer to the region next: urgent first, then the newest; not what was set aside."""
         return self._database.read(lambda connection: backlog.pending(connection, limit))
+
+    def pending_of(
+        self, study_uid: str, sop_instance_uid: str | None, limit: int
+    ) -> tuple[list[StoredInstance], int]:
+        """What is served of a study (or one instance of it) and has no receipt yet, and how many more of it
+        are set aside."""
+        return self._database.read(lambda c: backlog.of_study(c, study_uid, sop_instance_uid, limit))
 
     def mark_urgent(self, study_uid: str, sop_instance_uid: str | None = None) -> int:
         """A reader waits for this; how many pending instances it concerns."""
@@ -213,7 +280,8 @@ class Index:
 
     def live(self, sop_instance_uid: str) -> StoredInstance | None:
         """The live content of a UID."""
-        return self._database.read(lambda connection: contents.live(connection, sop_instance_uid))
+        found = self._database.read(lambda connection: contents.live(connection, sop_instance_uid))
+        return None if found is None else self.corrections.over([found])[0]
 
     def described(self, uids: Iterable[str]) -> list[Described]:
         """The live contents of these UIDs with all that is known of them; those not here are left out."""
@@ -278,6 +346,16 @@ class Index:
         by_state = (kept.get(s.value, 0) for s in
                     (ConflictState.OPEN, ConflictState.PROPOSED, ConflictState.EQUIVALENT))  # fmt: skip
         return Totals(*(int(value) for value in (*row, *by_state)))
+
+    def copies(self) -> Copies:
+        """How many instances are not whole here; from small indices of those alone."""
+        isnt = "= 1" if self._database.is_sqlite else ""
+        query = text(
+            f"SELECT (SELECT count(*) FROM instance WHERE evicted {isnt}),"
+            f" (SELECT count(*) FROM instance WHERE damaged {isnt})"
+        )
+        evicted, damaged = self._database.read(lambda connection: connection.execute(query).one())
+        return Copies(int(evicted), int(damaged))
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:
         """Everything that derives from packs and facts, in an order of its own: equal for equal logs."""

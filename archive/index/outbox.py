@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, Table, and_, cast, func, select, update
 
-from archive.index.schema import conflict, instance, outbox
+from archive.index.schema import conflict, instance, outbox, removed
 from archive.index.statements import by_uid
-from archive.index.stored import head_of, location_of
-from archive.model import PendingInstance, PendingStudy, PendingSummary
+from archive.index.stored import INSTANCE_COLUMNS, head_of, instance_of, location_of
+from archive.model import PendingInstance, PendingStudy, PendingSummary, StoredInstance
 
 PENDING_MAX = 10_000
 
@@ -29,16 +29,43 @@ def pending(connection: Connection, limit: int) -> list[PendingInstance]:
         .limit(min(limit, PENDING_MAX))
     ).fetchall()
     stored = {
-        conflicting: _stored(
-            connection, table, {row.sop_instance_uid for row in rows if row.conflict is conflicting}
-        )
-        for table, conflicting in ((instance, False), (conflict, True))
+        home: _stored(connection, home, {row.sop_instance_uid for row in rows if _home(row) is home})
+        for home in (instance, removed, conflict)
     }
     return [
-        _pending(row, stored[bool(row.conflict)][(row.sop_instance_uid, bytes(row.digest))])
+        _pending(row, stored[_home(row)][(row.sop_instance_uid, bytes(row.digest))])
         for row in rows
-        if (row.sop_instance_uid, bytes(row.digest)) in stored[bool(row.conflict)]
+        if (row.sop_instance_uid, bytes(row.digest)) in stored[_home(row)]
     ]
+
+
+def _home(row: Any) -> Table:
+    """Where a row of the outbox has its content."""
+    return conflict if row.conflict else removed if row.hidden else instance
+
+
+def of_study(
+    connection: Connection, study_uid: str, sop_instance_uid: str | None, limit: int
+) -> tuple[list[StoredInstance], int]:
+    """What is served of a study (or one instance of it) and has no receipt yet, by series and number, and how
+    many more of it are set aside."""
+    here = outbox.c.study_instance_uid == study_uid
+    if sop_instance_uid:
+        here = and_(here, outbox.c.sop_instance_uid == sop_instance_uid)
+    same = and_(
+        outbox.c.sop_instance_uid == instance.c.sop_instance_uid, outbox.c.digest == instance.c.digest
+    )
+    rows = connection.execute(
+        select(*INSTANCE_COLUMNS)
+        .join(outbox, same)
+        .where(here, outbox.c.set_aside.is_(False))
+        .order_by(instance.c.series_instance_uid, instance.c.number, instance.c.sop_instance_uid)
+        .limit(limit)
+    ).fetchall()
+    aside = connection.execute(
+        select(func.count()).select_from(outbox).where(here, outbox.c.set_aside.is_(True))
+    ).scalar_one()
+    return [instance_of(row) for row in rows], int(aside)
 
 
 def mark_urgent(connection: Connection, study_uid: str, sop_instance_uid: str | None) -> int:

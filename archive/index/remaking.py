@@ -72,6 +72,8 @@ def remake(connection: Connection, studies: Iterable[str], read: AttributeReader
 
 def _remake_patients(connection: Connection, people: set[bytes]) -> None:
     """A patient's fields are those of their studies, the first that was received first."""
+    if not people:
+        return
     found: dict[bytes, list[Any]] = {}
     for row in by_uid(connection, select(study), study.c.patient_hash, people):
         found.setdefault(bytes(row.patient_hash), []).append(row)

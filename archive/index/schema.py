@@ -130,17 +130,46 @@ series_ward = Table(
 )
 Index("series_ward_of_ward", series_ward.c.ward, series_ward.c.study_instance_uid)
 
-instance = Table(
-    "instance",
+
+def _instance() -> list[Column[Any]]:
+    return [
+        *_columns(Characters(), "study_instance_uid", "series_instance_uid"),
+        *_catalogued(Level.IMAGE),
+        *_columns(LargeBinary, "digest", "patient_hash"),  # of the patient whom this instance names
+        *_columns(Integer, "number"),
+        *_stored(),
+    ]
+
+
+instance = Table("instance", metadata, *_instance(), PrimaryKeyConstraint("sop_instance_uid"))
+Index("instance_series", instance.c.study_instance_uid, instance.c.series_instance_uid)
+
+# Instances that a removal covers (`removed.py`), `purged` when their bytes are given back. A UID is in one of
+# the two tables at most.
+removed = Table(
+    "removed",
     metadata,
-    *_columns(Characters(), "study_instance_uid", "series_instance_uid"),
-    *_catalogued(Level.IMAGE),
-    *_columns(LargeBinary, "digest", "patient_hash"),  # of the patient whom this instance names
-    *_columns(Integer, "number"),
-    *_stored(),
+    *_instance(),
+    *_columns(Characters(), "removal_id"),
+    *_columns(Boolean, "purged"),
     PrimaryKeyConstraint("sop_instance_uid"),
 )
-Index("instance_series", instance.c.study_instance_uid, instance.c.series_instance_uid)
+Index("removed_study", removed.c.study_instance_uid)
+Index("removed_series", removed.c.series_instance_uid)
+Index("removed_by", removed.c.removal_id)
+
+# Removals and what became of them; `level` is empty as long as only their end is known.
+tombstone = Table(
+    "tombstone",
+    metadata,
+    *_columns(
+        Characters(), "removal_id", "level", "uid", "study_instance_uid", "code", "decided_by", "reason",
+        "ward", "restored_by", "restored_ward", "purged_by", "purged_ward",
+    ),
+    *_columns(BigInteger, "at_us", "restored_us", "purged_us"),
+    PrimaryKeyConstraint("removal_id"),
+)
+Index("tombstone_uid", tombstone.c.uid)
 
 # Contents that are kept and not served: `state` is a ConflictState. `compared` says that it was compared with
 # the live content, and derives from nothing: a rebuilt index compares again.
@@ -181,6 +210,7 @@ outbox = Table(
     *_columns(Integer, "tries"),
     *_columns(Boolean, "conflict", "urgent", "set_aside"),
     Column("accepted_us", BigInteger, nullable=False, server_default="0"),  # the region is to be told: live
+    Column("hidden", Boolean, nullable=False, server_default=false()),  # removed: it goes, nobody is told
     PrimaryKeyConstraint("sop_instance_uid", "digest"),
     sqlite_with_rowid=False,
 )
@@ -220,6 +250,39 @@ reclaim = Table(
 )
 Index("reclaim_due", reclaim.c.due_us)
 
+# What people corrected of studies, by its id; without `changes` only its withdrawal is known yet.
+correction = Table(
+    "correction",
+    metadata,
+    *_columns(Characters(), "id", "study_instance_uid", "changes", "by", "reason", "ward"),
+    *_columns(Characters(), "undone_by", "undone_reason", "undone_ward"),
+    *_columns(BigInteger, "at_us", "undone_us"),
+    PrimaryKeyConstraint("id"),
+)
+Index("correction_study", correction.c.study_instance_uid)
+Index("correction_order", correction.c.at_us)
+
+# Facts that travel between wards and the region, by what they say: one that is told again is known.
+known_fact = Table(
+    "known_fact",
+    metadata,
+    *_columns(LargeBinary, "key"),
+    *_columns(Characters(), "kind"),
+    PrimaryKeyConstraint("key"),
+    sqlite_with_rowid=False,
+)
+
+# How far others have told their facts (`travel.py`): a rebuilt index is told them once more.
+fact_cursor = Table(
+    "fact_cursor",
+    metadata,
+    *_columns(Characters(), "teller"),
+    *_columns(LargeBinary, "log", "seal"),
+    *_columns(BigInteger, "file", "place"),
+    *_columns(Boolean, "whole"),
+    PrimaryKeyConstraint("teller"),
+)
+
 position = Table(
     "position",
     metadata,
@@ -228,7 +291,9 @@ position = Table(
     PrimaryKeyConstraint("log"),
 )
 
-DERIVED = (patient, study, series, series_ward, instance, conflict, refusal, outbox, holding, early_fact)
+DERIVED = (patient, study, series, series_ward, instance, removed, tombstone, conflict, refusal, outbox,
+           holding, early_fact,
+           correction, known_fact)  # fmt: skip  # fmt: skip
 UNDERIVED_COLUMNS = frozenset({"urgent", "tries", "compared"})
 
 
@@ -290,4 +355,26 @@ def _fourth(connection: Connection) -> None:
     ))  # fmt: skip
 
 
-STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth)
+def _removals(connection: Connection) -> None:
+    """What is removed lies apart; it still goes to the region."""
+    if "hidden" not in {column["name"] for column in inspect(connection).get_columns(outbox.name)}:
+        connection.execute(text("ALTER TABLE outbox ADD COLUMN hidden BOOLEAN NOT NULL DEFAULT FALSE"))
+    for table in (removed, tombstone):
+        table.create(connection, checkfirst=True)
+
+
+def _corrections(connection: Connection) -> None:
+    """Attributes of studies may be corrected, and facts travel between wards and the region."""
+    for table in (correction, known_fact, fact_cursor):
+        table.create(connection, checkfirst=True)
+
+
+def _damages(connection: Connection) -> None:
+    """How many are damaged is counted without looking at what is not: each report says so."""
+    damaged = "damaged = 1" if connection.dialect.name == "sqlite" else "damaged"
+    connection.execute(text(
+        f"CREATE INDEX IF NOT EXISTS instance_damaged ON instance (sop_instance_uid) WHERE {damaged}"
+    ))  # fmt: skip
+
+
+STEPS: tuple[Step, ...] = (_first, _second, _third, _fourth, _removals, _corrections, _damages)

@@ -1,10 +1,10 @@
 """What the index knows of space: what was evicted, where each content lies now, and what may be given back.
 
-EVICTED marks the live content whose place the fact names; DROPPED says that a pack goes; both leave a row in
-`reclaim`, in the same transaction, for whoever gives the space back. MOVED changes nothing: it keeps what
-stood in a pack that goes. A content that is here and is written again lies at its last place from then on,
-if it is the same record once more (compaction) or if its bytes were gone or damaged (a sender sent it again):
-then it is whole, and is pushed if the region lacks it.
+EVICTED marks the live or removed content whose place the fact names; DROPPED says that a pack goes; both
+leave a row in `reclaim`, in the same transaction, for whoever gives the space back. MOVED changes nothing: it
+keeps what stood in a pack that goes. A content that is here and is written again lies at its last place from
+then on, if it is the same record once more (compaction) or if its bytes were gone or damaged (a sender sent
+it again): then it is whole, and is pushed if the region lacks it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, delete, insert, select, update
 
-from archive.index.rows import Content, Row
-from archive.index.schema import conflict, instance, outbox, reclaim
+from archive.index.levels import patient_key
+from archive.index.rows import Content, Row, number_of, row_of
+from archive.index.schema import conflict, instance, outbox, patient_hash, reclaim, removed
 from archive.index.statements import by_uid
 from archive.index.stored import location_of
-from archive.model import Fact, FactKind, IndexEntry, Location, Record
+from archive.model import Fact, FactKind, IndexEntry, Level, Location, Record
 from archive.packs.dropping import drop_of
+from archive.removals import GIVEN_UP
 
 RECLAIM_MAX = 1_000
 _PLACE = ("pack", "payload_offset", "payload_length", "dataset_offset")
@@ -36,6 +38,7 @@ class Place:
     receipt_us: int
     received_at_us: int
     live: bool
+    removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +61,64 @@ def apply_space_facts(connection: Connection, facts: Sequence[Fact]) -> None:
     here = places(connection, {fact.sop_instance_uid for fact in evicted})
     rows: dict[tuple[str, int], Row] = {}
     marked: list[Row] = []
+    given_up: list[IndexEntry] = []
     for fact in evicted:
         assert fact.entry is not None
         location = fact.entry.record.location
         place = here.get((fact.sop_instance_uid, fact.digest))
-        if place is None or not place.live or place.location != location:
-            continue  # it was written again, or a person made another content the live one
+        purged = fact.detail == GIVEN_UP
+        if place is None or not (place.live or place.removed or purged):
+            continue
+        if place.location != location or not location.pack:
+            continue  # written again, overtaken by a person's decision, or it never lay here (`stubs.py`)
         marked.append({"b_uid": fact.sop_instance_uid, "b_digest": fact.digest})
         rows[(location.pack, location.offset)] = _reclaim_row(
             location, fact.at_us, fact.sop_instance_uid, fact.digest
         )
+        if purged:
+            given_up.append(fact.entry)
     for fact in facts:
         if fact.kind is FactKind.DROPPED:
             drop = drop_of(fact)
             rows[(drop.pack, 0)] = _reclaim_row(Location(drop.pack, 0, 0, 0), drop.due_us, "", b"")
     if marked:
-        connection.execute(update(instance).where(*_content(instance)).values(evicted=True), marked)
+        for table in (instance, removed):
+            connection.execute(update(table).where(*_content(table)).values(evicted=True), marked)
+    if given_up:
+        _forget_purged(connection, given_up)
     if rows:
         _forget(connection, rows)
         connection.execute(insert(reclaim), list(rows.values()))
 
 
+def _forget_purged(connection: Connection, entries: Sequence[IndexEntry]) -> None:
+    """Of what was purged the index keeps what the fact still tells, and where its bytes lay; it is pushed to
+    nobody."""
+    keys = [
+        {"b_uid": entry.record.head.sop_instance_uid, "b_digest": entry.record.digest} for entry in entries
+    ]
+    connection.execute(update(conflict).where(*_content(conflict)).values(evicted=True), keys)
+    connection.execute(delete(outbox).where(*_content(outbox)), keys)
+    rows = []
+    for entry, key in zip(entries, keys, strict=True):
+        row = row_of(Level.IMAGE, entry.attributes.instance)
+        row["number"] = number_of(row["instance_number"])
+        row["patient_hash"] = patient_hash(patient_key(entry), entry.attributes.study_uid)
+        rows.append(key | {f"b_{name}": value for name, value in row.items() if name != "sop_instance_uid"})
+    changed = [name for name in rows[0] if name not in keys[0]]
+    values: dict[str, Any] = {name.removeprefix("b_"): bindparam(name) for name in changed}
+    connection.execute(update(removed).where(*_content(removed)).values(values), rows)
+
+
 def write_again(
-    connection: Connection, entries: Sequence[IndexEntry], fresh: Mapping[Content, Row]
+    connection: Connection, entries: Sequence[IndexEntry], fresh: Mapping[Content, Row], *, removals: bool
 ) -> None:
     """Records of contents that are here already, in their order; `fresh` are the rows that the same
-    transaction is about to insert."""
+    transaction is about to insert. `removals` says whether anything was ever removed here."""
     if not entries:
         return
     uids = {entry.record.head.sop_instance_uid for entry in entries}
-    for table in (instance, conflict):
+    for table in (instance, removed, conflict) if removals else (instance, conflict):
         rows = {
             (row.sop_instance_uid, bytes(row.digest)): dict(row._mapping)
             for row in by_uid(connection, select(table), table.c.sop_instance_uid, uids)
@@ -123,15 +154,16 @@ def write_again(
 
 
 def places(connection: Connection, uids: Iterable[str]) -> dict[Content, Place]:
-    """Where the contents of these UIDs lie, live ones and conflicts."""
+    """Where the contents of these UIDs lie: live ones, conflicts, and what was removed."""
     wanted, found = sorted(set(uids)), {}
-    for table in (conflict, instance):
+    for table in (conflict, removed, instance):
         columns = ("sop_instance_uid", "digest", *_PLACE, "evicted", "receipt_us", "received_at_us")
         query = select(*(table.c[name] for name in columns))
         for row in by_uid(connection, query, table.c.sop_instance_uid, wanted):
             found[(row.sop_instance_uid, bytes(row.digest))] = Place(
-                location_of(row), bool(row.evicted), row.receipt_us, row.received_at_us, table is instance
-            )
+                location_of(row), bool(row.evicted), row.receipt_us, row.received_at_us, table is instance,
+                table is removed,
+            )  # fmt: skip
     return found
 
 

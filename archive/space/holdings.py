@@ -31,7 +31,7 @@ _WINDOW_BYTES = 4096  # a header at a time: the payloads are not read
 class State(Enum):
     """What the index says of a record."""
 
-    LIVE = "live"            # served from here
+    LIVE = "live"            # served from here, or was until it was removed
     CONFLICT = "conflict"    # kept here, not served
     EVICTED = "evicted"      # its bytes were given up here
     ELSEWHERE = "elsewhere"  # its content lies at another place by now
@@ -137,4 +137,4 @@ def _state(record: Record, place: Place | None) -> State:
         return State.ELSEWHERE
     if place.evicted:
         return State.EVICTED
-    return State.LIVE if place.live else State.CONFLICT
+    return State.LIVE if place.live or place.removed else State.CONFLICT

@@ -20,6 +20,7 @@ from archive.index.schema import (
     instance,
     outbox,
     patient,
+    removed,
     series,
     series_ward,
     study,
@@ -293,19 +294,24 @@ def _contradictions(connection: Connection) -> list[str]:
     def rows(table: Any) -> list[Any]:
         return list(connection.execute(select(table)))
 
-    instances, conflicts = rows(instance), rows(conflict)
+    instances, conflicts, gone = rows(instance), rows(conflict), rows(removed)
+    hidden = {(row.sop_instance_uid, bytes(row.digest)) for row in gone}
+    if {uid for uid, _ in hidden} & {row.sop_instance_uid for row in instances}:
+        wrong.append("a UID is live and removed")
     live = {(row.sop_instance_uid, bytes(row.digest)) for row in instances}
     kept = {(row.sop_instance_uid, bytes(row.digest)) for row in conflicts}
     if live & kept:
         wrong.append("a content is live and kept")
     for row in rows(outbox):
-        home = kept if row.conflict else live
+        home = kept if row.conflict else hidden if row.hidden else live
         if (row.sop_instance_uid, bytes(row.digest)) not in home:
             wrong.append("the outbox mistakes a conflict")
         if row.accepted_us and row.conflict:
             wrong.append("a conflict is told to be accepted")
     holders: dict[str, set[str]] = {row.sop_instance_uid: {row.ward} for row in instances}
     for row in rows(holding):
+        if row.sop_instance_uid in {uid for uid, _ in hidden}:
+            continue
         if row.sop_instance_uid not in holders:
             wrong.append("a holding of nothing")
             continue
