@@ -1,6 +1,7 @@
 """Settings, declared once as frozen dataclasses and read from a TOML file < the environment < flags.
 
-A process has one dataclass whose fields are `setting(...)`s or sections (other dataclasses). From it derive
+A process has one dataclass whose fields are `setting(...)`s, sections (other dataclasses) or tuples of one
+dataclass: a list of tables (`[[section.name]]`; in the environment and in flags a JSON array). From it derive
 the loader, the documentation and the written file. An unknown key, a wrong type or a value out of bounds
 refuses to start and names where it stood. Durations and sizes are numbers with the unit last in the name. A
 relative path is relative to the file (to the working directory in the environment, in flags and when there
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 ENVIRONMENT_PREFIX = "MISS_"
 FILE_BYTES_MAX = 1 << 20
+TABLES_MAX = 1_000  # of one list
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _SCALARS = {int: "int", float: "float", bool: "bool", str: "str", Path: "path"}
@@ -170,7 +172,7 @@ def _walk(cls: type[Any], prefix: str) -> Iterator[_Leaf]:
         kind, optional = _without_none(hints[field.name])
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
-        elif kind in _SCALARS or _is_list(kind):
+        elif kind in _SCALARS or _is_list(kind) or _table_of(kind) is not None:
             yield _Leaf(prefix + field.name, kind, optional, field)
         else:
             raise TypeError(f"{cls.__name__}.{field.name}: settings have no type {kind!r}")
@@ -193,6 +195,15 @@ def _is_list(kind: Any) -> bool:
     return (get_origin(kind) is list and get_args(kind) == (str,)) or (
         get_origin(kind) is tuple and get_args(kind) == (str, ...)
     )
+
+
+def _table_of(kind: Any) -> type[Any] | None:
+    """The dataclass of a list of tables, None for any other type."""
+    arguments = get_args(kind)
+    if get_origin(kind) is not tuple or len(arguments) != 2 or arguments[1] is not ...:
+        return None
+    kind = arguments[0]
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 def _from_file(leaves: Mapping[str, _Leaf], sections: set[str], path: Path) -> dict[str, Any]:
@@ -238,6 +249,8 @@ def _from_environment(leaves: Mapping[str, _Leaf], environment: Mapping[str, str
 def _convert(leaf: _Leaf, value: object, where: str, base: Path, *, lenient: bool) -> Any:
     """The value as the setting's type; `lenient` reads it from text, since variables and flags are text."""
     kind = leaf.type
+    if (table := _table_of(kind)) is not None:
+        return _tables(table, value, where, base)
     if isinstance(value, str) and (kind is Path or (lenient and kind is not str)):
         value = _parse(kind, value, where)
     if kind is float and type(value) is int:
@@ -252,6 +265,39 @@ def _convert(leaf: _Leaf, value: object, where: str, base: Path, *, lenient: boo
         raise SettingsError(f"{where}: {_type_name(leaf)} is needed")
     _check_bounds(leaf, value, where)
     return value
+
+
+def _tables(table: type[Any], value: object, where: str, base: Path) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise SettingsError(f"{where}: a JSON array of objects is needed") from None
+    if isinstance(value, tuple) and all(isinstance(row, table) for row in value):
+        return value
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise SettingsError(f"{where}: a list of tables is needed")
+    if len(value) > TABLES_MAX:
+        raise SettingsError(f"{where}: more than {TABLES_MAX} tables")
+    leaves = {leaf.key: leaf for leaf in _leaves(table)}
+    rows = []
+    for number, row in enumerate(value, 1):
+        place = f"{where}, entry {number}"
+        unknown = next((key for key in row if key not in leaves), None)
+        if unknown is not None:
+            raise SettingsError(f"{place}: unknown setting {unknown!r}")
+        values = {
+            key: _convert(leaves[key], each, f"{place}: {key}", base, lenient=False)
+            for key, each in row.items()
+        }
+        missing = next((key for key, leaf in leaves.items() if leaf.required and key not in values), None)
+        if missing is not None:
+            raise SettingsError(f"{place}: {missing} is not set")
+        try:
+            rows.append(table(**values))
+        except ValueError as error:
+            raise SettingsError(f"{place}: {error}") from error
+    return tuple(rows)
 
 
 def _parse(kind: Any, text: str, where: str) -> object:
@@ -337,6 +383,8 @@ def _values(instance: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _type_name(leaf: _Leaf) -> str:
+    if _table_of(leaf.type) is not None:
+        return "list of tables"
     return "list of strings" if _is_list(leaf.type) else _SCALARS[leaf.type]
 
 
@@ -347,5 +395,7 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if dataclasses.is_dataclass(value):
+        return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in _values(value, "")) + "}"
     # A JSON string is a TOML basic string but for DEL, which TOML wants escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -29,8 +29,8 @@ from archive.errors import MissError, Unavailable
 from archive.ledger import DeliveryKey, DeliveryStanding
 from archive.model import ConflictPolicy
 from federation import serde, status
+from federation.calls import raise_if_ours
 from federation.deliveries_grants import Accepted
-from federation.delivery import raise_if_ours
 from federation.receiving import Incoming, Pushed
 from federation.replicator import Refused
 from federation.settings import DeliverySettings

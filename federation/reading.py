@@ -41,17 +41,25 @@ def find_content(archive: Archive, uid: str, digest: bytes) -> Content | None:
     return next((Content(row.head, digest, row.location) for row in kept if row.other_digest == digest), None)
 
 
-def read_chunks(archive: Archive, uid: str, digest: bytes, location: Location) -> Iterator[bytes]:
+def read_chunks(
+    archive: Archive,
+    uid: str,
+    digest: bytes,
+    location: Location,
+    *,
+    offset: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[bytes]:
     """Its data set without group 2, from where it lies now: since it was found its pack may have gone. Raises
     NotFound, Evicted, Corrupt, OSError."""
-    chunks = iter(archive.dataset_chunks(location, chunk_bytes=CHUNK_BYTES))
+    chunks = iter(archive.dataset_chunks(location, offset=offset, chunk_bytes=chunk_bytes))
     try:
         first = next(chunks, b"")
     except (NotFound, Evicted):
         place = archive.index.places([uid]).get((uid, digest))
         if place is None or place.evicted or place.location == location:
             raise
-        chunks = iter(archive.dataset_chunks(place.location, chunk_bytes=CHUNK_BYTES))
+        chunks = iter(archive.dataset_chunks(place.location, offset=offset, chunk_bytes=chunk_bytes))
         first = next(chunks, b"")
     if first:
         yield first

@@ -2,6 +2,10 @@
 Everything goes through the region's intake. A receipt is made only of what is durable and in the index, with
 the digest that was sent, and after the fact that names this ward as one more holder.
 
+What came of a large object stays when its stream is cut (`archive/partials.py`), and the next offer says how
+much that is. An object that is offered again is on no stream any more, as far as its sender knows: one that
+still hangs here is ended first.
+
 A refusal is about one object. What is about the region (no room, a disk that does not confirm) ends the
 stream instead, so that no object is blamed for it.
 """
@@ -10,23 +14,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from archive.archive import Archive
-from archive.errors import Corrupt, InvalidInput, MissError, OtherContent, TooLarge
+from archive.errors import Corrupt, InvalidInput, MissError, OtherContent, TooLarge, Unavailable
 from archive.intake import Ticket
 from archive.model import ConflictPolicy, ConflictState, Fact, FactKind, InstanceHead, Outcome, Scope
+from archive.partials import PartialKey
 from archive.reception import Reception
 from federation import serde
-from federation.replicator import Received, Refused
+from federation.codec import CHUNK_BYTES_MAX, Inflating
+from federation.replicator import Received, Refused, Verdict
+from federation.tapping import Taps
 from protos import uplink_pb2
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES_MAX = 1 << 20
 OFFER_ITEMS_MAX = 1_000
 CONTENTS_MAX = 1_000  # kept under one UID, that are looked through
+RESUMABLE_BYTES_MIN = 8 << 20  # smaller objects begin anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +61,11 @@ class Receiver:
     def __init__(self, archive: Archive, clock: Callable[[], int]) -> None:
         self._archive = archive
         self._clock = clock
+        self.taps = Taps()
+        self._resumable: dict[PartialKey, Incoming] = {}
 
-    def verdicts(self, ward: str, items: Sequence[uplink_pb2.OfferItem]) -> list[Received | None]:
-        """For each offered item the receipt, or None when the region needs it."""
+    def verdicts(self, ward: str, items: Sequence[uplink_pb2.OfferItem]) -> list[Verdict]:
+        """For each offered item the receipt, or how much of it is here."""
         if len(items) > OFFER_ITEMS_MAX:
             raise InvalidInput(f"more than {OFFER_ITEMS_MAX:,} instances in one offer")
         self._archive.wait_indexed()
@@ -65,7 +74,18 @@ class Receiver:
             if item.accepted_us > 0 and receipt is not None:
                 self._accept(ward, receipt.sop_instance_uid, receipt.digest, item.accepted_us)
         self._note_copies(ward, [receipt for receipt in found if receipt is not None])
-        return found
+        return [
+            Verdict(receipt, self._begun_bytes(ward, item) if receipt is None else 0)
+            for item, receipt in zip(items, found, strict=True)
+        ]
+
+    def _begun_bytes(self, ward: str, item: uplink_pb2.OfferItem) -> int:
+        if item.size < RESUMABLE_BYTES_MIN:
+            return 0
+        key = PartialKey(ward, item.sop_instance_uid, item.digest)
+        if (incoming := self._resumable.get(key)) is not None:
+            incoming.abort()
+        return self._archive.intake.partials.have(key)
 
     def settle(self, ward: str, pushed: Iterable[Pushed]) -> list[Received]:
         """Waits until what was pushed is durable and indexed, then makes the receipts."""
@@ -81,7 +101,7 @@ class Receiver:
 
     def incoming(self, ward: str) -> Incoming:
         """The objects of one push stream of this ward."""
-        return Incoming(self._archive, ward)
+        return Incoming(self._archive, ward, resumable=self._resumable, taps=self.taps)
 
     def _accept(self, ward: str, uid: str, digest: bytes, accepted_us: int) -> None:
         """A person at the ward decided which of two contents is served. It counts here where both are that
@@ -132,11 +152,21 @@ class Incoming:
     """
 
     def __init__(
-        self, archive: Archive, ward: str, policy: ConflictPolicy = ConflictPolicy.KEEP
+        self,
+        archive: Archive,
+        ward: str,
+        policy: ConflictPolicy = ConflictPolicy.KEEP,
+        resumable: MutableMapping[PartialKey, Incoming] | None = None,
+        taps: Taps | None = None,
     ) -> None:
+        """`resumable` is where it says which objects it can leave half here."""
         self._archive = archive
         self._ward = ward
         self._policy = policy
+        self._taps = taps
+        self._resumable = resumable
+        self._key: PartialKey | None = None
+        self._inflating = Inflating()
         self._head: InstanceHead | None = None
         self._reception: Reception | None = None
         self._left = 0
@@ -151,6 +181,7 @@ class Incoming:
         with self._taking:
             for message in messages:
                 if self._over:
+                    taken.error = Unavailable("this push was given up")
                     break
                 try:
                     self._take_one(message, taken)
@@ -169,37 +200,66 @@ class Incoming:
     def _give_up(self) -> None:
         reception, self._reception, self._head = self._reception, None, None
         if reception is not None:
-            reception.abort()
+            reception.suspend()
+        self._forget_key()
 
     def _take_one(self, message: uplink_pb2.PushRequest, taken: Taken) -> None:
         kind = message.WhichOneof("message")
         if kind == "group":
             if self._head is not None:
                 raise InvalidInput("a group between the begin and the end of an object")
-            for whole in message.group.objects:
-                self._begin(whole.begin)
-                self._write(whole.dataset)
-                self._end(whole.digest, taken)
+            self._take_group(message.group, taken)
+        elif kind == "zstd_group":
+            if self._head is not None:
+                raise InvalidInput("a group between the begin and the end of an object")
+            self._take_group(self._inflating.group(message.zstd_group), taken)
         elif kind == "begin":
             self._begin(message.begin)
         elif kind == "chunk":
             self._write(message.chunk)
+        elif kind == "zstd_chunk":
+            self._write(self._inflating.chunk(message.zstd_chunk))
         elif kind == "end":
             self._end(message.end.digest, taken)
         else:
             raise InvalidInput("a push message that this release does not know")
+
+    def _take_group(self, group: uplink_pb2.PushGroup, taken: Taken) -> None:
+        for whole in group.objects:
+            self._begin(whole.begin)
+            self._write(whole.dataset)
+            self._end(whole.digest, taken)
 
     def _begin(self, begin: uplink_pb2.PushBegin) -> None:
         if self._head is not None:
             raise InvalidInput("an object begins inside another")
         if begin.size < 0:
             raise InvalidInput("an object of less than no bytes")
+        key = self._key_of(begin)
+        if not 0 <= begin.offset <= begin.size or (begin.offset and key is None):
+            raise InvalidInput("an object that goes on where it can't")
         self._head = serde.head_from(begin.head, ward=self._ward)
-        self._left, self._refusal, self._accepted_us = begin.size, None, begin.accepted_us
+        self._left, self._refusal, self._accepted_us = begin.size - begin.offset, None, begin.accepted_us
         with self._refusing():
             self._reception = self._archive.intake.begin(
-                self._head, conflict=begin.conflict, size_hint=begin.size, policy=self._policy
-            )
+                self._head, conflict=begin.conflict, size_hint=begin.size, policy=self._policy,
+                partial=key, offset=begin.offset,
+            )  # fmt: skip
+            if self._taps is not None and not begin.conflict:
+                self._taps.begin(self._ward, self._head.sop_instance_uid, self._reception)
+            if key is not None and self._resumable is not None:
+                self._key = key
+                self._resumable[key] = self
+
+    def _key_of(self, begin: uplink_pb2.PushBegin) -> PartialKey | None:
+        if self._resumable is None or not begin.digest or begin.size < RESUMABLE_BYTES_MIN:
+            return None
+        return PartialKey(self._ward, begin.head.sop_instance_uid, serde.digest_from(begin.digest))
+
+    def _forget_key(self) -> None:
+        key, self._key = self._key, None
+        if key is not None and self._resumable is not None and self._resumable.get(key) is self:
+            del self._resumable[key]
 
     def _write(self, chunk: bytes) -> None:
         if self._head is None:
@@ -228,6 +288,7 @@ class Incoming:
             permanent = not isinstance(self._refusal, Corrupt)
             taken.refused.append(Refused(uid, digest, str(self._refusal), permanent))
         self._head = self._reception = None
+        self._forget_key()
 
     def _refusing(self) -> _Refusing:
         return _Refusing(self)

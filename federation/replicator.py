@@ -9,8 +9,10 @@ that is killed at any point starts with the outbox it finds.
 **The way of one instance.** Refill brings its row into the window. Offer asks the region, a batch at a time,
 which of these it lacks. `HAVE` comes with a receipt: the region got it earlier, and the receipt was lost, or
 another ward sent the same; nothing moves. `NEED` puts it in the queue of the push streams, which take from
-its head. The region verifies the digest, makes the instance durable and sends the receipt, or refuses with a
-reason. A receipt becomes a fact; only when the fact is synced does the row leave the outbox and the window.
+its head; with it the region says how much of the object is there already, since its stream was cut, and the
+push goes on behind that. The region verifies the digest, makes the instance durable and sends the receipt, or
+refuses with a reason. A receipt becomes a fact; only when the fact is synced does the row leave the outbox
+and the window.
 
 **Exactly once** needs no agreement between the two sides, since pushing again is always safe: the region
 knows an instance by UID and digest, and gives the same receipt again. So whenever a stream breaks, all that
@@ -20,7 +22,8 @@ offered. What a person accepted at the ward is offered again, with the time of t
 of which decision the region knew, and settles no later one.
 
 **Order.** What a reader waits for first (urgent), then the newest: after an outage of a day the patient who
-is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels.
+is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may be
+told to take nothing else: it is kept free for that.
 
 **Failures.** A line that fails (offer or stream broken) backs off exponentially, with jitter, so that a
 region that comes back is not met by every ward at once; any receipt ends that. An instance that the region
@@ -74,9 +77,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the region says to one offered instance: a receipt, or None for one it needs."""
+    """What the region says to one offered instance: a receipt, or None for one it needs, and how many bytes
+    of it are there already."""
 
     receipt: Received | None
+    have_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ class _Item:
     state: State = "fresh"
     tries: int = 0
     breaks: int = 0
+    have_bytes: int = 0
     not_before_s: float = 0.0
     generation: int = 0
 
@@ -183,14 +189,17 @@ class Replicator:
                 return Offer(self._offer)
         return Idle(self._wakes_at(now_s))
 
-    def take(self, stream: int, now_s: float, bytes_max: int | None = None) -> PendingInstance | None:
+    def take(
+        self, stream: int, now_s: float, bytes_max: int | None = None, *, urgent_only: bool = False
+    ) -> PendingInstance | None:
         """The next instance for this push stream; None when there is none, when the next is larger than
-        `bytes_max`, or when the stream has enough on its way."""
+        `bytes_max` or not as urgent as it must be, or when the stream has enough on its way."""
         sent = self._sent.setdefault(stream, {})
         if not self._online or now_s < self._line_at_s or len(sent) >= self.limits.unacknowledged:
             return None
         for item in self._pop(self._needed, "needed", 1):
-            if bytes_max is not None and item.row.dataset_bytes > bytes_max:
+            too_large = bytes_max is not None and item.row.dataset_bytes > bytes_max
+            if too_large or (urgent_only and not item.row.urgent):
                 self._queue(item, "needed")
                 return None
             item.state = "sent"
@@ -201,6 +210,11 @@ class Replicator:
     def line_wait_s(self, now_s: float) -> float | None:
         """How long the line still rests, None when it does not."""
         return self._line_at_s - now_s if self._line_at_s > now_s else None
+
+    def resumes_at(self, row: PendingInstance) -> int:
+        """How much of this instance the region has; the push goes on behind that."""
+        item = self._items.get(_key(row))
+        return 0 if item is None else item.have_bytes
 
     def on_stream(self, stream: int, uid: str, digest: bytes) -> PendingInstance | None:
         """What was sent on this stream and has no verdict yet."""
@@ -260,6 +274,7 @@ class Replicator:
         for row, verdict in zip(offer, verdicts, strict=False):
             item = self._items[_key(row)]
             if verdict.receipt is None:
+                item.have_bytes = min(max(verdict.have_bytes, 0), row.dataset_bytes)
                 self._queue(item, "needed")
             elif (verdict.receipt.sop_instance_uid, verdict.receipt.digest) == _key(row):
                 self._done(item, FactKind.RECEIPT, verdict.receipt.at_us, _told(item, verdict.receipt))

@@ -30,7 +30,7 @@ from archive.offsets import is_offset
 from federation.assertion import Assertion
 from federation.coverage import CoverageState, Report, WardCoverage, WardStatus
 from federation.line import RegionPolicy
-from federation.replicator import Received, Refused
+from federation.replicator import Received, Refused, Verdict
 from protos import common_pb2, delivery_pb2, region_pb2, uplink_pb2
 
 DIGEST_BYTES = 32
@@ -38,7 +38,7 @@ KEYS_MAX = 256
 WARDS_MAX = 10_000
 CLOCK_US_MAX = 1 << 60
 WORD_CHARS_MAX = 256  # of an issuer, of an AE title, of a hub's address
-STORE_BYTES_MAX = 64
+NAME_BYTES_MAX = 64  # of a store, of a hub
 HUBS_MAX = 8  # a node attaches to no more of them
 
 
@@ -277,14 +277,17 @@ def policy_to(policy: RegionPolicy) -> uplink_pb2.Policy:
         store=policy.store,
         store_file=policy.store_position.file,
         store_offset=policy.store_position.offset,
+        hub=policy.hub,
     )
 
 
 def policy_from(message: uplink_pb2.Policy) -> RegionPolicy:
     if not 0 <= message.clock_us <= CLOCK_US_MAX or not 0 <= message.protected_to_us <= CLOCK_US_MAX:
         raise InvalidInput("a policy with an impossible clock")
-    if len(message.store) > STORE_BYTES_MAX or min(message.store_file, message.store_offset) < 0:
-        raise InvalidInput("a policy past its bounds")
+    if max(len(message.store), len(message.hub)) > NAME_BYTES_MAX:
+        raise InvalidInput("a policy with a name past its bound")
+    if min(message.store_file, message.store_offset) < 0:
+        raise InvalidInput("a policy with an impossible position")
     return RegionPolicy(
         clock_us=message.clock_us,
         protected_to_us=message.protected_to_us,
@@ -292,6 +295,7 @@ def policy_from(message: uplink_pb2.Policy) -> RegionPolicy:
         store_position=Position(message.store_file, message.store_offset),
         hub_addresses=tuple(word for word in message.hub_addresses[:HUBS_MAX] if len(word) <= WORD_CHARS_MAX),
         standby=message.standby,
+        hub=message.hub,
     )
 
 
@@ -343,6 +347,20 @@ def receipt_from(message: uplink_pb2.Receipt) -> Received:
         raise InvalidInput("a receipt with an outcome that this release does not know") from None
     uid = require_uid(message.sop_instance_uid, "a SOP Instance UID")
     return Received(uid, digest_from(message.digest), message.at_us, outcome)
+
+
+def verdict_to(verdict: Verdict) -> uplink_pb2.OfferVerdict:
+    if verdict.receipt is None:
+        return uplink_pb2.OfferVerdict(verdict=uplink_pb2.OfferVerdict.NEED, have_bytes=verdict.have_bytes)
+    return uplink_pb2.OfferVerdict(
+        verdict=uplink_pb2.OfferVerdict.HAVE, receipt=receipt_to(verdict.receipt)
+    )
+
+
+def verdict_from(message: uplink_pb2.OfferVerdict) -> Verdict:
+    if message.verdict == uplink_pb2.OfferVerdict.HAVE:
+        return Verdict(receipt_from(message.receipt))
+    return Verdict(None, message.have_bytes)
 
 
 def refusal_to(refused: Refused) -> uplink_pb2.Refusal:

@@ -8,8 +8,10 @@ from typing import Any
 
 from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
+from archive.hours import Hours
 from archive.settings import setting
 from certs.settings import EnrolmentSettings
+from federation.budget import BudgetEntry, parse_days
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -42,7 +44,14 @@ class StoreSettings:
         "bytes", minimum=0,
     )
     set_aside_age_s_max: float = setting(30 * 86_400.0, "And for so long.", "s", minimum=0.0)
-
+    partial_bytes_max: int = setting(
+        64 * GIB, "What has come of large objects whose sender was cut off is kept up to this, so that they "
+        "go on where they were; the oldest goes first, all of it when the disk is short.", "bytes", minimum=0,
+    )
+    partial_ward_bytes_max: int = setting(
+        16 * GIB, "Of that at most so much is one ward's.", "bytes", minimum=0
+    )
+    partial_age_s_max: float = setting(24 * 3600.0, "And for so long.", "s", minimum=0.0)
 
     def bounds(self) -> dict[str, Any]:
         """The same as an archive's own settings name them."""
@@ -159,13 +168,46 @@ class WindowSettings:
 
 
 @dataclass(frozen=True)
+class BudgetSettings:
+    """One entry of `[[uplink.budget]]`."""
+
+    bytes_per_s: float = setting(help="At most so much goes.", unit="bytes/s", minimum=0.0)
+    days: str = setting("", "The days, for example mon-fri or sat, sun; empty is every day.")
+    hours: str = setting("", "From when to when, HH:MM-HH:MM; empty is the whole day.")
+
+    def __post_init__(self) -> None:
+        self.entry()
+
+    def entry(self) -> BudgetEntry:
+        """What it says. ValueError when it can't be read."""
+        hours = Hours.parse(self.hours) if self.hours.strip() else None
+        return BudgetEntry(parse_days(self.days), hours, self.bytes_per_s)
+
+
+@dataclass(frozen=True)
 class UplinkSettings:
     """The uplink: the outbound connection of a node to its hub."""
 
     enabled: bool = setting(True, "Whether the node dials its hub at all.")
     hub_address: str = setting("", "The hub to dial, host:port; empty is the one that the invite named.")
     hold: bool = setting(False, "Keep replication back and push only what a reader in the region asks for.")
-    push_streams: int = setting(2, "Push streams at once.", minimum=1, maximum=8)
+    push_streams: int = setting(
+        8, "Push streams at once, at most: few, and more while the line is what they wait for. One of them "
+        "is kept for what readers wait for.", minimum=1, maximum=8,
+    )
+    channels: int = setting(
+        8, "TCP connections that the push streams are spread over, beside the one that the node is attached "
+        "by.", minimum=1, maximum=8,
+    )
+    budget: tuple[BudgetSettings, ...] = setting(
+        (), "What pushes may take of the line, by the hour of the week: tables `[[uplink.budget]]` with "
+        '`days` ("mon-fri, sun"; every day when left out), `hours` ("07:00-19:00", local time; the whole day '
+        "when left out) and `bytes_per_s` (0: only what readers wait for). The lowest of those that hold "
+        "counts; where none holds there is no cap.",
+    )
+    zstd: bool = setting(
+        True, "Compress uncompressed images on the way while the line is slower than compressing them."
+    )
     window: int = setting(
         1000, "Instances of the backlog that are looked at together.", minimum=1, maximum=10_000
     )

@@ -79,8 +79,8 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             found = await self._pools.work(self._receiver.verdicts, ward, list(request.items))
         except Exception as error:
             await status.abort(context, error)
-        self._came(ward, [receipt for receipt in found if receipt is not None])
-        return uplink_pb2.OfferReply(verdicts=[_verdict(receipt) for receipt in found])
+        self._came(ward, [verdict.receipt for verdict in found if verdict.receipt is not None])
+        return uplink_pb2.OfferReply(verdicts=[serde.verdict_to(verdict) for verdict in found])
 
     async def Push(  # type: ignore[override]
         self, request_iterator: Any, context: Any
@@ -204,9 +204,3 @@ async def _batch(ahead: Ahead) -> tuple[list[uplink_pb2.PushRequest], bool]:
         batch.append(message)
         if len(batch) >= BATCH_MESSAGES_MAX or ahead.empty():
             return batch, False
-
-
-def _verdict(receipt: Received | None) -> uplink_pb2.OfferVerdict:
-    if receipt is None:
-        return uplink_pb2.OfferVerdict(verdict=uplink_pb2.OfferVerdict.NEED)
-    return uplink_pb2.OfferVerdict(verdict=uplink_pb2.OfferVerdict.HAVE, receipt=serde.receipt_to(receipt))

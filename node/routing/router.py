@@ -29,8 +29,8 @@ from typing import Protocol
 
 from archive.backoff import Backoff
 from archive.errors import MissError
+from archive.hours import Hours
 from archive.ledger import Destination, DestinationState, Routed, RouteState, Settlement
-from node.routing.hours import Hours
 
 log = logging.getLogger(__name__)
 

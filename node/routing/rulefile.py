@@ -16,11 +16,11 @@ from pydicom.datadict import tag_for_keyword
 
 from archive.catalog import BY_KEYWORD, COMPUTED
 from archive.errors import InvalidQuery, SettingsError
+from archive.hours import Hours
 from archive.ledger import Destination, RouteKind
 from archive.matching import parse
 from archive.model import Level, Query, is_uid
 from archive.predicates import Predicate
-from node.routing.hours import Hours
 from node.routing.rules import (
     RANKS,
     RETRY_DAYS,

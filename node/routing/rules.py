@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from archive.hours import Hours
 from archive.index.described import Described
 from archive.ledger import Destination, Routed, RouteKind
 from archive.model import InstanceHead
 from archive.predicates import Predicate, fits, matches
 from federation.deliveries_grants import origin_ward
-from node.routing.hours import Hours
 
 DAY_US = 86_400 * 1_000_000
 RETRY_DAYS = 7.0

@@ -18,7 +18,8 @@ from archive.archive import Archive
 from archive.errors import InvalidInput, InvalidInstance, MissError, OutOfResources
 from archive.model import Level, Outcome, Provenance, Query
 from federation import serde
-from federation.receiving import CHUNK_BYTES_MAX, Incoming, Receiver, Taken
+from federation.codec import CHUNK_BYTES_MAX
+from federation.receiving import Incoming, Receiver, Taken
 from protos import uplink_pb2
 from tests.datasets import Instance, make_instance
 from tests.federation.wards import open_archive, stored_bytes
@@ -218,10 +219,10 @@ def test_a_content_that_is_kept_as_a_conflict_is_here_too(
     assert outcomes == [Outcome.STORED, Outcome.CONFLICT]
     items = [uplink_pb2.OfferItem(sop_instance_uid="1.2.3", digest=one.digest) for one in (first, second)]
     for ward in (WARD, "galliera/ct"):
-        found = [receipt and receipt.outcome for receipt in receiver.verdicts(ward, items[1:])]
+        found = [one.receipt and one.receipt.outcome for one in receiver.verdicts(ward, items[1:])]
         assert found == [Outcome.CONFLICT]
     assert archive.search(Query(Level.IMAGE))[0].wards == (WARD,)  # other bytes make nobody a holder
-    assert [receipt and receipt.outcome for receipt in receiver.verdicts(WARD, items[:1])] == [
+    assert [one.receipt and one.receipt.outcome for one in receiver.verdicts(WARD, items[:1])] == [
         Outcome.DUPLICATE
     ]
 
@@ -237,7 +238,7 @@ def test_offers_are_answered_with_receipts_for_what_is_here(
             uplink_pb2.OfferItem(sop_instance_uid=one.sop_instance_uid, digest=one.digest)
             for one in instances
         ]
-        return [receipt is not None for receipt in receiver.verdicts(ward, items)]
+        return [one.receipt is not None for one in receiver.verdicts(ward, items)]
 
     assert offer(WARD, here, missing) == [True, False]
     other_bytes = replace(here, dataset=here.dataset + b"\0\0")

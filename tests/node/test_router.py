@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from archive.errors import OutOfResources, Unavailable
+from archive.hours import Hours
 from archive.ledger import Destination, DestinationState, Routed, RouteKind, RouteState, Settlement
-from node.routing.hours import Hours
 from node.routing.router import Committed, Router, RouterLimits, Tell, Verdict
 
 SECOND = 1_000_000

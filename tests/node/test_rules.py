@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archive.errors import SettingsError
+from archive.hours import Hours
 from archive.ledger import Destination, RouteKind
 from node.routing import rulefile
-from node.routing.hours import Hours
 from node.routing.rulefile import parse_rules, read_rules
 from node.routing.rules import SOURCES, When
 

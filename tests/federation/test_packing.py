@@ -3,12 +3,9 @@ itself is not held against an instance."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -16,8 +13,7 @@ from archive.archive import Archive
 from archive.errors import NotFound, Unavailable
 from archive.model import PendingInstance
 from archive.packs.storage import FileHandle, FileStorage
-from federation.delivery import Delivery
-from federation.replicator import Replicator
+from federation.packing import Packing
 from tests.archive.archives import settings_for, store
 from tests.archive.test_compaction import SMALL, compact, evict_study, instance_of, receive
 from tests.datasets import Instance
@@ -48,15 +44,6 @@ def archive(tmp_path: Path, storage: _Opening) -> Iterator[Archive]:
         yield opened
 
 
-def delivery_of(archive: Archive) -> Delivery:
-    async def make() -> Delivery:
-        replicator = cast(Replicator, None)  # it is not asked here
-        return Delivery(archive, replicator, ThreadPoolExecutor(1), lambda: 1, streams=1,
-                        on_recorded=lambda: None)  # fmt: skip
-
-    return asyncio.run(make())
-
-
 def one_pending(archive: Archive) -> tuple[Instance, PendingInstance]:
     """Among many that the region has, and that are evicted, one that waits."""
     made = [instance_of(number) for number in range(18)]
@@ -77,16 +64,18 @@ def test_an_instance_that_was_moved_since_the_outbox_was_read_is_pushed(archive:
     archive.upkeep.drain()
     with pytest.raises(NotFound):
         archive.open_payload(row.location)
-    group, unreadable = delivery_of(archive)._group([row])
-    assert unreadable == [] and [one.dataset for one in group.objects] == [waits.dataset]
+    packed = Packing(archive).group([row])
+    (parcel,) = packed.parcels
+    assert packed.unreadable == []
+    assert [one.dataset for one in parcel.message.group.objects] == [waits.dataset]
 
 
 def test_a_node_out_of_descriptors_does_not_set_instances_aside(archive: Archive, storage: _Opening) -> None:
     _, row = one_pending(archive)
-    delivery = delivery_of(archive)
+    packing = Packing(archive)
     for number in (errno.EMFILE, errno.ENFILE):
         storage.fail = [number]
         with pytest.raises(Unavailable):
-            delivery._group([row])
+            packing.group([row])
     storage.fail = [errno.EIO]
-    assert delivery._group([row])[1] == [row]
+    assert packing.group([row]).unreadable == [row]
