@@ -27,6 +27,7 @@ from bench.replicating import REPLICATION_ROWS
 from bench.retrieving import RETRIEVE_ROWS
 from bench.runs import TINY, Bench, Scale
 from bench.table import Report, Result, line
+from bench.wards import WARD_ROWS
 
 
 class Row(Protocol):
@@ -39,7 +40,7 @@ class Row(Protocol):
 
 
 ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS,
-                         *MIXED_ROWS, *CROWDED_ROWS, *REPLICATION_ROWS)
+                         *MIXED_ROWS, *CROWDED_ROWS, *REPLICATION_ROWS, *WARD_ROWS)
 LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 

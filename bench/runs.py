@@ -57,6 +57,10 @@ class Scale:
     replicated_ct: int = 4_000     # 2 GB
     replicated_small: int = 20_000
     replicated_thin: int = 120     # 63 MB: 25 s of 20 Mbit/s
+    wards: int = 200               # that are attached while a portal searches
+    wards_hanging: int = 20        # of them
+    wards_attached: int = 1_000    # that do nothing else
+    ward_searches: int = 20
     quiet_s_max: float = 15.0
 
 
@@ -64,7 +68,8 @@ TINY = Scale(rounds=1, more_rounds=0, mammogram_rounds=1, seconds=0.3, mammogram
              fragments=8, files=12, large_files=6, files_for_slow_peers=6, lag_seconds=1.5, idle=20,
              silent=10, silent_tls=5, echoes=3, studies=30, many_studies=60, questions=5,
              study_instances=4, retrievals=1, mixed_studies=20, mixed_seconds=0.5,
-             replicated_ct=4, replicated_small=20, replicated_thin=1, quiet_s_max=0.0)
+             replicated_ct=4, replicated_small=20, replicated_thin=1, wards=8,
+             wards_hanging=2, wards_attached=10, ward_searches=2, quiet_s_max=0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,47 +5,39 @@ The order matters (`federation/fanout.py` says why): first the wards, then the r
 does not answer is no error: the ledger has what each ward said last, and the coverage says as of when the
 answer is complete.
 
-Reading promotes. Before instances of a study are given, the wards that are known to have a backlog are asked
-to push what they hold of it. The reader waits for that as long as it comes, and then reads what is there;
-what did not come in time is named by the coverage of the next search, and is not hidden by an error here.
+Reading promotes: `federation/promoting.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
 from archive.archive import Archive
-from archive.errors import MissError, NotFound, Unavailable
-from archive.ledger import Ledger, WardState
-from archive.model import ConflictRow, Level, Match, PatientKey, Query, Scope, StoredInstance, Ward
+from archive.errors import MissError
+from archive.ledger import Ledger
+from archive.model import ConflictRow, Level, Match, PatientKey, Query, StoredInstance
 from certs.authority import clock_us
 from federation.coverage import (
-    CoverageState,
     WardCoverage,
     WardStatus,
-    coverage_of,
-    is_worth_asking,
     status_of,
 )
 from federation.fanout import UID_AT, Held, WardMatches, listing, merge, series_of, studies_of, uids_of
+from federation.gathering import Found
 from federation.node_source import conflicts_for, person_in
 from federation.policy import Act, Principal, narrowed, require
+from federation.promoting import PROMOTE_DEADLINE_S, Promoting
 from federation.source import Answer, Listing, WardsPart, WardsSaid
+from federation.standing import Standing, Standings
 
 log = logging.getLogger(__name__)
 
 ASK_DEADLINE_S = 2.0
-PROMOTE_DEADLINE_S = 60.0
 LOOKS_MAX = 3  # at what the region holds, before and after its rows are read
 UIDS_IN_A_KEY_MAX = 200  # of one list of UIDs in a query
-WHOLE_S = 2.0  # so long a study that was found whole is not asked for again
-WHOLE_MAX = 1_000
 
 
 class RegionSource:
@@ -65,9 +57,9 @@ class RegionSource:
         self._ledger = ledger
         self._hub = hub
         self._clock = clock
+        self._standings = Standings(ledger, clock)
         self._ask_deadline_s = ask_deadline_s
-        self._promote_deadline_s = promote_deadline_s
-        self._whole = _Recently()
+        self._promoting = Promoting(archive, ledger, hub, clock, promote_deadline_s)
 
     def search(self, principal: Principal, query: Query) -> Answer:
         query = self._allowed(principal, query)
@@ -108,19 +100,8 @@ class RegionSource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance]:
-        found = self.at_hand(principal, study_uid, series_uid, sop_instance_uid)
-        if found is not None:
-            return found
-        scope = require(principal, Act.READ)
-        whole = self._promote(principal, study_uid, sop_instance_uid)
-        found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
-        if not found and not whole:
-            # The same for every UID, known or not: it says that nobody can tell.
-            raise Unavailable("it is not in the region, and a ward that may have it does not answer now")
-        if not found:
-            raise NotFound("no such study, series or instance")
-        return found
+    ) -> Found:
+        return self._promoting.instances(principal, study_uid, series_uid, sop_instance_uid)
 
     def at_hand(
         self,
@@ -128,21 +109,17 @@ class RegionSource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance] | None:
-        scope = require(principal, Act.READ)
-        # The wards before the region: what moves in between is seen.
-        elsewhere = self._may_be_elsewhere(principal, scope, study_uid)
-        found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
-        if found and sop_instance_uid is not None:
-            return found  # an instance is whole or not here: nothing to wait for
-        if elsewhere:
-            return None
-        if not found:
-            raise NotFound("no such study, series or instance")
-        return found
+    ) -> Found | None:
+        return self._promoting.at_hand(principal, study_uid, series_uid, sop_instance_uid)
+
+    def arrived(self, instance: StoredInstance) -> StoredInstance:
+        return self._promoting.arrived(instance)
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        return self._promoting.passing(principal, instance)
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
-        return self._archive.open_instance(instance)
+        return self._promoting.open_payload(instance)
 
     def coverage(self) -> list[WardCoverage]:
         return [one.coverage for one in self.statuses()]
@@ -166,33 +143,17 @@ class RegionSource:
         """Asks the hub when a ward in the scope has something pending; else the ledger says all there is to
         say.
         """
-        states, wards = self._ledger.ward_states(), self._wards(query.scope)
-        if not self._worth_asking(wards, states):
-            return WardsSaid(coverage=self._from_ledger(wards, states))
+        standing = self._standings.now()
+        if not standing.is_worth_asking(query.scope):
+            return WardsSaid(coverage=standing.coverage(query.scope))
         asked_level = Level.STUDY if query.level is Level.PATIENT else query.level
         question = replace(query, level=asked_level, limit=None, offset=0, after=None)
         try:
             said = self._hub.search(principal, question, self._ask_deadline_s)
         except MissError as error:
             log.warning("the hub does not answer a search: %s", error)
-            return WardsSaid(coverage=self._without_hub(wards, states))
+            return WardsSaid(coverage=_without_hub(standing).coverage(query.scope))
         return WardsSaid(said.matches, [one for one in said.coverage if query.scope.allows(one.ward)])
-
-    def _wards(self, scope: Scope) -> list[Ward]:
-        return [ward for ward in self._ledger.wards() if scope.allows(ward.id)]
-
-    def _worth_asking(self, wards: list[Ward], states: Mapping[str, WardState]) -> bool:
-        now_us = self._clock()
-        return any(is_worth_asking(states.get(ward.id), now_us) for ward in wards)
-
-    def _from_ledger(self, wards: list[Ward], states: Mapping[str, WardState]) -> list[WardCoverage]:
-        now_us = self._clock()
-        return [coverage_of(ward, states.get(ward.id), now_us) for ward in wards]
-
-    def _without_hub(self, wards: list[Ward], states: Mapping[str, WardState]) -> list[WardCoverage]:
-        """The hub is away, and so is every ward for as long: none is more than as of its last report."""
-        away = {ward: replace(state, attached=False) for ward, state in states.items()}
-        return self._from_ledger(wards, away)
 
     # The region's part.
 
@@ -238,53 +199,11 @@ class RegionSource:
             here(Level.STUDY, "StudyInstanceUID", studies_of(wards)),
         )
 
-    # Reading promotes.
 
-    def _may_be_elsewhere(self, principal: Principal, scope: Scope, study_uid: str) -> bool:
-        """Whether a ward may hold something of the study that the region lacks."""
-        states = self._ledger.ward_states()
-        return self._worth_asking(self._wards(scope), states) and not self._whole.has(
-            _whose(principal, study_uid)
-        )
-
-    def _promote(self, principal: Principal, study_uid: str, sop_instance_uid: str | None) -> bool:
-        """Has the wards push what they hold of it; whether each of them answered in full."""
-        try:
-            said = self._hub.promote(
-                principal, study_uid, sop_instance_uid, self._promote_deadline_s
-            )
-        except MissError as error:
-            log.warning("the hub does not promote: %s", error)
-            return False
-        if said.complete and sop_instance_uid is None:
-            self._whole.add(_whose(principal, study_uid))
-        for one in said.coverage:
-            if one.state is CoverageState.INCOMPLETE:
-                log.info("a study is read while %s is incomplete: %s", one.ward, one.reason)
-        return said.complete
-
-
-class _Recently:
-    """The studies that were found whole a moment ago: a viewer asks for the same one many times a second."""
-
-    def __init__(self) -> None:
-        self._at_s: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def add(self, key: tuple[str, str]) -> None:
-        with self._lock:
-            self._at_s.pop(key, None)
-            self._at_s[key] = time.monotonic()
-            while len(self._at_s) > WHOLE_MAX:
-                self._at_s.popitem(last=False)
-
-    def has(self, key: tuple[str, str]) -> bool:
-        with self._lock:
-            return time.monotonic() - self._at_s.get(key, -WHOLE_S) < WHOLE_S
-
-
-def _whose(principal: Principal, study_uid: str) -> tuple[str, str]:
-    return principal.ward or "", study_uid
+def _without_hub(standing: Standing) -> Standing:
+    """The hub is away, and so is every ward for as long: none is more than as of its last report."""
+    away = {ward: replace(state, attached=False) for ward, state in standing.states.items()}
+    return Standing(standing.wards, away, standing.now_us)
 
 
 def _listed(level: Level, wards: Sequence[WardMatches]) -> tuple[str, set[str]]:
