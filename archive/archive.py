@@ -19,6 +19,8 @@ from typing import BinaryIO, TypeVar
 from archive.budget import ByteBudget
 from archive.conflicts.sorting import Sorter
 from archive.database import sqlite_url
+from archive.dataset import correcting
+from archive.dataset.correcting import ReadableDataset
 from archive.errors import EVICTED, Evicted, MissError, NotFound, Unavailable
 from archive.index.index import Index
 from archive.indexer import Indexer
@@ -37,7 +39,7 @@ from archive.model import (
 )
 from archive.packs.facts import FactLog
 from archive.packs.logfiles import LogLimits
-from archive.packs.packs import LAYOUT, Packs, StoredDataset
+from archive.packs.packs import LAYOUT, Packs
 from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
 from archive.partials import PartialLimits, Partials, read_notes
@@ -322,18 +324,32 @@ class Archive:
     # Reading
 
     def open_payload(self, location: Location) -> BinaryIO:
-        """A seekable reader over exactly one Part 10 stream. Raises NotFound, Corrupt, Evicted."""
+        """A seekable reader over exactly one Part 10 stream, as it came. Raises NotFound, Corrupt,
+        Evicted."""
         return self.packs.open_payload(location)
 
     def open_instance(self, instance: StoredInstance) -> BinaryIO:
-        """The same of an instance that was found here; when its pack went since, its place is asked once
-        more. Raises Evicted when its bytes were given up."""
-        return self._open_at(self.packs.open_payload, instance)
+        """The same of an instance that was found here, with what people corrected of its study: so the stream
+        may be longer than its location says, though its data set begins at the same place. When its pack went
+        since, its place is asked once more. Raises Evicted when its bytes were given up, CannotUnderstand
+        when it can't hold what was corrected."""
+        payload = self._open_at(self.packs.open_payload, instance)
+        overlay = instance.corrections
+        if overlay is None:
+            return payload
+        offset, syntax = instance.location.dataset_offset, instance.head.transfer_syntax_uid
+        return correcting.corrected_file(payload, offset, syntax, overlay)
 
-    def open_dataset(self, instance: StoredInstance) -> StoredDataset:
-        """Its data set alone, to be read into the reader's own memory; found again and refused as by
-        `open_instance`."""
-        return self._open_at(self.packs.open_dataset, instance)
+    def open_dataset(self, instance: StoredInstance) -> ReadableDataset:
+        """Its data set alone, to be read into the reader's own memory; corrected, found again and refused as
+        by `open_instance`."""
+        plain = self._open_at(self.packs.open_dataset, instance)
+        overlay = instance.corrections
+        if overlay is None:
+            return plain
+        offset, syntax = instance.location.dataset_offset, instance.head.transfer_syntax_uid
+        with self._open_at(self.packs.open_payload, instance) as payload:
+            return correcting.corrected_dataset(plain, payload, offset, syntax, overlay)
 
     def _open_at(self, opened: Callable[[Location], T], instance: StoredInstance) -> T:
         if instance.evicted:

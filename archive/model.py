@@ -447,6 +447,15 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """How many instances are listed whose bytes are not here: given back, or no longer those of their
+    digest."""
+
+    evicted: int = 0
+    damaged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """What the index says of a SOP Instance UID that it holds, for intake's decision."""
 

@@ -21,7 +21,16 @@ from archive.errors import CannotUnderstand, Evicted, TooLarge
 from archive.model import Level, Match, StoredInstance
 from portal import dicomxml, multipart
 from portal.context import Context
-from portal.dicomweb import LEVEL, accept_of, accepts_gzip, base_url, locate
+from portal.dicomweb import (
+    LEVEL,
+    accept_of,
+    accepts_gzip,
+    base_url,
+    is_awaited,
+    locate,
+    reading,
+    said_to_lack,
+)
 from portal.negotiate import (
     DICOM_JSON,
     DICOM_XML,
@@ -60,9 +69,11 @@ class Metadata:
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
         datasets = self._datasets(found, base_url(request))
-        headers = {"ETag": tag, "Vary": "Accept, Accept-Encoding"}
+        headers = {"ETag": tag, "Vary": "Accept, Accept-Encoding", **said_to_lack(found)}
         if chosen[1]:
-            media_type, body = DICOM_JSON, multipart.gather(json_array(datasets))
+            # What is on its way is told as it comes, not in large pieces.
+            array = json_array(datasets)
+            media_type, body = DICOM_JSON, array if is_awaited(found) else multipart.gather(array)
             if accepts_gzip(request):
                 headers["Content-Encoding"] = "gzip"
                 body = gzipped(body)
@@ -72,7 +83,8 @@ class Metadata:
             body = multipart.body(
                 (multipart.Part(DICOM_XML, [dicomxml.document(dataset)]) for dataset in datasets), mark
             )
-        return StreamingResponse(self._context.read.stream(body), headers=headers, media_type=media_type)
+        body = reading(self._context, found).stream(body)
+        return StreamingResponse(body, headers=headers, media_type=media_type)
 
     def _datasets(self, found: Sequence[StoredInstance], base: str) -> Iterator[dict[str, Any]]:
         for stored in found:
@@ -96,7 +108,7 @@ class Metadata:
         chosen = first(ranges, [(OCTETS, None)])
         if chosen is None:
             raise NotAcceptable(f"bulk data are {OCTETS}, alone or in multipart/related")
-        _, found = await locate(self._context, request, "view")
+        _, found = await locate(self._context, request, "view", here=True)
         chunks = self._bulk_chunks(found[0], request.path_params["path"])
         # The first piece is read before the answer begins: what is not there must be a 404.
         head = await self._context.read.run(next, chunks, b"")
@@ -154,5 +166,10 @@ def gzipped(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def etag(found: Sequence[StoredInstance]) -> str:
-    """Of the contents, in the order in which they are answered."""
-    return f'W/"{hashlib.sha256(b"".join(stored.digest for stored in found)).hexdigest()[:32]}"'
+    """Of the contents, in the order in which they are answered, and of what is corrected of them."""
+    running = hashlib.sha256()
+    for stored in found:
+        running.update(stored.digest)
+        if stored.corrections is not None:
+            running.update(repr(stored.corrections.values).encode("utf-8", "replace"))
+    return f'W/"{running.hexdigest()[:32]}"'

@@ -14,7 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from typing import BinaryIO
 
 import numpy
@@ -137,6 +137,7 @@ def spliced(payload: BinaryIO, stored: StoredInstance, target: str, bytes_max: i
         dataset = pydicom.dcmread(payload, stop_before_pixels=True, force=True)
         at = payload.tell()
         head = payload.read(12)
+        whole_length = payload.seek(0, SEEK_END)  # what was corrected may have made it longer
         group, number = struct.unpack_from("<HH", head)
     except Exception:
         return None  # `recoded` says what is wrong
@@ -146,7 +147,7 @@ def spliced(payload: BinaryIO, stored: StoredInstance, target: str, bytes_max: i
     explicit = head[4:6].isalpha()
     size, length = (12, struct.unpack_from("<I", head, 8)[0]) if explicit else (
         8, struct.unpack_from("<I", head, 4)[0])
-    if length == UNDEFINED or at + size + length != location.length:
+    if length == UNDEFINED or at + size + length != whole_length:
         return None
     if at > bytes_max:
         raise TooLarge(f"more than {bytes_max} bytes stand before its pixel data")

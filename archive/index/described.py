@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
+from archive.index.corrected import overlaid
 from archive.index.rows import fields_of
 from archive.index.schema import instance, series, study
 from archive.index.statements import by_uid
@@ -65,6 +66,7 @@ def _described(connection: Connection, stored: Sequence[StoredInstance]) -> list
         )
     }
     nothing: Fields = {}
+    stored = overlaid(connection, stored)
     return [
         Described(one, {
             **studies.get(one.study_uid, nothing),

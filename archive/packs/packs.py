@@ -277,6 +277,8 @@ class StoredDataset:
 class _PayloadReader(io.RawIOBase):
     """A payload as a file of its own. It keeps its own place: any number may read one pack at once."""
 
+    name = ""  # pydicom asks every buffered file for it
+
     def __init__(self, reader: AppendFile, location: Location) -> None:
         self._reader = reader
         self._location = location

@@ -14,7 +14,7 @@ from io import BytesIO
 from threading import Semaphore
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
-from archive.dataset import recoding
+from archive.dataset import correcting, recoding
 from archive.errors import EVICTED, Corrupt, Evicted, MissError, TooLarge
 from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
@@ -164,7 +164,7 @@ class Supply:
             _require_good(instance)
             return self._payloads.archive.open_dataset(instance)
         except Evicted:
-            return _fetched_source(self._fetched(instance))
+            return _corrected_source(_fetched_source(self._fetched(instance)), instance)
 
     def _recoded(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
         bytes_max = self._payloads.decoded_bytes_max
@@ -178,7 +178,7 @@ class Supply:
             try:
                 if source.length > bytes_max:
                     raise TooLarge(f"instances of more than {bytes_max} bytes are not recoded") from None
-                whole = prefix + source.file.read()
+                whole = _corrected_whole(prefix + source.file.read(), len(prefix), instance)
             finally:
                 source.close()
             place = Location("", 0, len(whole), len(prefix))
@@ -224,6 +224,26 @@ def _require_good(instance: StoredInstance) -> None:
 
 def _fetched_source(file: BinaryIO) -> FetchedSource:
     return FetchedSource(file, os.fstat(file.fileno()).st_size)
+
+
+def _corrected_source(source: FetchedSource, instance: StoredInstance) -> Source:
+    """What came from elsewhere came as it is stored there: people's corrections are laid over it here."""
+    if instance.corrections is None:
+        return source
+    try:
+        syntax = instance.head.transfer_syntax_uid
+        return correcting.corrected_dataset(source, source.file, 0, syntax, instance.corrections)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _corrected_whole(whole: bytes, dataset_offset: int, instance: StoredInstance) -> bytes:
+    if instance.corrections is None:
+        return whole
+    syntax = instance.head.transfer_syntax_uid
+    with correcting.corrected_file(BytesIO(whole), dataset_offset, syntax, instance.corrections) as payload:
+        return payload.read()
 
 
 def _close_fetched(future: Future[BinaryIO]) -> None:
