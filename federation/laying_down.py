@@ -6,9 +6,10 @@ minute, and when it changes: a hub whose clock is set does not leave its nodes w
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from archive.archive import Archive
 from archive.model import START
@@ -24,15 +25,16 @@ CLOCK_SET_S = 0.5  # a clock that went so far beside the one that nobody sets wa
 class Rules:
     """What is laid down now. `archive` is that of a hub that writes the region's store; one without stands
     by. `protected_to_us` decides how far nodes may evict: what has a receipt of that time or older; 0 is
-    nothing."""
+    nothing. `hub` names this process."""
 
     clock: Callable[[], int]
     hub_addresses: tuple[str, ...] = ()
     archive: Archive | None = None
     protected_to_us: Callable[[], int] = lambda: 0
+    hub: bytes = field(default_factory=lambda: secrets.token_bytes(16))
 
     def current(self) -> RegionPolicy:
-        policy = RegionPolicy(self.clock(), hub_addresses=self.hub_addresses)
+        policy = RegionPolicy(self.clock(), hub_addresses=self.hub_addresses, hub=self.hub)
         if self.archive is None:
             return replace(policy, standby=True)
         packs = self.archive.packs

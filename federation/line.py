@@ -17,7 +17,7 @@ class RegionPolicy:
     """What the region lays down for its nodes, as a hub said it last. `clock_us` is that hub's time when it
     said it; what has a receipt of `protected_to_us` or older may be evicted (0: nothing); `store` names the
     disk of the regional store, `store_position` how far it had been written. A hub that is `standby` takes no
-    pushes now."""
+    pushes now; `hub` is its own name."""
 
     clock_us: int = 0
     protected_to_us: int = 0
@@ -25,6 +25,7 @@ class RegionPolicy:
     store_position: Position = START
     hub_addresses: tuple[str, ...] = ()
     standby: bool = False
+    hub: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

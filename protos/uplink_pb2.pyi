@@ -273,6 +273,7 @@ class Policy(_message.Message):
     STORE_FIELD_NUMBER: _builtins.int
     STORE_FILE_FIELD_NUMBER: _builtins.int
     STORE_OFFSET_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
     clock_us: _builtins.int
     """the hub's"""
     protected_to_us: _builtins.int
@@ -285,6 +286,8 @@ class Policy(_message.Message):
     """how far that store had been written: one that stands further back than"""
     store_offset: _builtins.int
     """it did was restored from a backup, and lacks what it confirmed"""
+    hub: _builtins.bytes
+    """names this hub's process: two addresses of one hub are one hub"""
     @_builtins.property
     def hub_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """of every hub of the region: a node attaches to each"""
@@ -299,10 +302,11 @@ class Policy(_message.Message):
         store: _builtins.bytes = ...,
         store_file: _builtins.int = ...,
         store_offset: _builtins.int = ...,
+        hub: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_us", b"clock_us", "hub_addresses", b"hub_addresses", "protected_to_us", b"protected_to_us", "standby", b"standby", "store", b"store", "store_file", b"store_file", "store_offset", b"store_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_us", b"clock_us", "hub", b"hub", "hub_addresses", b"hub_addresses", "protected_to_us", b"protected_to_us", "standby", b"standby", "store", b"store", "store_file", b"store_file", "store_offset", b"store_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -874,11 +878,13 @@ class Listed(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    STUDY_UID_FIELD_NUMBER: _builtins.int
     SERIES_UID_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    study_uid: _builtins.str
     series_uid: _builtins.str
     digest: _builtins.bytes
     size: _builtins.int
@@ -890,6 +896,7 @@ class Listed(_message.Message):
     def __init__(
         self,
         *,
+        study_uid: _builtins.str = ...,
         series_uid: _builtins.str = ...,
         head: _common_pb2.InstanceHead | None = ...,
         digest: _builtins.bytes = ...,
@@ -898,7 +905,7 @@ class Listed(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "instance", b"instance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "head", b"head", "instance", b"instance", "series_uid", b"series_uid", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "head", b"head", "instance", b"instance", "series_uid", b"series_uid", "size", b"size", "study_uid", b"study_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

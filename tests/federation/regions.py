@@ -47,6 +47,11 @@ class Region:
         assignment = Assignment(hub_addresses=(hub_address,) if hub_address else ())
         return self._member(Member(self.authority.region, Profile.PORTAL, ("main",)), assignment, 30 * 86400)
 
+    def portal_of(self, *hub_addresses: str) -> Identity:
+        """That of a portal whose invite named several hubs."""
+        member = Member(self.authority.region, Profile.PORTAL, ("main",))
+        return self._member(member, Assignment(hub_addresses=hub_addresses), 30 * 86400)
+
     def _member(self, member: Member, assignment: Assignment, life_s: int) -> Identity:
         folder = self.folder / "identities" / "-".join((member.profile.value, *member.path))
         folder.parent.mkdir(exist_ok=True)
