@@ -15,10 +15,13 @@ from archive.ledger import Ledger
 from archive.orders import OrderDesk
 from certs.identity import Identity
 from federation.deliveries import Deliveries
+from federation.restoring import Restoring
 from federation.uplink import Uplink
 from federation.window import RegionWindow
 from node.admission import Admission
 from node.availability import AvailabilityScu
+from node.cache import Cache
+from node.cache.rules import RulesFile
 from node.commitment import StorageCommitment
 from node.completion import Completion
 from node.destinations import Destinations
@@ -73,6 +76,7 @@ def running(settings: NodeSettings, identity: Identity) -> Iterator[Parts]:
         routing = making.routing(commitment)
         completion.subscribe(lambda done: routing.study_done(done.study_uid, done.why, done.at_us))
         worklist = making.worklist()
+        cache = making.cache
         orders = making.orders(routing.changed)
         server = making.server(commitment.services)
 
@@ -87,6 +91,7 @@ def running(settings: NodeSettings, identity: Identity) -> Iterator[Parts]:
         starts(routing.start, routing.stop)
         starts(completion.start, completion.stop)
         starts(worklist.start, worklist.stop)
+        starts(cache.start, cache.stop)
         starts(orders.start, orders.stop)
         if uplink is not None:
             starts(uplink.start, uplink.stop)
@@ -107,9 +112,11 @@ class _Making:
         held.callback(self.ledger.close)
         self.archive = Archive.open(settings.archive_settings(), outbox=True)
         held.callback(self.archive.close)
+        self.restoring = Restoring(self.archive, identity.ward, bytes_per_s=settings.cache.bring_bytes_per_s)
         self.uplink = self._uplink() if settings.uplink.enabled else None
         self._window = None if self.uplink is None else self._region(self.uplink)
-        self._payloads = Payloads(self.archive, self._window,
+        self.cache = self._cache(self.uplink)
+        self._payloads = Payloads(self.archive, self._window, on_read=self.cache.read,
                                   decoded_bytes_max=settings.retrieve.decoded_bytes_max)
         held.callback(self._payloads.close)
         if self._window is not None:
@@ -151,7 +158,8 @@ class _Making:
         settings = self._settings
         routes = RouteOrders(self.archive, self.ledger, self._identity.ward, settings.routes_path,
                              settings.routing.queue_max, routes_changed)
-        return OrderDesk(self.ledger, handlers_of(self.archive) | routes.handlers())
+        handlers = handlers_of(self.archive, self._identity.ward) | routes.handlers() | self.cache.handlers()
+        return OrderDesk(self.ledger, handlers)
 
     def server(self, commitment: Table) -> DimseServer:
         """The listener, bound: PortTaken and what its TLS files say is a SettingsError."""
@@ -205,7 +213,15 @@ class _Making:
         settings = self._settings
         return Uplink(self.archive, self._identity, settings.uplink, ae_title=self._ae_title,
                       audit=self.ledger.audit, deliveries=settings.deliveries,
-                      on_standings=self.ledger.note_standings)
+                      on_standings=self.ledger.note_standings, parts=(self.restoring,))
+
+    def _cache(self, uplink: Uplink | None) -> Cache:
+        settings, identity = self._settings, self._identity
+        return Cache(
+            self.archive, self.ledger, settings.cache, RulesFile(settings.cache_rules_path),
+            ward=identity.ward, issuer=identity.issuer,
+            restoring=None if uplink is None else self.restoring, window=self._window,
+            policy=lambda: None if uplink is None else uplink.policy)
 
     def _region(self, uplink: Uplink) -> RegionWindow:
         settings = self._settings

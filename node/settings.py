@@ -9,6 +9,7 @@ from pathlib import Path
 from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
 from archive.errors import SettingsError
+from archive.retention import RemovalSettings, RetentionSettings
 from archive.settings import setting
 from federation.deliveries_grants import Accepted
 from federation.settings import DeliverySettings, StoreSettings, UplinkSettings, WindowSettings
@@ -217,6 +218,33 @@ class CompletionSettings:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    """What a node keeps on its disk of what the region has too."""
+
+    evicts: bool = setting(
+        True, "Give up bytes that the region has, by itself, when the disk gets short or nobody wants them; "
+        "without it only `miss packs evict` does.")
+    free_percent_low: float = setting(
+        10.0, "With less of the disk free than this, room is made.", "%", minimum=0.0, maximum=75.0)
+    free_percent_high: float = setting(
+        15.0, "Until so much is free; a study that is wanted again is kept again only above this.", "%",
+        minimum=0.0, maximum=75.0)
+    free_bytes_low: int = setting(
+        0, "And room is made with less free than this.", "bytes", minimum=0)
+    unused_days: float = setting(
+        0.0, "Give up what nobody received or retrieved for so long, also when there is room; 0 never does.",
+        "days", minimum=0.0, maximum=36_500.0)
+    rules: Path | None = setting(
+        None, "The file of the cache's rules (TOML), read again when it changes: what is kept, which priors "
+        "are fetched; cache.toml in the node's state when not set. No file is no rules.")
+    look_s: float = setting(1.0, "How often the disk is looked at.", "s", minimum=0.05, maximum=60.0)
+    keeps_again: bool = setting(
+        True, "Keep a study again that was given up and then retrieved, as far as there is room.")
+    bring_bytes_per_s: float = setting(
+        20e6, "At most so much is brought back that nobody waits for; 0 is no bound.", "bytes/s", minimum=0.0)
+
+
+@dataclass(frozen=True)
 class NodeSettings:
     """A ward's node: archive, DICOM services, uplink."""
 
@@ -234,11 +262,19 @@ class NodeSettings:
     routing: RoutingSettings = setting(RoutingSettings)
     worklist: WorklistSettings = setting(WorklistSettings)
     completion: CompletionSettings = setting(CompletionSettings)
+    cache: CacheSettings = setting(CacheSettings)
+    retention: RetentionSettings = setting(RetentionSettings)
+    removal: RemovalSettings = setting(RemovalSettings)
 
     @property
     def routes_path(self) -> Path:
         """The file of routing rules."""
         return self.routing.rules or self.state / "routes.toml"
+
+    @property
+    def cache_rules_path(self) -> Path:
+        """The file of the cache's rules."""
+        return self.cache.rules or self.state / "cache.toml"
 
     @property
     def ledger_url(self) -> str:
@@ -252,7 +288,8 @@ class NodeSettings:
         return self.uplink.enabled if means == "auto" else means == "region"
 
     def archive_settings(self) -> ArchiveSettings:
-        return ArchiveSettings(state=self.state, **self.archive.bounds())
+        return ArchiveSettings(state=self.state, **self.archive.bounds(), retention=self.retention,
+                               removal=self.removal)
 
     def limits(self) -> Limits:
         """What one association may cost."""
@@ -272,6 +309,7 @@ class NodeSettings:
         self.limits()
         _ = self.dimse.tls.enabled
         Accepted.of(self.deliveries.accept_from)
+        self.retention.check()
 
     def require_ae_title(self) -> str:
         """The AE title, if it is one (PS3.5 6.2)."""

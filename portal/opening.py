@@ -15,6 +15,7 @@ from archive.errors import SettingsError, Unavailable
 from archive.ledger import Ledger
 from archive.model import Ward
 from certs.identity import Identity
+from federation.bringing_orders import NodeReader
 from federation.hub_channel import HubChannel
 from federation.node_source import NodeSource
 from federation.region_source import RegionSource
@@ -51,7 +52,8 @@ def _open_node(settings: PortalSettings, state: Path, stack: ExitStack) -> Opene
     ward = Ward(identity.ward, identity.hospital, identity.ward_name, identity.issuer)
     archive = _open_archive(ArchiveSettings(state=state), stack, outbox=True)
     ledger = _open_ledger(settings, state, stack)
-    return Opened(NodeSource(archive, ward), ledger, f"{ward.hospital} {ward.name}, this ward alone")
+    source = NodeSource(archive, ward, reader=NodeReader(archive, ledger))
+    return Opened(source, ledger, f"{ward.hospital} {ward.name}, this ward alone")
 
 
 def _open_region(settings: PortalSettings, state: Path, stack: ExitStack) -> Opened:
