@@ -493,8 +493,9 @@ RECORDS = st.builds(
 )  # fmt: skip
 FACTS = st.builds(
     lambda kind, uid, content, ward, at: fact(kind, uid, content, ward=ward, at_us=at, detail=f"d{at}"),
-    # Those of which the order does not matter; tests/archive/test_acceptance.py has decisions.
-    st.sampled_from([FactKind.RECEIPT, FactKind.COPY, FactKind.SET_ASIDE, FactKind.RETRY, FactKind.DAMAGE]),
+    # Those of which the order does not matter; tests/archive/test_acceptance.py has decisions, damage and
+    # losses are in tests/archive/test_inventory.py.
+    st.sampled_from([FactKind.RECEIPT, FactKind.COPY, FactKind.SET_ASIDE, FactKind.RETRY]),
     st.sampled_from(UIDS), st.sampled_from(CONTENTS),
     st.sampled_from(["a/one", "a/two", "b/one"]), st.integers(1, 9),
 )  # fmt: skip
