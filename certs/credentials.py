@@ -1,8 +1,8 @@
 """Run-time credentials: gRPC servers and channels that prove who they are on both sides, TLS 1.3 and
 nothing older.
 
-A server's credentials read the identity folder at every handshake, so that a renewed certificate or another
-root is in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload them:
+A server's credentials look at the identity folder at every handshake, so that a renewed certificate or
+another root is in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload them:
 after a renewal make a new channel and let the old one drain). Sets no policy on calls: `certs/gate.py`
 does.
 
@@ -10,6 +10,8 @@ How gRPC is kept from older TLS stands in `protos/__init__.py`.
 """
 
 from __future__ import annotations
+
+import threading
 
 import grpc
 import grpc.aio
@@ -62,15 +64,31 @@ _CHANNEL_OPTIONS: Options = [
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     """Credentials for `grpc.server` and `grpc.aio.server`: the current certificate of the identity's
     folder, and only clients whose certificate leads to its roots."""
+    first = identities.latest(identity)
+    in_use = first.folder, first.generation
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        # Fresh for every handshake: gRPC takes the object over and may not be given it again.
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        # None when it is still the same: gRPC frees what it had when it is given another, also under a
+        # handshake of another connection that begins at that moment. Given one for each of many handshakes
+        # at once, the process dies.
+        nonlocal in_use
         held = identities.latest(identity)
-        return grpc.ssl_server_certificate_configuration(
-            [(held.key_pem, held.chain_pem)], root_certificates=held.roots_pem)
+        with changing:
+            if (held.folder, held.generation) == in_use:
+                return None
+            in_use = held.folder, held.generation
+        return _configuration(held)
 
+    changing = threading.Lock()
     return grpc.dynamic_ssl_server_credentials(
-        configuration(), configuration, require_client_authentication=True)
+        _configuration(first), renewed,  # type: ignore[arg-type]  # None is documented, not in the stubs
+        require_client_authentication=True)
+
+
+def _configuration(held: Identity) -> grpc.ServerCertificateConfiguration:
+    """A fresh one each time: gRPC takes the object over and may not be given it again."""
+    return grpc.ssl_server_certificate_configuration(
+        [(held.key_pem, held.chain_pem)], root_certificates=held.roots_pem)
 
 
 def channel(identity: Identity, address: str, *, options: Options | None = None) -> grpc.aio.Channel:
