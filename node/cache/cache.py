@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from archive.archive import Archive
-from archive.errors import InvalidInput, MissError, NotFound
-from archive.ledger import Ledger, Pin
-from archive.ledger.keeping import PERSON
+from archive.errors import MissError, NotFound
+from archive.ledger import Ledger
 from archive.model import StoredInstance, require_uid
 from archive.orders import Handler
 from archive.rounds import Rounds
@@ -41,7 +40,6 @@ FORGET_S = 86_400.0
 RETRY_S = 5.0
 ANSWER_S = 15.0  # the other orders wait for as long as that
 OFF = "cache.evicts is off"
-PIN, UNPIN = "pin", "unpin"
 
 
 class Cache:
@@ -159,7 +157,7 @@ class Cache:
 
     def handlers(self) -> dict[str, Handler]:
         """What is asked by a command, or the ward's portal."""
-        return {BRING: self._bring, PIN: self._pin, UNPIN: self._unpin}
+        return {BRING: self._bring}
 
     def _bring(self, detail: Mapping[str, str], by: str) -> str:
         study_uid = require_uid(detail.get("study", ""), "the study")
@@ -170,26 +168,6 @@ class Cache:
             return "it is being brought back"
         brought = answer_of(future, ANSWER_S)
         return "it goes on; `miss cache ls` shows how far it is" if brought is None else _words(brought)
-
-    def _pin(self, detail: Mapping[str, str], by: str) -> str:
-        return pin(self._ledger, detail, by, self._clock())
-
-    def _unpin(self, detail: Mapping[str, str], by: str) -> str:
-        return unpin(self._ledger, detail)
-
-
-def pin(ledger: Ledger, detail: Mapping[str, str], by: str, now_us: int) -> str:
-    """Carries out the order to pin a study; safe to repeat."""
-    study_uid, until_us = require_uid(detail.get("study", ""), "the study"), int(detail.get("until_us", "0"))
-    if until_us and until_us <= now_us:
-        raise InvalidInput("that day is over")
-    ledger.pin_study(Pin(study_uid, PERSON, until_us, by, now_us))
-    return "pinned: its bytes stay here"
-
-
-def unpin(ledger: Ledger, detail: Mapping[str, str]) -> str:
-    study_uid = require_uid(detail.get("study", ""), "the study")
-    return "no longer pinned" if ledger.unpin_study(study_uid) else "nobody had pinned it"
 
 
 def room_of(archive: Archive) -> Room:
