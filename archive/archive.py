@@ -37,6 +37,7 @@ from archive.model import (
     Scope,
     StoredInstance,
 )
+from archive.notes import RejectionNotes
 from archive.packs.facts import FactLog
 from archive.packs.logfiles import LogLimits
 from archive.packs.packs import LAYOUT, Packs
@@ -44,8 +45,10 @@ from archive.packs.storage import FileStorage, Storage
 from archive.packs.watermark import Watermark, read_watermark
 from archive.partials import PartialLimits, Partials, read_notes
 from archive.recent import Recent
+from archive.retention import RemovalSettings, RetentionSettings
 from archive.space.compaction import Compaction
 from archive.space.eviction import Eviction
+from archive.space.purging import Purging
 from archive.space.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,8 @@ class ArchiveSettings:
     upkeep_bytes_per_s: float = 100e6
     set_aside_bytes_max: int = 10 << 30
     set_aside_age_s_max: float = 30 * 86_400.0
+    retention: RetentionSettings = RetentionSettings()
+    removal: RemovalSettings = RemovalSettings()
     partial_bytes_max: int = 64 << 30
     partial_ward_bytes_max: int = 16 << 30
     partial_age_s_max: float = 24 * 3600.0
@@ -121,12 +126,15 @@ class Writing:
 
     def _open(self, settings: ArchiveSettings, storage: Storage, index: Index, outbox: bool) -> None:
         packs_read, facts_read = index.positions()
-        notes = read_notes(storage)
+        partials = read_notes(storage)
         self.packs, self.facts, self.watermark = open_logs(
-            settings, storage, packs_read, facts_read, resumable=notes
+            settings, storage, packs_read, facts_read, resumable=partials
         )
         self.recent = Recent()
-        self.indexer = Indexer(index, self.packs, self.facts, self.recent, outbox=outbox, on_idle=self._idle)
+        notes = RejectionNotes(self.packs, index, settings.removal, settings.retention)
+        self.indexer = Indexer(
+            index, self.packs, self.facts, self.recent, outbox=outbox, on_idle=self._idle, notes=notes.facts
+        )
         try:
             self.indexer.start()
         except BaseException:
@@ -134,7 +142,7 @@ class Writing:
             raise
         self._publish()
         self.partials = Partials(storage, settings.partial_limits)
-        self.partials.adopt(notes)
+        self.partials.adopt(partials)
         self.packs.on_durable(self._durable)
         self.intake = Intake(
             self.packs,
@@ -157,8 +165,9 @@ class Writing:
         compaction = Compaction(
             self.packs, index, self.indexer, self.intake, self.facts, drop_delay_s=settings.drop_delay_s
         )
+        purging = Purging(self.packs, index, self.indexer.record_facts, eviction)
         upkeep = Upkeep(
-            self.packs, index, eviction, compaction,
+            self.packs, index, eviction, compaction, purging,
             pressed=self.intake.is_pressed,
             bytes_per_s=settings.upkeep_bytes_per_s,
             set_aside_bytes_max=settings.set_aside_bytes_max,
@@ -305,6 +314,13 @@ class Archive:
         """Have `watcher` told what came into the index, in the indexer's own thread: it never waits and never
         raises."""
         self._writer().indexer.watchers.append(watcher)
+
+    def watch_facts(self, watcher: Callable[[Sequence[Fact]], None]) -> Callable[[], None]:
+        """Have `watcher` told which facts were recorded, perhaps before the index has them, in the thread
+        that records them: it never waits and never raises. What is returned ends that."""
+        watchers = self._writer().indexer.fact_watchers
+        watchers.append(watcher)
+        return lambda: watchers.remove(watcher)
 
     def wait_indexed(self, timeout_s: float = _INDEX_WAIT_S) -> None:
         """Return when everything acknowledged so far is in the index; Unavailable when that takes too

@@ -5,13 +5,20 @@ from __future__ import annotations
 
 from archive.archive import Archive
 from archive.conflicts.decisions import ACCEPT, REJECT, Decisions
+from archive.correction_orders import CORRECT, CorrectionOrders
+from archive.correction_orders import UNDO as UNDO_CORRECTION
 from archive.orders import Handler
+from archive.removing import PURGE, REMOVE, UNDO, Removing
 from archive.space.orders import COMPACT, EVICT, SpaceOrders
 
 
-def handlers_of(archive: Archive) -> dict[str, Handler]:
-    """By the kind of an order."""
-    decisions, space = Decisions(archive), SpaceOrders(archive)
+def handlers_of(archive: Archive, ward: str = "") -> dict[str, Handler]:
+    """By the kind of an order, given in the name of `ward`, "" for the region; and what is removed is purged
+    from then on when it is due."""
+    decisions, space, removing = Decisions(archive), SpaceOrders(archive), Removing(archive, ward)
+    corrections = CorrectionOrders(archive, ward)
     return {
+        CORRECT: corrections.correct, UNDO_CORRECTION: corrections.undo,
+        REMOVE: removing.remove, UNDO: removing.undo, PURGE: removing.purge,
         ACCEPT: decisions.accept, REJECT: decisions.reject, EVICT: space.evict, COMPACT: space.compact,
     }  # fmt: skip

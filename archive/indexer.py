@@ -3,7 +3,8 @@ its own that also store how far it got. It writes nothing else and decides nothi
 the decision.
 
 It works in batches, a short moment after the sync: many records share a transaction when nobody waits for
-them, and whoever does wait cuts the moment short, but for a gap between two batches.
+them, and whoever does wait cuts the moment short, but for a gap between two batches. What records say of
+others (rejection notes) is recorded as facts before they are indexed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _GATHER_S = (0.08, 0.17)
 _GAP_S = 0.06
 _MANY = 100
 _IDLE_S = 0.2
+_NOTES_AT_ONCE = 5_000
 _RETRY_S_MAX = 2.0
 _CLOSE_S_MAX = 30.0
 
@@ -49,6 +51,7 @@ class Indexer:
         *,
         outbox: bool,
         on_idle: Callable[[], None],
+        notes: Callable[[Sequence[IndexEntry]], Sequence[Fact]] = lambda entries: (),
     ) -> None:
         self._index = index
         self._packs = packs
@@ -56,6 +59,7 @@ class Indexer:
         self._recent = recent
         self._outbox = outbox
         self._on_idle = on_idle
+        self._notes = notes  # what records say of others, as facts: recorded before they are indexed
         self._writing = threading.Lock()  # of the index: records and facts keep one order
         self._position, self._facts_position = index.positions()
         self._moved = threading.Condition()
@@ -66,6 +70,7 @@ class Indexer:
         self._failing = False
         self._facts_behind = False  # facts are in their log and not in the index
         self.watchers: list[Callable[[Sequence[IndexEntry]], None]] = []  # told what came in; they never wait
+        self.fact_watchers: list[Callable[[Sequence[Fact]], None]] = []  # told what was recorded, as above
         self._thread = threading.Thread(target=self._run, name="indexer", daemon=True)
 
     @property
@@ -134,6 +139,8 @@ class Indexer:
 
     def _record_facts(self, facts: Sequence[Fact]) -> None:
         end = self._facts.record(facts, after=self._position)
+        for watcher in self.fact_watchers:
+            watcher(facts)
         try:
             if self._facts_behind:
                 self._apply_missed_facts()
@@ -211,9 +218,12 @@ class Indexer:
                 damages.append(damage_fact(damage_of(record)))
             else:
                 found.append(IndexEntry(record, attributes))
+        told = self._notes(found)
         with self._writing:
             if self._facts_behind:
                 self._apply_missed_facts()  # what was decided before these records came
+            for start in range(0, len(told), _NOTES_AT_ONCE):
+                self._record_facts(told[start : start + _NOTES_AT_ONCE])
             damages += self._apply(found, position)
             if damages:
                 self._record_facts(damages)
@@ -232,8 +242,14 @@ class Indexer:
         return [damage_fact(damage_of(entry.record)) for entry in poison]
 
     def _catch_up(self) -> None:
-        replay = Replay(self._index, self._packs, self._facts, outbox=self._outbox)
+        def note(entries: Sequence[IndexEntry]) -> None:
+            told = self._notes(entries)
+            for start in range(0, len(told), _NOTES_AT_ONCE):
+                self._facts.record(told[start : start + _NOTES_AT_ONCE], after=replay.position)
+
+        replay = Replay(self._index, self._packs, self._facts, outbox=self._outbox, before=note)
         replay.run(self._position, self._facts_position)
         self._position, self._facts_position = replay.position, replay.facts_position
+        self._apply_missed_facts()  # what was noted on the way
         if replay.damages:
             self._record_facts(replay.damages)

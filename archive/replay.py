@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from archive.index.index import Index
@@ -31,6 +31,7 @@ class Replay:
     packs: Packs
     facts: FactLog
     outbox: bool
+    before: Callable[[Sequence[IndexEntry]], None] = lambda entries: None  # told of records not yet indexed
     position: Position = field(init=False)
     facts_position: Position = field(init=False)
     records: int = 0
@@ -57,6 +58,7 @@ class Replay:
         if stop <= self.position:
             return
         for entries, position in _batches(self._entries(stop)):
+            self.before(entries)
             poison = apply_around_poison(self.index, entries, position, outbox=self.outbox)
             self.damages += [damage_fact(damage_of(entry.record)) for entry in poison]
             self.records += len(entries)

@@ -9,6 +9,7 @@ from typing import Any
 from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
 from archive.hours import Hours
+from archive.retention import RemovalSettings, RetentionSettings
 from archive.settings import setting
 from certs.settings import EnrolmentSettings
 from federation.budget import BudgetEntry, parse_days
@@ -132,6 +133,8 @@ class HubSettings:
     protection: ProtectionSettings = setting(ProtectionSettings)
     enrolment: EnrolmentSettings = setting(EnrolmentSettings)
     archive: StoreSettings = setting(StoreSettings)
+    retention: RetentionSettings = setting(RetentionSettings)
+    removal: RemovalSettings = setting(RemovalSettings)
 
     @property
     def ledger(self) -> str:
@@ -140,7 +143,10 @@ class HubSettings:
 
     def archive_settings(self) -> ArchiveSettings:
         """The regional archive's settings."""
-        return ArchiveSettings(state=self.state, index_url=self.index_url, **self.archive.bounds())
+        return ArchiveSettings(
+            state=self.state, index_url=self.index_url, **self.archive.bounds(), retention=self.retention,
+            removal=self.removal,
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def carry_out(state: Path, kind: str, detail: Mapping[str, str], *, wait_s: floa
                 if not ok:
                     raise InvalidInput(words)
                 return words
-            if not _is_held(settings):
+            if not is_held(settings):
                 _work_off(state, settings, outbox, ledger)
             elif time.monotonic() > deadline:
                 raise Unavailable(f"not carried out within {wait_s:.0f} s: it stays in the queue of the "
@@ -67,7 +67,7 @@ def person() -> str:
         return f"uid {os.getuid()}"
 
 
-def _is_held(settings: ArchiveSettings) -> bool:
+def is_held(settings: ArchiveSettings) -> bool:
     """Whether a process writes to the archive now."""
     from archive.archive import lock_state
 
@@ -87,12 +87,32 @@ def _work_off(state: Path, settings: ArchiveSettings, outbox: bool, ledger: Ledg
     try:
         archive = Archive.open(settings, outbox=outbox)
     except MissError:
-        if _is_held(settings):
+        if is_held(settings):
             return  # a process began in between: it carries the order out
         raise
     with archive:
-        OrderDesk(ledger, handlers_of(archive) | _handlers_of_node(state, archive, ledger)).work_off()
+        OrderDesk(ledger, handlers_of(archive, _ward_of(state)) | _handlers_of_node(state, archive, ledger)
+                  | _handlers_of_region(state, ledger)).work_off()
         archive.upkeep.drain()  # what was answered as going on goes on to its end
+
+
+def _handlers_of_region(state: Path, ledger: Ledger) -> dict[str, Handler]:
+    """The orders that only a region carries out."""
+    from federation.ward_orders import handlers_alone
+
+    return handlers_alone(ledger) if (state / Process.HUB.file).exists() else {}
+
+
+def _ward_of(state: Path) -> str:
+    """The ward of the node in `state`; "" for the region, and for a node that belongs to none."""
+    from certs import identity as identities
+    from certs.identity import Identity
+
+    file = state / Process.NODE.file
+    if not file.exists():
+        return ""
+    identity = configuration.node(file).identity
+    return Identity.load(identity).ward if identities.exists(identity) else ""
 
 
 def _handlers_of_node(state: Path, archive: Archive, ledger: Ledger) -> dict[str, Handler]:

@@ -34,6 +34,7 @@ from archive.model import (
     EVERYTHING,
     START,
     UNDECIDED,
+    Attributes,
     ConflictRow,
     ConflictState,
     Copies,
@@ -48,6 +49,7 @@ from archive.model import (
     PendingSummary,
     Position,
     Query,
+    Record,
     Refusal,
     Scope,
     Standing,
@@ -55,7 +57,7 @@ from archive.model import (
     Totals,
 )
 from archive.packs.dropping import ABSENCE_KINDS
-from archive.removals import REMOVAL_KINDS
+from archive.removals import REMOVAL_KINDS, Removal
 
 _LOOKUP = (
     "SELECT digest, study_instance_uid, series_instance_uid, evicted, damaged FROM instance"
@@ -108,6 +110,10 @@ class Index:
         """How the attributes of what is here are read where it lies; its one writer says so, as some facts
         need them."""
         self._read = read
+
+    def read_attributes(self, record: Record) -> Attributes | None:
+        """What a record says of itself, from where it lies, or as facts tell it."""
+        return self._read(record)
 
     def positions(self) -> tuple[Position, Position]:
         """How far the packs and the fact log have been applied."""
@@ -170,14 +176,20 @@ class Index:
         row = self._database.quick(_LOOKUP_REMOVED, (sop_instance_uid,))
         return None if row is None else KnownRemoved(bytes(row[0]), bool(row[1]))
 
-    def removals(self, limit: int = 100, *, prefix: str = "", in_force: bool = False) -> list[Tombstone]:
-        """The removals, newest first, and what became of each; those alone whose id begins so, or that
-        count."""
+    def removals(
+        self, limit: int = 100, *, prefix: str = "", uid: str = "", in_force: bool = False
+    ) -> list[Tombstone]:
+        """The removals, newest first, and what became of each; those alone whose id begins so, that name this
+        UID, or that count."""
         return self._database.read(
-            lambda connection: removed.tombstones(connection, limit, prefix, in_force=in_force)
+            lambda connection: removed.tombstones(connection, limit, prefix, uid=uid, in_force=in_force)
         )
 
-    def removed_under(self, removal: str, limit: int, *, kept: bool = False) -> list[RemovedContent]:
+    def removals_due(self, before_us: int, limit: int) -> list[Tombstone]:
+        """Those that cover what still has its bytes here, and are purged or older than `before_us`."""
+        return self._database.read(lambda connection: removed.due(connection, before_us, limit))
+
+    def removed_under(self, removal: Removal, limit: int, *, kept: bool = False) -> list[RemovedContent]:
         """What this removal covers here; with `kept` only what still has its bytes, conflicts too."""
         return self._database.read(lambda connection: removed.contents(connection, removal, limit, kept=kept))
 

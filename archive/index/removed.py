@@ -77,6 +77,7 @@ class RemovedContent:
 
     record: Record
     study_uid: str
+    series_uid: str
     evicted: bool
 
 
@@ -140,14 +141,17 @@ def covering(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def tombstones(
-    connection: Connection, limit: int, prefix: str = "", *, in_force: bool = False
+    connection: Connection, limit: int, prefix: str = "", *, uid: str = "", in_force: bool = False
 ) -> list[Tombstone]:
-    """The removals, newest first; those alone whose id begins with `prefix`, or that count."""
+    """The removals, newest first; those alone whose id begins with `prefix`, that name `uid`, or that
+    count."""
     query = select(tombstone).where(tombstone.c.level != "").order_by(
         tombstone.c.at_us.desc(), tombstone.c.removal_id
     )  # fmt: skip
     if prefix:
         query = query.where(tombstone.c.removal_id >= prefix, tombstone.c.removal_id < prefix + "g")
+    if uid:
+        query = query.where(tombstone.c.uid == uid)
     if in_force:
         query = query.where(or_(tombstone.c.restored_us == 0, tombstone.c.purged_us != 0))
     rows = connection.execute(query.limit(limit)).fetchall()
@@ -161,23 +165,38 @@ def tombstones(
     return [one for one in found if one.in_force or not in_force]
 
 
-def contents(connection: Connection, removal: str, limit: int, *, kept: bool) -> list[RemovedContent]:
-    """What a removal covers, pack by pack; with `kept` what still has its bytes, and what is kept beside it
-    under the same UID: it goes too."""
-    mine = removed.c.removal_id == removal
-    places = (removed.c.pack, removed.c.payload_offset)
-    query = select(removed).where(mine).order_by(*places).limit(limit)
+def due(connection: Connection, before_us: int, limit: int) -> list[Tombstone]:
+    """Removals that cover what still has its bytes here: those that are purged, and those made before
+    `before_us`."""
+    both = removed.join(tombstone, removed.c.removal_id == tombstone.c.removal_id)
+    old = or_(removed.c.purged, tombstone.c.at_us < before_us)
+    first = select(removed.c.removal_id).select_from(both).where(removed.c.evicted.is_(False), old)
+    beside = removed.join(conflict, removed.c.sop_instance_uid == conflict.c.sop_instance_uid)
+    second = select(removed.c.removal_id).select_from(beside).where(
+        removed.c.purged, conflict.c.evicted.is_(False)
+    )  # fmt: skip
+    ids = {row[0] for query in (first, second) for row in connection.execute(query.distinct().limit(limit))}
+    return [_tombstone(row) for row in by_uid(connection, select(tombstone), tombstone.c.removal_id, ids)]
+
+
+def contents(connection: Connection, removal: Removal, limit: int, *, kept: bool) -> list[RemovedContent]:
+    """What a removal covers, also where another one counts first, pack by pack; with `kept` what still has
+    its bytes, and what is kept beside it under the same UID: it goes too."""
+    conditions = [removed.c[_COLUMN[removal.level.value]] == removal.uid]
+    if removal.level is not Level.IMAGE:
+        conditions.append(removed.c.received_at_us < removal.at_us)
+    query = select(removed).where(*conditions).order_by(removed.c.pack, removed.c.payload_offset).limit(limit)
     if not kept:
         return [_content(row) for row in connection.execute(query)]
     found = [_content(row) for row in connection.execute(query.where(removed.c.evicted.is_(False)))]
     both = conflict.join(removed, removed.c.sop_instance_uid == conflict.c.sop_instance_uid)
-    beside = select(conflict).select_from(both).where(mine, conflict.c.evicted.is_(False)).limit(limit)
+    beside = select(conflict).select_from(both).where(*conditions, conflict.c.evicted.is_(False)).limit(limit)
     return (found + [_content(row) for row in connection.execute(beside)])[:limit]
 
 
 def _content(row: Any) -> RemovedContent:
     record = Record(RecordKind.INSTANCE, 0, head_of(row), bytes(row.digest), location_of(row), START)
-    return RemovedContent(record, row.study_instance_uid, bool(row.evicted))
+    return RemovedContent(record, row.study_instance_uid, row.series_instance_uid, bool(row.evicted))
 
 
 _COLUMN = {
@@ -304,7 +323,7 @@ def _hide_pending(connection: Connection, rows: Sequence[Row], *, hidden: bool) 
     )
 
 
-def _tombstone(row: Any, hidden: int, kept: int) -> Tombstone:
+def _tombstone(row: Any, hidden: int = 0, kept: int = 0) -> Tombstone:
     removal = Removal(
         row.removal_id, Level(row.level), row.uid, row.study_instance_uid, row.code, row.decided_by,
         row.reason, row.at_us, row.ward,

@@ -22,6 +22,7 @@ from archive.packs.packs import Packs
 from archive.space.compaction import Compacted, Compaction
 from archive.space.eviction import Eviction, EvictionReport, EvictionRequest
 from archive.space.pace import Pace
+from archive.space.purging import Purging
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Upkeep:
         index: Index,
         eviction: Eviction,
         compaction: Compaction,
+        purging: Purging,
         *,
         pressed: Callable[[], bool],
         bytes_per_s: float,
@@ -54,6 +56,8 @@ class Upkeep:
         self._index = index
         self.eviction = eviction
         self.compaction = compaction
+        self.purging = purging
+        self.rounds: list[Callable[[Pace], object]] = []  # every ten minutes, in its thread
         self._pressed = pressed
         self._bytes_per_s = bytes_per_s
         self._set_aside_bytes_max = set_aside_bytes_max
@@ -87,6 +91,10 @@ class Upkeep:
     def compact(self, number: int | None = None) -> Future[list[Compacted]]:
         """Compact one pack, or all that are worth it."""
         return self._submit(lambda: self._compact(number))
+
+    def work(self, job: Callable[[Pace], T]) -> Future[T]:
+        """Carry out another's work in turn."""
+        return self._submit(lambda: job(self._pace()))
 
     def _evict(self, request: EvictionRequest) -> EvictionReport:
         report = self.eviction.evict(request, self._pace())
@@ -165,6 +173,9 @@ class Upkeep:
             if now_s - self._trimmed_s > _TRIM_S:
                 self._trimmed_s = now_s
                 self.trim()
+                with self._working:
+                    for look in self.rounds:
+                        look(self._pace())
         except (MissError, OSError) as error:
             self._quiet_until_s = now_s + _RETRY_S
             log.warning("space is not given back, next try in %.0f s: %s", _RETRY_S, error)
