@@ -25,6 +25,10 @@ class Arrivals:
         self._waiting.setdefault(uid, set()).add(future)
         return future
 
+    def is_awaited(self, uids: Iterable[str]) -> bool:
+        """Whether anybody waits for one of these."""
+        return bool(self._waiting) and any(uid in self._waiting for uid in uids)
+
     def forget(self, uid: str, future: asyncio.Future[None]) -> None:
         waiting = self._waiting.get(uid, set())
         waiting.discard(future)

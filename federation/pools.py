@@ -1,5 +1,7 @@
-"""The hub's threads: a few that work on the archive, more that only wait for its disk, two for the ledger.
-They are apart so that waits can't keep work from being done, nor a slow ledger keep images from arriving.
+"""The hub's threads: a few that take what is pushed, a few that read the archive, more that only wait for
+its disk, two for the ledger. They are apart so that pushes can't keep searches from being answered, nor waits
+keep work from being done, nor a slow ledger keep images from arriving. Which ward's push is next decides
+`federation/fair_queue.py` before it comes here.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ class Pools:
     def __init__(self, workers: int, clock: Callable[[], int]) -> None:
         self.clock = clock
         self._work = ThreadPoolExecutor(workers, "hub-work")
+        self._push = ThreadPoolExecutor(workers, "hub-push")
         self._wait = ThreadPoolExecutor(WAITERS, "hub-wait")
         self._ledger = ThreadPoolExecutor(LEDGER_THREADS, "hub-ledger")
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs what reads or writes the archive."""
+        """Runs what reads the archive, or writes a little to it."""
         return await self._in(self._work, function, *args, **kwargs)
+
+    async def push(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs what takes pushed objects."""
+        return await self._in(self._push, function, *args, **kwargs)
 
     async def wait(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs what waits for a disk."""
@@ -40,7 +47,7 @@ class Pools:
         return await self._in(self._ledger, function, *args, **kwargs)
 
     def shutdown(self) -> None:
-        for pool in (self._work, self._wait, self._ledger):
+        for pool in (self._push, self._work, self._wait, self._ledger):
             pool.shutdown(wait=True, cancel_futures=True)
 
     async def _in(

@@ -20,6 +20,7 @@ from federation import serde, status
 from federation.arrivals import Arrivals
 from federation.attach_service import AttachService
 from federation.attachments import Attachments
+from federation.fair_queue import FairQueue, cost_of, names
 from federation.pools import Pools
 from federation.receiving import Incoming, Pushed, Receiver
 from federation.replicator import Received, Refused
@@ -56,6 +57,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self._pools = pools
         self._attaching = attaching
         self._pushes: Counter[str] = Counter()
+        self._queue = FairQueue()
         self._ahead: set[Ahead] = set()
         self._stopping = False
 
@@ -95,7 +97,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             await self._receive(ward, incoming, aiter(request_iterator), context)
         finally:
             self._pushes[ward] -= 1
-            await asyncio.shield(self._pools.work(incoming.abort))
+            await asyncio.shield(self._pools.push(incoming.abort))
 
     async def Answer(self, request: uplink_pb2.SearchAnswer, context: Any) -> uplink_pb2.AnswerReply:
         ward = peer(context).ward
@@ -128,13 +130,21 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
             ended = False
             while not ended and not self._stopping:
                 batch, ended = await _batch(ahead)
-                taken = await self._pools.work(incoming.take, batch)
-                if len(settling) >= SETTLING_MAX:
-                    await settling.pop(0)
+                urgent = self._arrivals.is_awaited(names(batch))
+                turn = await self._queue.enter(ward, cost_of(batch), urgent=urgent)
+                try:
+                    taken = await self._pools.push(incoming.take, batch)
+                except BaseException:
+                    turn.leave()
+                    raise
                 before = settling[-1] if settling else None
-                settling.append(
-                    asyncio.create_task(self._settle(ward, taken.pushed, taken.refused, before, context))
+                settle = asyncio.create_task(
+                    self._settle(ward, taken.pushed, taken.refused, before, context)
                 )
+                settle.add_done_callback(turn.leave)
+                settling.append(settle)
+                if len(settling) > SETTLING_MAX:
+                    await settling.pop(0)
                 if taken.error is not None:
                     await asyncio.gather(*settling)
                     await status.abort(context, taken.error)
