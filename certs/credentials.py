@@ -2,9 +2,9 @@
 nothing older.
 
 A server's credentials look at the identity folder at every handshake, so that a renewed certificate or
-another root is in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload them:
-after a renewal make a new channel and let the old one drain). Sets no policy on calls: `certs/gate.py`
-does.
+another root is in use without a restart; a channel's are fixed when it is made (gRPC for Python can't reload
+them: after a renewal make a new channel and let the old one drain). Sets no policy on calls:
+`certs/gate.py` does.
 
 How gRPC is kept from older TLS stands in `protos/__init__.py`.
 """

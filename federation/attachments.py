@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from archive.errors import MissError, OutOfResources, Unavailable
+from archive.errors import MissError, NotFound, OutOfResources, Unavailable
 from archive.ledger import WardState
 from archive.model import Match, StoredInstance
 from federation import abilities, coverage, serde
@@ -142,6 +142,17 @@ class Attachments:
     def receipted(self, ward: str) -> None:
         """The ward was given a receipt; kept with its next report."""
         self._states[ward] = coverage.receipted(self._state(ward), self._clock())
+
+    async def settle(self, ward: str) -> str:
+        """A person, or a reconciliation, settled what the ward's old disk may have lost; what that was, as it
+        stood in answers. NotFound for a ward that never reported."""
+        state = self._states.get(ward)
+        if state is None:
+            raise NotFound("no such ward has ever reported")
+        if state.lost_note:
+            log.warning("%s: settled: %s", ward, state.lost_note)
+            await self._put(coverage.cleared(state))
+        return state.lost_note
 
     async def detach(self, attachment: Attachment, reason: str) -> None:
         """The attach ended. Nothing changes for the ward when a newer one has taken its place."""

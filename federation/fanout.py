@@ -79,6 +79,9 @@ def merge(
     What stands before `after` is left out at the end, by the place that the row has in the union: a ward and
     the region may know a study by different dates.
     """
+    end = None if limit is None else offset + limit
+    if not any(answer.matches for answer in wards):
+        return Page(list(region[offset:end]), end is not None and len(region) > end)
     joins: Mapping[Level, Callable[[Match | None, Sequence[tuple[str, Match]], Held], Match | None]] = {
         Level.PATIENT: _join_patient,
         Level.STUDY: _join_study,
@@ -96,7 +99,6 @@ def merge(
             continue  # it reached the region since the ward listed it, and is counted there
         rows[key] = joined
     ordered = [row for row in in_order(level, rows.values()) if after is None or row.place < after]
-    end = None if limit is None else offset + limit
     return Page(ordered[offset:end], end is not None and len(ordered) > end)
 
 
