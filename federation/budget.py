@@ -90,7 +90,7 @@ class Bucket:
             return 0.0
         if rate == 0.0:
             return _LOOK_S
-        return min(_LOOK_S, self._owed / rate) if self._owed > 0 else 0.0
+        return min(_LOOK_S, self._owed / rate) if self._owed >= 1 else 0.0
 
     def took(self, size: int, now_s: float, now_us: int) -> None:
         """So many bytes go on the wire."""
