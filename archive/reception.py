@@ -79,6 +79,10 @@ class Reception:
         """The bytes of the data set so far."""
         return self._size
 
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
     def read_beside(self) -> Growing | None:
         """What is on disk of it while it arrives, for a reader in another thread; None for what gathers in
         memory, and when it is over. Raises OSError."""

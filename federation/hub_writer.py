@@ -14,21 +14,36 @@ from archive.handlers import handlers_of
 from archive.ledger import Ledger
 from archive.orders import OrderDesk
 from certs.identity import Identity
+from federation import ward_orders
 from federation.arrivals import Arrivals
 from federation.asking import WardAsking
 from federation.attach_service import AttachService
 from federation.attachments import Attachments
+from federation.bringing import Bringing
 from federation.deliveries_desk import DeliveryDesk
 from federation.deliveries_grants import DeliveryGrants
 from federation.deliveries_service import DeliveriesService
+from federation.facts_service import FactsService
+from federation.inventory_service import InventoryService
 from federation.methods import Methods
+from federation.passing import Passing
 from federation.pools import Pools
 from federation.receiving import Receiver
+from federation.reconcile_notes import Notes
 from federation.region_service import RegionService
+from federation.restoring_service import RestoreService
 from federation.settings import HubSettings
 from federation.uplink_service import UplinkService
 from federation.window_service import WindowService
-from protos import delivery_pb2_grpc, region_pb2_grpc, uplink_pb2_grpc, window_pb2_grpc
+from protos import (
+    delivery_pb2_grpc,
+    facts_pb2_grpc,
+    inventory_pb2_grpc,
+    region_pb2_grpc,
+    restore_pb2_grpc,
+    uplink_pb2_grpc,
+    window_pb2_grpc,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +69,26 @@ class HubWriter:
         settings, attachments, pools = standing.settings, standing.attachments, standing.pools
         ledger, identity, version = standing.ledger, standing.identity, standing.version
         arrivals = Arrivals()
-        asking = WardAsking(settings, attachments, arrivals, archive, pools)
+        asking = WardAsking(settings, attachments, pools)
+        bringing = Bringing(settings, asking, attachments, arrivals, archive, pools)
+        receiver = Receiver(archive, standing.clock)
+        passing = Passing(archive, receiver.taps, arrivals, pools, settings.promote_deadline_s)
         desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), standing.clock)
-        self._orders = OrderDesk(ledger, handlers_of(archive))
+        orders = handlers_of(archive) | ward_orders.handlers_at(attachments, asyncio.get_running_loop())
+        self._orders = OrderDesk(ledger, orders)
         self._uplinks = UplinkService(
-            settings, attachments, Receiver(archive, standing.clock), arrivals, pools, standing.attaching
+            settings, attachments, receiver, arrivals, pools, standing.attaching
         )
-        self._regions = RegionService(asking, attachments, ledger, identity.roots_pem, pools, version)
-        self._windows = WindowService(settings, asking, archive, ledger, identity, pools)
+        self._regions = RegionService(
+            asking, bringing, passing, attachments, ledger, identity.roots_pem, pools, version
+        )
+        self._windows = WindowService(
+            settings, asking, bringing, passing, archive, ledger, identity, pools
+        )
         self._deliveries = DeliveriesService(desk, attachments, arrivals, pools)
+        self._restores = RestoreService(archive, pools)
+        self._inventories = InventoryService(archive, pools, Notes(settings.state))
+        self._facts = FactsService(archive, attachments, arrivals, pools)
 
     def add_to(self, methods: Methods) -> None:
         """From here on the hub can be asked what only a writer can."""
@@ -71,11 +97,15 @@ class HubWriter:
         region_pb2_grpc.add_RegionServicer_to_server(self._regions, server)
         window_pb2_grpc.add_WindowServicer_to_server(self._windows, server)
         delivery_pb2_grpc.add_DeliveriesServicer_to_server(self._deliveries, server)
+        facts_pb2_grpc.add_FactsServicer_to_server(self._facts, server)
+        restore_pb2_grpc.add_RestoreServicer_to_server(self._restores, server)
+        inventory_pb2_grpc.add_InventoryServicer_to_server(self._inventories, server)
         methods.standing_by = False
 
     def start(self) -> None:
         self._orders.start()
         self._deliveries.start()
+        self._facts.start()
 
     def stop_taking(self) -> None:
         """Each push ends after what has been read of it."""
@@ -83,6 +113,7 @@ class HubWriter:
 
     async def stop(self) -> None:
         await self._deliveries.stop()
+        await self._facts.stop()
         self._windows.stop()
 
     async def close(self) -> None:

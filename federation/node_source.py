@@ -1,32 +1,45 @@
 """One node alone as a source: what a ward's own portal asks, also when the WAN is down. It asks nobody else,
-so it says that it covers this ward and nothing of the region.
+so it says that it covers this ward and nothing of the region. What the node gave up of a study that is read,
+the node itself brings back from the region, if it has a line there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
 from archive.archive import Archive
-from archive.errors import NotFound
+from archive.errors import Evicted, NotFound
 from archive.model import ConflictRow, Level, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
+from federation.bringing_orders import NodeReader
 from federation.coverage import CoverageState, WardCoverage
 from federation.fanout import listing
+from federation.gathering import Found
 from federation.policy import Act, Principal, decide, narrowed, require
 from federation.source import Answer, Listing
 
 CONFLICTS_LOOKED_AT = 1_000
+CHUNK_BYTES = 1 << 20
 
 
 class NodeSource:
     """A `Source` over the archive of one ward's node, opened to read."""
 
-    def __init__(self, archive: Archive, ward: Ward, *, clock: Callable[[], int] = clock_us) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        ward: Ward,
+        *,
+        clock: Callable[[], int] = clock_us,
+        reader: NodeReader | None = None,
+    ) -> None:
+        """`reader` has the node bring back what was given up there and is read."""
         self._archive = archive
         self._ward = ward
         self._clock = clock
+        self._reader = reader
 
     def search(self, principal: Principal, query: Query) -> Answer:
         asked = replace(query, scope=narrowed(query.scope, self._scope(principal, Act.SEARCH)))
@@ -49,11 +62,27 @@ class NodeSource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance]:
+    ) -> Found:
+        found = self._found(principal, study_uid, series_uid, sop_instance_uid)
+        gone = [one for one in found if one.evicted]
+        if self._reader is None or not gone:
+            return Found(found)
+        try:
+            self._reader.bring(gone)
+        except Evicted:
+            if len(gone) == len(found):
+                raise
+        return Found(self._found(principal, study_uid, series_uid, sop_instance_uid))
+
+    def _found(
+        self, principal: Principal, study_uid: str, series_uid: str | None, sop_instance_uid: str | None
+    ) -> list[StoredInstance]:
         scope = self._scope(principal, Act.READ)
         found = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
         if not found:
             raise NotFound("no such study, series or instance")
+        if self._reader is not None:
+            self._reader.read(study_uid)
         return found
 
     def at_hand(
@@ -62,8 +91,18 @@ class NodeSource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance] | None:
-        return self.instances(principal, study_uid, series_uid, sop_instance_uid)
+    ) -> Found | None:
+        found = self._found(principal, study_uid, series_uid, sop_instance_uid)
+        is_here = self._reader is None or not any(one.evicted for one in found)
+        return Found(found) if is_here else None
+
+    def arrived(self, instance: StoredInstance) -> StoredInstance:
+        return instance
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        with self.open_payload(instance) as payload:
+            while chunk := payload.read(CHUNK_BYTES):
+                yield chunk
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
         return self._archive.open_instance(instance)

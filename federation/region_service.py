@@ -8,6 +8,7 @@ same.
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +21,18 @@ from federation import serde, status
 from federation.asking import Asking, WardAsking
 from federation.assertion import verify
 from federation.attachments import Attachments
+from federation.bringing import Bringing, require_readable
 from federation.coverage import Asked, status_of
+from federation.passing import Passing, Wanted
 from federation.policy import Act, narrowed, require
 from federation.pools import Pools
+from federation.serde_gathering import coming_to, pages_of
 from protos import common_pb2, region_pb2, region_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 REPLY_BYTES_MAX = MESSAGE_BYTES_MAX - (1 << 20)  # of matches in one reply; the rest is for the coverage
+PAGE_BYTES = 256 << 10  # of what is listed
 MATCH_OVERHEAD = 8  # the tag and the length of one in the message
 TOO_MUCH = "what the wards hold back does not fit in one answer: search for less"
 
@@ -38,6 +43,8 @@ class RegionService(region_pb2_grpc.RegionServicer):
     def __init__(
         self,
         asking: WardAsking,
+        bringing: Bringing,
+        passing: Passing,
         attachments: Attachments,
         ledger: Ledger,
         roots_pem: bytes,
@@ -45,6 +52,8 @@ class RegionService(region_pb2_grpc.RegionServicer):
         version: str,
     ) -> None:
         self._asking = asking
+        self._bringing = bringing
+        self._passing = passing
         self._attachments = attachments
         self._ledger = ledger
         self._roots_pem = roots_pem
@@ -58,7 +67,12 @@ class RegionService(region_pb2_grpc.RegionServicer):
             if query.level is Level.PATIENT:
                 raise InvalidQuery("wards are asked for studies, series or instances")
             query = replace(
-                query, scope=narrowed(query.scope, scope), pending_only=True, limit=None, offset=0
+                query,
+                scope=narrowed(query.scope, scope),
+                pending_only=True,
+                limit=None,
+                offset=0,
+                after=None,
             )
             wards = await self._pools.ledger(self._ledger.wards)
             asking = await self._asking.search(wards, query, request.assertion, request.deadline_s)
@@ -77,7 +91,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
             if request.sop_instance_uid:
                 require_uid(request.sop_instance_uid, "a SOP Instance UID")
             wards = await self._pools.ledger(self._ledger.wards)
-            asked = await self._asking.promote(
+            asked = await self._bringing.promote(
                 wards,
                 scope,
                 request.study_uid,
@@ -91,6 +105,55 @@ class RegionService(region_pb2_grpc.RegionServicer):
             complete=not any(one.failure for one in asked.values()),
             coverage=[serde.coverage_to(one) for one in self._asking.coverage(wards, asked)],
         )
+
+    async def Gather(
+        self, request: region_pb2.PromoteRequest, context: Any
+    ) -> AsyncIterator[region_pb2.Gathered]:
+        try:
+            scope = await self._scope(request.assertion, Act.READ, context)
+            require_uid(request.study_uid, "a Study Instance UID")
+            if request.sop_instance_uid:
+                require_uid(request.sop_instance_uid, "a SOP Instance UID")
+            wards = await self._pools.ledger(self._ledger.wards)
+            listing = await self._bringing.listing(
+                wards,
+                scope,
+                request.study_uid,
+                request.sop_instance_uid,
+                request.assertion,
+                request.deadline_s,
+            )
+        except Exception as error:
+            await status.abort(context, error)
+        for page in pages_of(map(coming_to, listing.held), PAGE_BYTES):
+            yield region_pb2.Gathered(coming=page)
+        coverage = [serde.coverage_to(one) for one in self._asking.coverage(wards, listing.asked)]
+        yield region_pb2.Gathered(listed=True, complete=listing.complete, coverage=coverage)
+        try:
+            async for uids in self._bringing.arriving(listing.held):
+                yield region_pb2.Gathered(arrived=uids)
+        except Exception as error:
+            await status.abort(context, error)
+        yield region_pb2.Gathered(over=True, complete=listing.complete)
+
+    async def Fetch(
+        self, request: region_pb2.FetchRequest, context: Any
+    ) -> AsyncIterator[region_pb2.FetchChunk]:
+        try:
+            scope = await self._scope(request.assertion, Act.READ, context)
+            for uid in (request.study_uid, request.series_uid, request.sop_instance_uid):
+                require_uid(uid, "a UID of an instance")
+            wanted = Wanted(
+                request.study_uid,
+                request.series_uid,
+                request.sop_instance_uid,
+                serde.digest_from(request.digest),
+            )
+            await require_readable(self._passing, self._bringing, self._pools, wanted, scope)
+            async for chunk in self._passing.chunks(wanted, scope):
+                yield region_pb2.FetchChunk(dataset=chunk)
+        except Exception as error:
+            await status.abort(context, error)
 
     async def Wards(self, request: region_pb2.WardsRequest, context: Any) -> region_pb2.WardsReply:
         try:

@@ -5,13 +5,14 @@ answer covers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from archive.model import ConflictRow, Match, PatientKey, Query, StoredInstance
 from federation.coverage import WardCoverage
 from federation.fanout import WardMatches
+from federation.gathering import Coming, Found
 from federation.policy import Principal
 
 
@@ -47,23 +48,19 @@ class WardsSaid:
     coverage: list[WardCoverage] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Promoted:
-    """How it went that wards push what they hold of a study; `complete` when each answered in full."""
-
-    complete: bool
-    coverage: list[WardCoverage] = field(default_factory=list)
-
-
 class WardsPart(Protocol):
     """The wards' part of a regional answer, asked through the hub. Blocking; MissError when the hub does not
     answer."""
 
     def search(self, principal: Principal, query: Query, deadline_s: float) -> WardsSaid: ...
 
-    def promote(
+    def gather(
         self, principal: Principal, study_uid: str, sop_instance_uid: str | None, deadline_s: float
-    ) -> Promoted: ...
+    ) -> Coming:
+        """Has wards push what they hold alone of a study, or of one instance, and says what comes."""
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        """The data set of one that comes, while it arrives; the last of it once it is verified."""
 
 
 class Source(Protocol):
@@ -82,10 +79,11 @@ class Source(Protocol):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance]:
-        """The instances to read; what only a ward holds is fetched first (reading promotes). Raises NotFound
-        when there are none that the principal may see: what is hidden looks like what does not exist.
-        Unavailable when there are none and a ward that may have some did not answer.
+    ) -> Found:
+        """The instances to read; what only a ward holds is on its way when this returns (reading promotes),
+        and is `Awaited`. Raises NotFound when there are none that the principal may see: what is hidden looks
+        like what does not exist. Unavailable when there are none and a ward that may have some is away or did
+        not answer.
         """
 
     def at_hand(
@@ -94,13 +92,21 @@ class Source(Protocol):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance] | None:
+    ) -> Found | None:
         """`instances` as far as nobody has to be asked for it, so that it never waits; None when a ward may
         hold more of it.
         """
 
+    def arrived(self, instance: StoredInstance) -> StoredInstance:
+        """An instance that `instances` gave, as it is here; waits for one that is awaited. Unavailable when
+        it does not come."""
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        """The Part 10 stream of an instance that `instances` gave, while it arrives where it is awaited; the
+        last of it once it is verified."""
+
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
-        """The Part 10 stream of an instance that `instances` gave."""
+        """The Part 10 stream of an instance that `instances` gave; waits for one that is awaited."""
 
     def coverage(self) -> list[WardCoverage]:
         """What an answer would cover now, ward by ward, without asking anybody."""

@@ -36,7 +36,6 @@ from archive.errors import (
     InvalidQuery,
     MissError,
     NotAuthenticated,
-    NotFound,
     OutOfResources,
     Unavailable,
 )
@@ -48,13 +47,16 @@ from certs.identity import Identity
 from federation import serde, status
 from federation.asking import WardAsking
 from federation.assertion import Assertion, countersign, verify
+from federation.bringing import Bringing, require_readable
 from federation.fanout import WardMatches
+from federation.gathering import Coming
+from federation.passing import Passing, Wanted
 from federation.policy import Act, Principal, Reach, Role, granted, narrowed, reach_named, require
 from federation.pools import Pools
-from federation.reading import checked_chunks
 from federation.region_source import RegionSource
+from federation.serde_facts import put_corrections
 from federation.settings import HubSettings
-from federation.source import Promoted, WardsSaid
+from federation.source import WardsSaid
 from protos import common_pb2, window_pb2, window_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class WindowService(window_pb2_grpc.WindowServicer):
         self,
         settings: HubSettings,
         asking: WardAsking,
+        bringing: Bringing,
+        passing: Passing,
         archive: Archive,
         ledger: Ledger,
         identity: Identity,
@@ -94,6 +98,8 @@ class WindowService(window_pb2_grpc.WindowServicer):
     ) -> None:
         self._settings = settings
         self._asking = asking
+        self._bringing = bringing
+        self._passing = passing
         self._archive = archive
         self._ledger = ledger
         self._identity = identity
@@ -154,15 +160,15 @@ class WindowService(window_pb2_grpc.WindowServicer):
             asker = await self._asker(request.assertion, context)
             _require_uids(request.study_uid, request.series_uid, request.sop_instance_uid)
             async with self._turn(self._fetches, asker, self._settings.window_fetches_max):
-                instance = await self._pools.work(self._found, asker.principal, request)
+                scope = require(asker.principal, Act.READ)
+                wanted = await self._wanted(request, scope)
                 if not self._remembers(asker, request.study_uid):
                     await self._audit(asker, "retrieve", _of(request.study_uid))
                     self._remember(asker, request.study_uid)
-                chunks = checked_chunks(
-                    self._archive, request.sop_instance_uid, instance.digest, instance.location
-                )
-                while (chunk := await self._pools.work(next, chunks, None)) is not None:
-                    yield window_pb2.WindowChunk(dataset=chunk)
+                start = max(request.start, 0)
+                async for chunk in self._passing.chunks(wanted, scope, start):
+                    yield window_pb2.WindowChunk(dataset=chunk, start=start)
+                    start = 0
         except Exception as error:
             await status.abort(context, error)
 
@@ -194,7 +200,9 @@ class WindowService(window_pb2_grpc.WindowServicer):
         return replace(query, scope=narrowed(query.scope, scope), pending_only=False)
 
     def _source(self, asker: Asker, *, besides: str) -> RegionSource:
-        wards = OwnWards(self._asking, self._ledger, asker, besides, asyncio.get_running_loop())
+        wards = OwnWards(
+            self._asking, self._bringing, self._ledger, asker, besides, asyncio.get_running_loop()
+        )
         return RegionSource(
             self._archive,
             self._ledger,
@@ -206,15 +214,12 @@ class WindowService(window_pb2_grpc.WindowServicer):
 
     # Reading.
 
-    def _found(self, principal: Principal, request: window_pb2.WindowFetchRequest) -> StoredInstance:
-        scope = require(principal, Act.READ)
-        found = self._archive.instances(
-            request.study_uid, request.series_uid or None, request.sop_instance_uid, scope=scope
-        )
-        for instance in found:
-            if instance.digest == request.digest:
-                return instance
-        raise NotFound("no such instance, or none with this digest")
+    async def _wanted(self, request: window_pb2.WindowFetchRequest, scope: Scope) -> Wanted:
+        """What is here, or what a ward has promised: that is passed on while it arrives."""
+        digest = serde.digest_from(request.digest)
+        wanted = Wanted(request.study_uid, request.series_uid, request.sop_instance_uid, digest)
+        await require_readable(self._passing, self._bringing, self._pools, wanted, scope)
+        return wanted
 
     # The audit log.
 
@@ -289,12 +294,14 @@ class OwnWards:
     def __init__(
         self,
         asking: WardAsking,
+        bringing: Bringing,
         ledger: Ledger,
         asker: Asker,
         besides: str,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._asking = asking
+        self._bringing = bringing
         self._ledger = ledger
         self._asker = asker
         self._besides = besides
@@ -310,18 +317,22 @@ class OwnWards:
             self._asking.coverage(wards, asking.asked),
         )
 
-    def promote(
+    def gather(
         self, principal: Principal, study_uid: str, sop_instance_uid: str | None, deadline_s: float
-    ) -> Promoted:
+    ) -> Coming:
+        """What is listed comes because the wards were asked: whoever fetches it waits for it."""
         wards = self._ledger.wards()
         scope = _without(require(principal, Act.READ), self._besides, wards)
         assertion = serde.assertion_to(self._asker.assertion)
-        asked = self._wait(
-            self._asking.promote(wards, scope, study_uid, sop_instance_uid or "", assertion, deadline_s),
+        listing = self._wait(
+            self._bringing.listing(wards, scope, study_uid, sop_instance_uid or "", assertion, deadline_s),
             deadline_s,
         )
-        complete = not any(one.failure for one in asked.values())
-        return Promoted(complete, self._asking.coverage(wards, asked))
+        coverage = self._asking.coverage(wards, listing.asked)
+        return Coming(listing.held, complete=listing.complete, coverage=coverage)
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        raise NotImplementedError("a window fetches what it was given")
 
     def _wait(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -339,7 +350,7 @@ def _without(scope: Scope, ward: str, wards: Sequence[Ward]) -> Scope:
 
 def _instance_to(instance: StoredInstance) -> window_pb2.WindowInstance:
     location = instance.location
-    return window_pb2.WindowInstance(
+    message = window_pb2.WindowInstance(
         study_uid=instance.study_uid,
         series_uid=instance.series_uid,
         head=serde.head_to(instance.head),
@@ -347,6 +358,8 @@ def _instance_to(instance: StoredInstance) -> window_pb2.WindowInstance:
         size=location.length - location.dataset_offset,
         instance=serde.fields_to(instance.instance),
     )
+    put_corrections(message, instance.corrections)
+    return message
 
 
 def _require_uids(study_uid: str, *below: str) -> None:

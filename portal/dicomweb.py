@@ -12,11 +12,13 @@ from starlette.responses import Response
 
 from archive.errors import Forbidden, NotFound
 from archive.model import StoredInstance, require_uid
+from federation.gathering import Awaited, Found
 from federation.policy import Act, decide
 from portal.access import address_of, visitor_of
 from portal.context import Context
 from portal.negotiate import MediaRange, accepted
 from portal.signin import Visitor
+from portal.workers import Workers
 
 COMPRESSED_BYTES_MIN = 2_048
 LEVEL = 4  # DICOM JSON shrinks tenfold already here, in a quarter of level 9's time
@@ -65,11 +67,32 @@ def compressed(request: Request, body: bytes, media_type: str) -> Response:
     return Response(body, headers=headers, media_type=media_type)
 
 
-async def locate(context: Context, request: Request, words: str) -> tuple[Visitor, Sequence[StoredInstance]]:
+def is_awaited(found: Sequence[StoredInstance]) -> bool:
+    """Whether some of it is still on its way from a ward: reading it may wait."""
+    return any(isinstance(each, Awaited) for each in found)
+
+
+def reading(context: Context, found: Sequence[StoredInstance]) -> Workers:
+    """The threads that read these: what is on its way keeps none of those that read what is here."""
+    return context.fetch if is_awaited(found) else context.read
+
+
+def said_to_lack(found: Found) -> dict[str, str]:
+    """What an answer's headers say of what can't be had now."""
+    return {"Warning": f'299 MISS "incomplete: {_plain(found.lacking)}"'} if found.lacking else {}
+
+
+def _plain(words: str) -> str:
+    return "".join(c if " " <= c <= "~" and c not in '"\\' else "?" for c in words)
+
+
+async def locate(
+    context: Context, request: Request, words: str, *, here: bool = False
+) -> tuple[Visitor, Found]:
     """Who asks, and the instances that the path names; NotFound when there are none or none that may be
-    seen. What only a ward holds is fetched first, so this may wait for the ward. The audit log knows of it
-    when this returns: hundreds of requests for frames of one study are one row, each study that was not
-    found is one."""
+    seen. What only a ward holds is asked for, and on its way when this returns; with `here` it has arrived.
+    The audit log knows of it when this returns: hundreds of requests for frames of one study are one row,
+    each study that was not found is one."""
     names = ("study", "series", "instance")
     uids = {n: require_uid(request.path_params[n], f"the {n}") for n in names if n in request.path_params}
     visitor = visitor_of(request)
@@ -80,6 +103,8 @@ async def locate(context: Context, request: Request, words: str) -> tuple[Visito
         found = await context.read.run(context.source.at_hand, *asked)
         if found is None:
             found = await context.fetch.run(context.source.instances, *asked)
+        if here and is_awaited(found):
+            found = Found([await context.fetch.run(context.source.arrived, each) for each in found])
     except NotFound:
         await context.audit.record(visitor, words, uids, "not found", address_of(request))
         raise

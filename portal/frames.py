@@ -63,7 +63,7 @@ class Frames:
         ranges = accept_of(request)
         forbid_mixture(r for r in ranges if not r.media.startswith("image/"))
         numbers = frame_numbers(request.path_params["frames"])
-        _, found = await locate(self._context, request, "view")
+        _, found = await locate(self._context, request, "view", here=True)
         batches = [numbers[at : at + BATCH_FRAMES] for at in range(0, len(numbers), BATCH_FRAMES)]
         # The first batch is read before the answer begins: what is not there, or not acceptable, must say so.
         layout, as_stored = await self._context.read.run(self._look, found[0], numbers, batches[0])

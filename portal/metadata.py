@@ -83,8 +83,8 @@ class Metadata:
             body = multipart.body(
                 (multipart.Part(DICOM_XML, [dicomxml.document(dataset)]) for dataset in datasets), mark
             )
-        body = reading(self._context, found).stream(body)
-        return StreamingResponse(body, headers=headers, media_type=media_type)
+        stream = reading(self._context, found).stream(body)
+        return StreamingResponse(stream, headers=headers, media_type=media_type)
 
     def _datasets(self, found: Sequence[StoredInstance], base: str) -> Iterator[dict[str, Any]]:
         for stored in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 CHUNK_BYTES = 1 << 20
 
@@ -30,17 +31,22 @@ def content_type(part_type: str, mark: str, transfer_syntax: str = "") -> str:
 
 def body(parts: Iterable[Part], mark: str) -> Iterator[bytes]:
     """The parts one after another; memory does not grow with their number or size."""
-    return gather(_pieces(parts, mark))
+    return gather(chain(pieces(parts, mark), (end(mark),)))
 
 
-def _pieces(parts: Iterable[Part], mark: str) -> Iterator[bytes]:
-    start = f"--{mark}\r\n"
+def pieces(parts: Iterable[Part], mark: str, *, first: bool = True) -> Iterator[bytes]:
+    """The parts without the end; not `first` when others went before."""
+    start = f"--{mark}\r\n" if first else f"\r\n--{mark}\r\n"
     for part in parts:
         location = f"Content-Location: {part.location}\r\n" if part.location else ""
         yield f"{start}Content-Type: {part.content_type}\r\n{location}\r\n".encode("ascii")
         yield from part.content
         start = f"\r\n--{mark}\r\n"
-    yield f"\r\n--{mark}--\r\n".encode("ascii")
+
+
+def end(mark: str) -> bytes:
+    """What says that all parts were there."""
+    return f"\r\n--{mark}--\r\n".encode("ascii")
 
 
 def resumed(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from archive.errors import CannotUnderstand, InvalidQuery, TooLarge
 from archive.model import StoredInstance
 from portal import pixels
 from portal.context import Context
-from portal.dicomweb import accept_of, base_url, locate
+from portal.dicomweb import accept_of, base_url, locate, reading
 from portal.frames import frame_numbers
 from portal.negotiate import MediaRange, NotAcceptable, first, forbid_mixture
 from portal.pixels import View
@@ -56,8 +56,10 @@ class Rendered:
         if len(numbers) > 1:
             raise NotAcceptable("one frame at a time is rendered")
         _, found = await locate(self._context, request, "view")
+        wait = reading(self._context, found)
+        middle = await wait.run(self._context.source.arrived, found[len(found) // 2])
         body = await self._context.decode.run(
-            self._render, found[len(found) // 2], numbers[0], view, media_type
+            self._render, middle, numbers[0], view, media_type
         )
         headers = {}
         if request.query_params.get("annotation"):

@@ -38,6 +38,11 @@ class Workers:
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)
 
+    async def later(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The call's result, for an answer that has begun: it waits for a thread, and is not refused for lack
+        of room."""
+        return await asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+
     def _left(self, _: Future[T]) -> None:
         with self._lock:
             self._busy -= 1

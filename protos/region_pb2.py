@@ -26,7 +26,7 @@ from protos import common_pb2 as protos_dot_common__pb2
 from protos import uplink_pb2 as protos_dot_uplink__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/region.proto\x12\x07miss.v1\x1a\x13protos/common.proto\x1a\x13protos/uplink.proto\"i\n\rSearchRequest\x12\x1d\n\x05query\x18\x01 \x01(\x0b\x32\x0e.miss.v1.Query\x12%\n\tassertion\x18\x02 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"W\n\x0bSearchReply\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.miss.v1.Match\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"x\n\x0ePromoteRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x02 \x01(\t\x12%\n\tassertion\x18\x03 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"I\n\x0cPromoteReply\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"\x95\x01\n\x08Gathered\x12\x1f\n\x06\x63oming\x18\x01 \x03(\x0b\x32\x0f.miss.v1.Coming\x12\x0e\n\x06listed\x18\x02 \x01(\x08\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x0c\n\x04over\x18\x04 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\'\n\x08\x63overage\x18\x06 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"7\n\x06\x43oming\x12\x0c\n\x04ward\x18\x01 \x01(\t\x12\x1f\n\x06listed\x18\x02 \x01(\x0b\x32\x0f.miss.v1.Listed\"\x94\x01\n\x0c\x46\x65tchRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0c\n\x04size\x18\x05 \x01(\x03\x12%\n\tassertion\x18\x06 \x01(\x0b\x32\x12.miss.v1.Assertion\"\x1d\n\nFetchChunk\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\x0c\"\x0e\n\x0cWardsRequest\"S\n\nWardsReply\x12\"\n\x05wards\x18\x01 \x03(\x0b\x32\x13.miss.v1.WardStatus\x12\x10\n\x08\x63lock_us\x18\x02 \x01(\x03\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xd8\x01\n\nWardStatus\x12\'\n\x08\x63overage\x18\x01 \x01(\x0b\x32\x15.miss.v1.WardCoverage\x12\x10\n\x08\x61ttached\x18\x02 \x01(\x08\x12\x19\n\x11\x61ttached_since_us\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x15\n\rclock_skew_us\x18\x05 \x01(\x03\x12#\n\x06report\x18\x06 \x01(\x0b\x32\x13.miss.v1.WardReport\x12\x0e\n\x06issuer\x18\x07 \x01(\t\x12\x17\n\x0flast_receipt_us\x18\x08 \x01(\x03\x32\x9f\x02\n\x06Region\x12\x36\n\x06Search\x12\x16.miss.v1.SearchRequest\x1a\x14.miss.v1.SearchReply\x12\x39\n\x07Promote\x12\x17.miss.v1.PromoteRequest\x1a\x15.miss.v1.PromoteReply\x12\x36\n\x06Gather\x12\x17.miss.v1.PromoteRequest\x1a\x11.miss.v1.Gathered0\x01\x12\x35\n\x05\x46\x65tch\x12\x15.miss.v1.FetchRequest\x1a\x13.miss.v1.FetchChunk0\x01\x12\x33\n\x05Wards\x12\x15.miss.v1.WardsRequest\x1a\x13.miss.v1.WardsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/region.proto\x12\x07miss.v1\x1a\x13protos/common.proto\x1a\x13protos/uplink.proto\"i\n\rSearchRequest\x12\x1d\n\x05query\x18\x01 \x01(\x0b\x32\x0e.miss.v1.Query\x12%\n\tassertion\x18\x02 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"W\n\x0bSearchReply\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.miss.v1.Match\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"x\n\x0ePromoteRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x02 \x01(\t\x12%\n\tassertion\x18\x03 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"I\n\x0cPromoteReply\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"\x95\x01\n\x08Gathered\x12\x1f\n\x06\x63oming\x18\x01 \x03(\x0b\x32\x0f.miss.v1.Coming\x12\x0e\n\x06listed\x18\x02 \x01(\x08\x12\x0f\n\x07\x61rrived\x18\x03 \x03(\t\x12\x0c\n\x04over\x18\x04 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\'\n\x08\x63overage\x18\x06 \x03(\x0b\x32\x15.miss.v1.WardCoverage\"7\n\x06\x43oming\x12\x0c\n\x04ward\x18\x01 \x01(\t\x12\x1f\n\x06listed\x18\x02 \x01(\x0b\x32\x0f.miss.v1.Listed\"\x86\x01\n\x0c\x46\x65tchRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12%\n\tassertion\x18\x05 \x01(\x0b\x32\x12.miss.v1.Assertion\"\x1d\n\nFetchChunk\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\x0c\"\x0e\n\x0cWardsRequest\"S\n\nWardsReply\x12\"\n\x05wards\x18\x01 \x03(\x0b\x32\x13.miss.v1.WardStatus\x12\x10\n\x08\x63lock_us\x18\x02 \x01(\x03\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xd8\x01\n\nWardStatus\x12\'\n\x08\x63overage\x18\x01 \x01(\x0b\x32\x15.miss.v1.WardCoverage\x12\x10\n\x08\x61ttached\x18\x02 \x01(\x08\x12\x19\n\x11\x61ttached_since_us\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x15\n\rclock_skew_us\x18\x05 \x01(\x03\x12#\n\x06report\x18\x06 \x01(\x0b\x32\x13.miss.v1.WardReport\x12\x0e\n\x06issuer\x18\x07 \x01(\t\x12\x17\n\x0flast_receipt_us\x18\x08 \x01(\x03\x32\x9f\x02\n\x06Region\x12\x36\n\x06Search\x12\x16.miss.v1.SearchRequest\x1a\x14.miss.v1.SearchReply\x12\x39\n\x07Promote\x12\x17.miss.v1.PromoteRequest\x1a\x15.miss.v1.PromoteReply\x12\x36\n\x06Gather\x12\x17.miss.v1.PromoteRequest\x1a\x11.miss.v1.Gathered0\x01\x12\x35\n\x05\x46\x65tch\x12\x15.miss.v1.FetchRequest\x1a\x13.miss.v1.FetchChunk0\x01\x12\x33\n\x05Wards\x12\x15.miss.v1.WardsRequest\x1a\x13.miss.v1.WardsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,15 +46,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMING']._serialized_start=619
   _globals['_COMING']._serialized_end=674
   _globals['_FETCHREQUEST']._serialized_start=677
-  _globals['_FETCHREQUEST']._serialized_end=825
-  _globals['_FETCHCHUNK']._serialized_start=827
-  _globals['_FETCHCHUNK']._serialized_end=856
-  _globals['_WARDSREQUEST']._serialized_start=858
-  _globals['_WARDSREQUEST']._serialized_end=872
-  _globals['_WARDSREPLY']._serialized_start=874
-  _globals['_WARDSREPLY']._serialized_end=957
-  _globals['_WARDSTATUS']._serialized_start=960
-  _globals['_WARDSTATUS']._serialized_end=1176
-  _globals['_REGION']._serialized_start=1179
-  _globals['_REGION']._serialized_end=1466
+  _globals['_FETCHREQUEST']._serialized_end=811
+  _globals['_FETCHCHUNK']._serialized_start=813
+  _globals['_FETCHCHUNK']._serialized_end=842
+  _globals['_WARDSREQUEST']._serialized_start=844
+  _globals['_WARDSREQUEST']._serialized_end=858
+  _globals['_WARDSREPLY']._serialized_start=860
+  _globals['_WARDSREPLY']._serialized_end=943
+  _globals['_WARDSTATUS']._serialized_start=946
+  _globals['_WARDSTATUS']._serialized_end=1162
+  _globals['_REGION']._serialized_start=1165
+  _globals['_REGION']._serialized_end=1452
 # @@protoc_insertion_point(module_scope)

@@ -202,13 +202,11 @@ class FetchRequest(_message.Message):
     SERIES_UID_FIELD_NUMBER: _builtins.int
     SOP_INSTANCE_UID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    SIZE_FIELD_NUMBER: _builtins.int
     ASSERTION_FIELD_NUMBER: _builtins.int
     study_uid: _builtins.str
     series_uid: _builtins.str
     sop_instance_uid: _builtins.str
     digest: _builtins.bytes
-    size: _builtins.int
     @_builtins.property
     def assertion(self) -> _common_pb2.Assertion: ...
     def __init__(
@@ -218,12 +216,11 @@ class FetchRequest(_message.Message):
         series_uid: _builtins.str = ...,
         sop_instance_uid: _builtins.str = ...,
         digest: _builtins.bytes = ...,
-        size: _builtins.int = ...,
         assertion: _common_pb2.Assertion | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "digest", b"digest", "series_uid", b"series_uid", "size", b"size", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assertion", b"assertion", "digest", b"digest", "series_uid", b"series_uid", "sop_instance_uid", b"sop_instance_uid", "study_uid", b"study_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

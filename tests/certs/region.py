@@ -114,6 +114,16 @@ class Region(region_pb2_grpc.RegionServicer):
     async def Promote(self, request: region_pb2.PromoteRequest, context: Any) -> region_pb2.PromoteReply:
         return region_pb2.PromoteReply(complete=True)
 
+    async def Gather(
+        self, request: region_pb2.PromoteRequest, context: Any
+    ) -> AsyncIterator[region_pb2.Gathered]:
+        yield region_pb2.Gathered(listed=True, complete=True)
+
+    async def Fetch(
+        self, request: region_pb2.FetchRequest, context: Any
+    ) -> AsyncIterator[region_pb2.FetchChunk]:
+        yield region_pb2.FetchChunk()
+
     async def Wards(self, request: region_pb2.WardsRequest, context: Any) -> region_pb2.WardsReply:
         return region_pb2.WardsReply(version=peer(context).uri)
 

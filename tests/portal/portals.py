@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from archive.errors import NotFound
 from archive.ledger import Session, User
 from archive.model import ConflictRow, PatientKey, Provenance, Query, Scope, StoredInstance, Ward
 from federation.coverage import CoverageState, WardCoverage
+from federation.gathering import Found
 from federation.node_source import NodeSource
 from federation.passwords import hash_password
 from federation.policy import Act, Principal, require
@@ -74,7 +75,7 @@ class EmptySource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance]:
+    ) -> Found:
         require(principal, Act.READ)
         raise NotFound("nothing is here")
 
@@ -84,8 +85,14 @@ class EmptySource:
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> list[StoredInstance] | None:
+    ) -> Found | None:
         return self.instances(principal, study_uid, series_uid, sop_instance_uid)
+
+    def arrived(self, instance: StoredInstance) -> StoredInstance:
+        return instance
+
+    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
+        raise NotFound("nothing is here")
 
     def open_payload(self, instance: StoredInstance) -> BinaryIO:
         raise NotFound("nothing is here")

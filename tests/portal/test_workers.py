@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from archive.archive import Archive
 from archive.errors import InvalidInput, OutOfResources
-from archive.model import StoredInstance
+from federation.gathering import Found
 from federation.policy import Principal
 from portal import multipart, pages
 from portal.app import Room
@@ -182,7 +182,7 @@ class Waiting(ArchiveSource):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance] | None:
+    ) -> Found | None:
         if study_uid == "1.2.3":
             return None
         return super().at_hand(principal, study_uid, series_uid, sop_instance_uid)
@@ -193,7 +193,7 @@ class Waiting(ArchiveSource):
         study_uid: str,
         series_uid: str | None = None,
         sop_instance_uid: str | None = None,
-    ) -> Sequence[StoredInstance]:
+    ) -> Found:
         if study_uid == "1.2.3":
             self.begun.release()
             self.gate.wait(30)
