@@ -131,7 +131,9 @@ class Writing:
             settings, storage, packs_read, facts_read, resumable=partials
         )
         self.recent = Recent()
-        notes = RejectionNotes(self.packs, index, settings.removal, settings.retention)
+        notes = RejectionNotes(
+            self.packs, index, settings.removal, settings.retention, region=not outbox
+        )
         self.indexer = Indexer(
             index, self.packs, self.facts, self.recent, outbox=outbox, on_idle=self._idle, notes=notes.facts
         )

@@ -61,6 +61,8 @@ class CorrectionOrders:
         found = self._archive.index.corrections.named(detail.get("id", ""))
         if found.undone is not None:
             return f"{found.id[:8]} was undone already, by {found.undone.by}"
+        if self._ward and found.ward != self._ward:
+            raise InvalidInput("it was decided in the region: there it is undone")
         withdrawal = Withdrawal(by, reason, time.time_ns() // 1000, self._ward)
         fact = withdrawal_fact(found.id, found.study_uid, withdrawal)
         correction_of(fact)

@@ -71,6 +71,14 @@ def withdrawal_fact(correction_id: str, study_uid: str, withdrawal: Withdrawal) 
     return _fact(study_uid, withdrawal.ward, withdrawal.at_us, body)
 
 
+def facts_of(correction: Correction) -> list[Fact]:
+    """What is known of a correction, as the facts that told it."""
+    facts = [fact_of(correction)] if correction.changes else []
+    if correction.undone is not None:
+        facts.append(withdrawal_fact(correction.id, correction.study_uid, correction.undone))
+    return facts
+
+
 def _fact(study_uid: str, ward: str, at_us: int, body: Mapping[str, object]) -> Fact:
     detail = json.dumps(body, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
     return Fact(FactKind.CORRECTED, study_uid, b"", ward, at_us, detail)

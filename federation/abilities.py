@@ -13,7 +13,7 @@ INVENTORY = "inventory"  # inventories are compared (`protos/inventory.proto`)
 RESTORE = "restore"      # a ward gets back what it gave (`protos/restore.proto`)
 STREAM = "stream"        # an instance is read while it arrives
 
-OURS: tuple[str, ...] = (RESUME, ZSTD, RESTORE,)
+OURS: tuple[str, ...] = (RESUME, ZSTD, RESTORE, FACTS, INVENTORY)
 _SHARED_MAX = 64
 
 

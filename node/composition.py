@@ -15,6 +15,8 @@ from archive.ledger import Ledger
 from archive.orders import OrderDesk
 from certs.identity import Identity
 from federation.deliveries import Deliveries
+from federation.facts_exchange import FactsExchange
+from federation.facts_refusals import refusals_to
 from federation.restoring import Restoring
 from federation.uplink import Uplink
 from federation.window import RegionWindow
@@ -211,9 +213,10 @@ class _Making:
 
     def _uplink(self) -> Uplink:
         settings = self._settings
+        facts = FactsExchange(self.archive, self._identity.ward, refusals_to(self.ledger.audit))
         return Uplink(self.archive, self._identity, settings.uplink, ae_title=self._ae_title,
                       audit=self.ledger.audit, deliveries=settings.deliveries,
-                      on_standings=self.ledger.note_standings, parts=(self.restoring,))
+                      on_standings=self.ledger.note_standings, parts=(self.restoring, facts))
 
     def _cache(self, uplink: Uplink | None) -> Cache:
         settings, identity = self._settings, self._identity

@@ -99,7 +99,7 @@ class TellFacts(_message.Message):
     """of the caller's disk"""
     @_builtins.property
     def to(self) -> Global___FactsCursor:
-        """where these facts end; absent: the hub is only asked how far it was told"""
+        """where these facts end; absent within a batch, and when the hub is only asked"""
 
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToldFact]:
@@ -206,30 +206,32 @@ class NextFacts(_message.Message):
 Global___NextFacts: _TypeAlias = NextFacts  # noqa: Y015
 
 @_typing.final
-class NextFactsReply(_message.Message):
+class FactsPage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FACTS_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
-    MORE_FIELD_NUMBER: _builtins.int
-    more: _builtins.bool
+    LAST_FIELD_NUMBER: _builtins.int
+    last: _builtins.bool
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToldFact]:
         """at most 500, and 1 MiB"""
 
     @_builtins.property
-    def cursor(self) -> Global___FactsCursor: ...
+    def cursor(self) -> Global___FactsCursor:
+        """where they end; absent within a batch, and for what is told out of its order"""
+
     def __init__(
         self,
         *,
         facts: _abc.Iterable[Global___ToldFact] | None = ...,
         cursor: Global___FactsCursor | None = ...,
-        more: _builtins.bool = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "facts", b"facts", "more", b"more"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "facts", b"facts", "last", b"last"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___NextFactsReply: _TypeAlias = NextFactsReply  # noqa: Y015
+Global___FactsPage: _TypeAlias = FactsPage  # noqa: Y015

@@ -39,10 +39,10 @@ class FactsStub:
                 request_serializer=protos_dot_facts__pb2.TellFacts.SerializeToString,
                 response_deserializer=protos_dot_facts__pb2.ToldFacts.FromString,
                 _registered_method=True)
-        self.Next = channel.unary_unary(
+        self.Next = channel.unary_stream(
                 '/miss.v1.Facts/Next',
                 request_serializer=protos_dot_facts__pb2.NextFacts.SerializeToString,
-                response_deserializer=protos_dot_facts__pb2.NextFactsReply.FromString,
+                response_deserializer=protos_dot_facts__pb2.FactsPage.FromString,
                 _registered_method=True)
 
 
@@ -57,7 +57,7 @@ class FactsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Next(self, request, context):
-        """What the region knows beyond the ward's cursor and concerns it. One page; `more` says that there is another.
+        """What the region knows beyond the ward's cursor and concerns it, in pages, until all is told.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,10 +71,10 @@ def add_FactsServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_facts__pb2.TellFacts.FromString,
                     response_serializer=protos_dot_facts__pb2.ToldFacts.SerializeToString,
             ),
-            'Next': grpc.unary_unary_rpc_method_handler(
+            'Next': grpc.unary_stream_rpc_method_handler(
                     servicer.Next,
                     request_deserializer=protos_dot_facts__pb2.NextFacts.FromString,
-                    response_serializer=protos_dot_facts__pb2.NextFactsReply.SerializeToString,
+                    response_serializer=protos_dot_facts__pb2.FactsPage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -125,12 +125,12 @@ class Facts:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/miss.v1.Facts/Next',
             protos_dot_facts__pb2.NextFacts.SerializeToString,
-            protos_dot_facts__pb2.NextFactsReply.FromString,
+            protos_dot_facts__pb2.FactsPage.FromString,
             options,
             channel_credentials,
             insecure,

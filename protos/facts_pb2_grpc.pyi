@@ -35,16 +35,16 @@ class FactsStub:
     def __new__(cls, channel: _aio.Channel) -> FactsAsyncStub: ...
     Tell: _grpc.UnaryUnaryMultiCallable[_facts_pb2.TellFacts, _facts_pb2.ToldFacts]
     """A ward tells its own. The reply says from where on it is to be told: the hub's word counts."""
-    Next: _grpc.UnaryUnaryMultiCallable[_facts_pb2.NextFacts, _facts_pb2.NextFactsReply]
-    """What the region knows beyond the ward's cursor and concerns it. One page; `more` says that there is another."""
+    Next: _grpc.UnaryStreamMultiCallable[_facts_pb2.NextFacts, _facts_pb2.FactsPage]
+    """What the region knows beyond the ward's cursor and concerns it, in pages, until all is told."""
 
 @_typing.type_check_only
 class FactsAsyncStub(FactsStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Tell: _aio.UnaryUnaryMultiCallable[_facts_pb2.TellFacts, _facts_pb2.ToldFacts]  # type: ignore[assignment]
     """A ward tells its own. The reply says from where on it is to be told: the hub's word counts."""
-    Next: _aio.UnaryUnaryMultiCallable[_facts_pb2.NextFacts, _facts_pb2.NextFactsReply]  # type: ignore[assignment]
-    """What the region knows beyond the ward's cursor and concerns it. One page; `more` says that there is another."""
+    Next: _aio.UnaryStreamMultiCallable[_facts_pb2.NextFacts, _facts_pb2.FactsPage]  # type: ignore[assignment]
+    """What the region knows beyond the ward's cursor and concerns it, in pages, until all is told."""
 
 class FactsServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,7 +60,7 @@ class FactsServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _facts_pb2.NextFacts,
         context: _ServicerContext,
-    ) -> _typing.Union[_facts_pb2.NextFactsReply, _abc.Awaitable[_facts_pb2.NextFactsReply]]:
-        """What the region knows beyond the ward's cursor and concerns it. One page; `more` says that there is another."""
+    ) -> _typing.Union[_abc.Iterator[_facts_pb2.FactsPage], _abc.AsyncIterator[_facts_pb2.FactsPage]]:
+        """What the region knows beyond the ward's cursor and concerns it, in pages, until all is told."""
 
 def add_FactsServicer_to_server(servicer: FactsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -79,7 +79,7 @@ def apply_corrections(connection: Connection, facts: Sequence[Fact], *, read: At
             continue  # of a newer release; it stays in the fact log
         given[one.id] = joined(given[one.id], one) if one.id in given else one
     rows = by_uid(connection, select(correction), correction.c.id, given)
-    known = {row.id: _correction(row) for row in rows}
+    known = {row.id: correction_row(row) for row in rows}
     changed: set[str] = set()
     for one in given.values():
         before = known.get(one.id)
@@ -99,7 +99,7 @@ def of_studies(connection: Connection, study_uids: Iterable[str]) -> dict[str, l
     """The corrections of these studies, withdrawn ones too."""
     found: dict[str, list[Correction]] = {}
     for row in by_uid(connection, select(correction), correction.c.study_instance_uid, set(study_uids)):
-        found.setdefault(row.study_instance_uid, []).append(_correction(row))
+        found.setdefault(row.study_instance_uid, []).append(correction_row(row))
     return found
 
 
@@ -118,14 +118,14 @@ def listed(connection: Connection, limit: int, study_uid: str | None = None) -> 
     if study_uid is not None:
         query = query.where(correction.c.study_instance_uid == study_uid)
     query = query.order_by(correction.c.at_us.desc(), correction.c.id.desc())
-    return [_correction(row) for row in connection.execute(query.limit(limit))]
+    return [correction_row(row) for row in connection.execute(query.limit(limit))]
 
 
 def named(connection: Connection, start: str) -> list[Correction]:
     """The corrections whose id begins so; two are enough to say that it is not one."""
     query = select(correction).where(correction.c.id >= start, correction.c.id < start + "g",
                                      correction.c.changes != "")  # fmt: skip
-    return [_correction(row) for row in connection.execute(query.limit(2))]
+    return [correction_row(row) for row in connection.execute(query.limit(2))]
 
 
 def has_room(connection: Connection, study_uid: str) -> bool:
@@ -136,7 +136,7 @@ def has_room(connection: Connection, study_uid: str) -> bool:
     )
 
 
-def _correction(row: Any) -> Correction:
+def correction_row(row: Any) -> Correction:
     changes = tuple(sorted(json.loads(row.changes).items())) if row.changes else ()
     undone = None
     if row.undone_us:

@@ -12,8 +12,16 @@ from sqlalchemy import Connection, delete, exists, insert, select
 
 from archive.corrections import Correction
 from archive.database import Database
-from archive.index.corrected import of_studies
-from archive.index.schema import correction, fact_cursor, known_fact, series_ward
+from archive.index.corrected import correction_row, of_studies
+from archive.index.schema import (
+    correction,
+    fact_cursor,
+    holding,
+    instance,
+    known_fact,
+    removed,
+    series_ward,
+)
 from archive.index.statements import by_uid
 from archive.model import START, Fact, FactKind, Position
 
@@ -37,6 +45,14 @@ def key_of(fact: Fact) -> bytes:
     parts = (fact.kind.value, fact.sop_instance_uid, fact.ward, str(fact.at_us), fact.detail)
     text = "\0".join(parts).encode("utf-8", "backslashreplace")
     return hashlib.blake2b(text + fact.digest, digest_size=16).digest()
+
+
+def sum_of(facts: Iterable[Fact]) -> bytes:
+    """Stands for these facts, whatever their order."""
+    total = 0
+    for fact in facts:
+        total ^= int.from_bytes(key_of(fact), "big")
+    return total.to_bytes(16, "big")
 
 
 def note_known(connection: Connection, facts: Sequence[Fact]) -> None:
@@ -79,6 +95,27 @@ def holders(connection: Connection, study_uids: Iterable[str]) -> dict[str, set[
     return found
 
 
+def known_at(connection: Connection, uid: str) -> set[str]:
+    """The wards that hold what lies under a UID of a study, a series or an instance, shown or removed; none
+    when nothing is known of it."""
+    found: set[str] = set()
+    for table in (instance, removed, holding):
+        for column in (
+            table.c.study_instance_uid, table.c.series_instance_uid, table.c.sop_instance_uid,
+        ):  # fmt: skip
+            query = select(table.c.ward).distinct().where(column == uid)
+            found.update(row.ward for row in connection.execute(query))
+    return found
+
+
+def corrected_among(connection: Connection, uids: Iterable[str]) -> set[str]:
+    """The studies of these instances of which something is corrected."""
+    query = select(instance.c.study_instance_uid).distinct().where(
+        exists().where(correction.c.study_instance_uid == instance.c.study_instance_uid)
+    )  # fmt: skip
+    return {row[0] for row in by_uid(connection, query, instance.c.sop_instance_uid, set(uids))}
+
+
 def corrections_at(connection: Connection, ward: str) -> list[Correction]:
     """The corrections of studies of which this ward holds a part, by their id."""
     query = select(correction.c.study_instance_uid).distinct().where(
@@ -89,6 +126,10 @@ def corrections_at(connection: Connection, ward: str) -> list[Correction]:
     studies = [row.study_instance_uid for row in connection.execute(query)]
     found = of_studies(connection, studies)
     return sorted((one for each in found.values() for one in each), key=lambda one: one.id)
+
+
+def all_corrections(connection: Connection) -> list[Correction]:
+    return [correction_row(row) for row in connection.execute(select(correction))]
 
 
 class Travel:
@@ -103,13 +144,6 @@ class Travel:
         there = self._database.read(lambda connection: known(connection, keys))
         return [fact for key, fact in keys.items() if key not in there]
 
-    def sum_of(self, facts: Sequence[Fact]) -> bytes:
-        """Stands for these facts, whatever their order."""
-        total = 0
-        for fact in facts:
-            total ^= int.from_bytes(key_of(fact), "big")
-        return total.to_bytes(16, "big")
-
     def cursor(self, teller: str) -> Cursor:
         return self._database.read(lambda connection: cursor(connection, teller))
 
@@ -120,6 +154,26 @@ class Travel:
         """The wards that hold a part of each of these studies; those not here are left out."""
         return self._database.read(lambda connection: holders(connection, study_uids))
 
-    def corrected_studies(self, ward: str) -> list[Correction]:
+    def known_at(self, uid: str) -> set[str]:
+        """The wards that hold what lies under a UID of any level; none when nothing is known of it."""
+        return self._database.read(lambda connection: known_at(connection, uid))
+
+    def has_corrections(self) -> bool:
+        """Whether anything was ever corrected; microseconds on SQLite."""
+        return self._database.quick("SELECT 1 FROM correction LIMIT 1") is not None
+
+    def corrected_among(self, uids: Iterable[str]) -> set[str]:
+        """The studies of these instances of which something is corrected."""
+        return self._database.read(lambda connection: corrected_among(connection, uids))
+
+    def corrections_at(self, ward: str) -> list[Correction]:
         """The corrections of the studies of which this ward holds a part."""
         return self._database.read(lambda connection: corrections_at(connection, ward))
+
+    def corrections_of(self, study_uids: Iterable[str]) -> list[Correction]:
+        """The corrections of these studies."""
+        found = self._database.read(lambda connection: of_studies(connection, study_uids))
+        return [one for each in found.values() for one in each]
+
+    def all_corrections(self) -> list[Correction]:
+        return self._database.read(all_corrections)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from archive.errors import Corrupt, TooLarge
+from archive.errors import Corrupt, NotFound, TooLarge
 from archive.model import (
     START,
     Attributes,
@@ -44,6 +44,7 @@ BATCH_FACTS_MAX = 10_000
 BATCH_BYTES_MAX = 16 << 20
 _KIND = 16  # beside the kinds of a pack's records
 _INFLATED_BYTES_MAX = 256 << 20
+_SEALED_BYTES = 256  # a record's trailer, with its digest, and more
 _DEFLATED = b"x"  # how zlib begins; JSON begins with a brace
 
 LIMITS = LogLimits(file_bytes_max=256 << 20, file_age_s_max=365 * 86400.0, ahead_bytes=1 << 20)
@@ -96,6 +97,18 @@ class FactReader:
                 facts, after = _decode(text)
                 start = Position(item.number, header.offset)
                 yield FactBatch(facts, after, Position(item.number, header.end), start)
+
+
+    def seal_at(self, position: Position) -> bytes:
+        """Stands for what was recorded just below a place: a log that was put back from a backup, and went on
+        otherwise, has another one there. Empty when nothing lies there."""
+        start = max(position.offset - _SEALED_BYTES, 0)
+        try:
+            name = LAYOUT.name_of(position.file)
+            below = self._storage.reader(name).read(start, position.offset - start)
+        except (NotFound, OSError):
+            return b""
+        return hashlib.blake2b(below, digest_size=8).digest() if below.strip(b"\0") else b""
 
 
 class FactLog(FactReader):

@@ -98,7 +98,7 @@ def test_a_correction_is_a_fact_and_comes_back_from_it() -> None:
 )  # fmt: skip
 def test_what_can_t_be_a_value_or_be_corrected_is_refused_and_not_quoted(keyword: str, value: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        correction_of(fact_of(correction(**{keyword: value})))
+        correction_of(fact_of(replace(correction(), changes=((keyword, value),))))
     assert len(value) < 4 or value not in str(caught.value)
 
 
