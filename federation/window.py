@@ -39,6 +39,7 @@ from federation.assertion import sign
 from federation.coverage import CoverageState, WardCoverage
 from federation.hub_channel import DRAIN_S, errors_restored
 from federation.policy import Principal, Reach, reach_named
+from federation.serde_facts import corrections_from
 from federation.settings import WindowSettings
 from federation.source import Answer
 from federation.uplink import Uplink
@@ -339,6 +340,7 @@ def _instance(message: window_pb2.WindowInstance) -> StoredInstance:
         location=Location("", 0, message.size, 0),
         instance=serde.fields_from(message.instance),
         evicted=True,
+        corrections=corrections_from(message),
     )
 
 
