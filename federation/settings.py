@@ -164,6 +164,24 @@ class DeliverySettings:
 
 
 @dataclass(frozen=True)
+class ReconcileSettings:
+    """The comparison of what a ward gave with what the region has of it."""
+
+    at_hour: float = setting(
+        3.0, "When it begins each night, in hours of the local day; 1.5 is half past one.", "h",
+        minimum=0.0, maximum=23.99,
+    )
+    jitter_s: float = setting(
+        3600.0, "It begins at random within so much after that, so that wards don't all begin at once.", "s",
+        minimum=0.0, maximum=12 * 3600.0,
+    )
+    refill_days: float = setting(
+        7.0, "A node on a new disk fetches again what it had received in the last days; the rest is listed, "
+        "and lies in the region.", "days", minimum=0.0, maximum=36_500.0,
+    )
+
+
+@dataclass(frozen=True)
 class WindowSettings:
     """What a node fetches from the region for its devices."""
 

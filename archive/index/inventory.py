@@ -93,6 +93,10 @@ class Inventories:
         """How these stand, those that are known here."""
         return self._database.read(lambda connection: _standings(connection, contents))
 
+    def held(self, ward: str, contents: Iterable[Content]) -> set[Content]:
+        """Those that came from that ward or are a copy there."""
+        return self._database.read(lambda connection: _held(connection, ward, contents))
+
     def last_confirmed(self, limit: int) -> list[Content]:
         """The contents with the newest receipts; reads through all that is here."""
         return self._database.read(lambda connection: _last_confirmed(connection, limit))
@@ -182,6 +186,15 @@ def _standings(connection: Connection, contents: Iterable[Content]) -> dict[Cont
                                           row.receipt_us, content in queued, row.ward,
                                           table is removed)  # fmt: skip
     return found
+
+
+def _held(connection: Connection, ward: str, contents: Iterable[Content]) -> set[Content]:
+    wanted = set(contents)
+    uids = {uid for uid, _ in wanted}
+    query = select(holding.c.sop_instance_uid).where(holding.c.ward == ward)
+    copied = {row[0] for row in by_uid(connection, query, holding.c.sop_instance_uid, uids)}
+    found = _standings(connection, wanted)
+    return {content for content, one in found.items() if one.ward == ward or content[0] in copied}
 
 
 def _last_confirmed(connection: Connection, limit: int) -> list[Content]:
