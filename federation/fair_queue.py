@@ -89,7 +89,7 @@ class FairQueue:
 
     async def enter(self, ward: str, cost: int, *, urgent: bool = False) -> Turn:
         """Returns when this ward's batch is the next to be worked on."""
-        turn = Turn(cost, asyncio.get_running_loop().create_future(), self)
+        turn = Turn(max(cost, 1), asyncio.get_running_loop().create_future(), self)
         (self._urgent if urgent else self._ordinary).put(ward, turn)
         self._grant()
         try:
