@@ -71,7 +71,7 @@ class Cache:
         self._fetching = Rounds("prefetch", self._prefetch, log, retry_s=LOOK_S, first_s=RETRY_S)
         self._uses = Uses(ledger, clock)
         self.room = RoomMaker(
-            archive, ledger, settings, rules,
+            archive, ledger, settings, rules, self._uses,
             protected_to_us=lambda: None if (said := policy()) is None else said.protected_to_us,
             held=held, room=room or (lambda: room_of(archive)), clock=clock,
             stopping=self._rounds.stopping.is_set,

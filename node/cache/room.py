@@ -16,6 +16,7 @@ from archive.errors import MissError, Unavailable
 from archive.index.cached import PAGE_MAX
 from archive.ledger import Ledger
 from archive.space.eviction import EvictionReport, EvictionRequest
+from archive.uses import Uses
 from node.cache.policy import DAY_US, Candidate, Marks, Room, Survey, Surveying, unused
 from node.cache.rules import RulesFile
 from node.settings import CacheSettings
@@ -55,6 +56,7 @@ class RoomMaker:
         ledger: Ledger,
         settings: CacheSettings,
         rules: RulesFile,
+        uses: Uses,
         *,
         protected_to_us: Callable[[], int | None],
         held: Callable[[], bool],
@@ -66,6 +68,7 @@ class RoomMaker:
         self._ledger = ledger
         self._settings = settings
         self._rules = rules
+        self._uses = uses
         self._protected_to_us = protected_to_us
         self._held = held
         self._room = room
@@ -147,6 +150,7 @@ class RoomMaker:
     def take_survey(self) -> Survey:
         """A look at all studies."""
         self._archive.wait_indexed()
+        self._uses.flush()
         protected_to_us = self._protected_to_us() or 0
         surveying = Surveying(self._ledger.pins(), self._rules.look().keep, self._clock())
         after = ""
