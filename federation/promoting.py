@@ -96,13 +96,17 @@ class Promoting:
         coming = self._coming(principal, study_uid, sop_instance_uid)
         here = self._archive.instances(study_uid, series_uid, sop_instance_uid, scope=scope)
         known = {one.head.sop_instance_uid for one in here}
-        rest = {
-            held.instance.head.sop_instance_uid: awaited(held.instance, coming)
+        listed = [
+            held.instance
             for held in coming.listed
             if scope.allows(held.ward)
             and series_uid in (None, held.instance.series_uid)
             and sop_instance_uid in (None, held.instance.head.sop_instance_uid)
             and held.instance.head.sop_instance_uid not in known
+        ]
+        rest = {
+            one.head.sop_instance_uid: awaited(one, coming)
+            for one in self._archive.index.corrections.over(listed)
         }
         states = self._ledger.ward_states()
         away = self._away(scope, states)
@@ -134,7 +138,9 @@ class Promoting:
 
     def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
         size = instance.location.length - instance.location.dataset_offset
-        if isinstance(instance, Awaited) and size >= PASSED_ON_BYTES_MIN:
+        # One that is corrected is read when it has arrived: what passes passes as it came.
+        is_plain = instance.corrections is None
+        if isinstance(instance, Awaited) and is_plain and size >= PASSED_ON_BYTES_MIN:
             yield part10_prefix(instance.head)
             yield from self._hub.passing(principal, instance)
             return
