@@ -52,6 +52,7 @@ class Behaviour:
     pending: int = 0
     delay_s: float = 0.0
     hangs: bool = False
+    aside: bool = False  # what it holds alone was set aside: it does not come to the region
 
 
 IDLE = Behaviour()
@@ -100,9 +101,11 @@ class SimulatedWard:
 
     async def report(self) -> None:
         async with self._writing:
+            held, aside = self.behaviour.pending, self.behaviour.aside
             report = uplink_pb2.WardReport(
-                pending=self.behaviour.pending, clock_us=time.time_ns() // 1000, instances=1
-            )
+                pending=0 if aside else held, set_aside=held if aside else 0,
+                clock_us=time.time_ns() // 1000, instances=held,
+            )  # fmt: skip
             await self._call.write(uplink_pb2.NodeMessage(report=report))
 
     async def _attach(self, stub: Any, places: asyncio.Semaphore) -> None:

@@ -1,7 +1,7 @@
 """How the hub asks wards what they still hold alone; that it comes here is `bringing.py`. Wards are asked all
-at once, each with the same deadline, and only those that are attached and have something pending; one that did
-not answer lately is waited for less (`federation/leash.py`). Lives in the hub's event loop; it decides
-nothing about who may ask: its callers have.
+at once, each with the same deadline, and only those that are attached and have something pending or set
+aside; one that did not answer lately is waited for less (`federation/leash.py`). Lives in the hub's event
+loop; it decides nothing about who may ask: its callers have.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archive.errors import MissError, OutOfResources, Unavailable
+from archive.ledger import WardState
 from archive.model import Match, Query, Scope, Ward
 from federation import serde
 from federation.attachments import Ask, Attachment, Attachments
-from federation.coverage import Asked, WardCoverage, coverage_of, is_worth_asking
+from federation.coverage import Asked, WardCoverage, coverage_of, is_worth_asking, is_worth_searching
 from federation.leash import Leash
 from federation.pools import Pools
 from federation.settings import HubSettings
@@ -77,7 +78,7 @@ class WardAsking:
             asking.matches[ward] = list(answer.matches)
             asking.asked[ward] = Asked(TRUNCATED if answer.truncated else "")
 
-        await _all(one(ward.id) for ward in self.worth_asking(wards, query.scope))
+        await _all(one(ward.id) for ward in self._worth(wards, query.scope, is_worth_searching))
         return asking
 
     async def ask(
@@ -126,14 +127,19 @@ class WardAsking:
             leash.answered()
 
     def worth_asking(self, wards: Sequence[Ward], scope: Scope) -> list[Ward]:
-        """Those in the scope that are attached and hold something alone."""
+        """Those in the scope that are attached and hold something alone that is to come here."""
+        return self._worth(wards, scope, is_worth_asking)
+
+    def _worth(
+        self, wards: Sequence[Ward], scope: Scope, is_worth: Callable[[WardState | None, int], bool]
+    ) -> list[Ward]:
         now_us, states = self._pools.clock(), self._attachments.states
         return [
             ward
             for ward in wards
             if scope.allows(ward.id)
             and self._attachments.attached(ward.id) is not None
-            and is_worth_asking(states.get(ward.id), now_us)
+            and is_worth(states.get(ward.id), now_us)
         ]
 
 

@@ -178,6 +178,11 @@ def is_worth_asking(state: WardState | None, now_us: int) -> bool:
     return state is not None and is_present(state, now_us) and state.pending > 0
 
 
+def is_worth_searching(state: WardState | None, now_us: int) -> bool:
+    """The same for a search: what was set aside does not come, and is found all the same."""
+    return state is not None and is_present(state, now_us) and state.pending + state.set_aside > 0
+
+
 def coverage_of(ward: Ward, state: WardState | None, now_us: int, asked: Asked | None = None) -> WardCoverage:
     """The ward's part of an answer; `asked` when it was asked for its pending instances."""
     if state is None or not state.seen_us:
@@ -228,6 +233,12 @@ def _standing(state: WardState, now_us: int, asked: Asked | None) -> tuple[Cover
         where = "not yet here" if present else "still at the ward, which is away"
         return CoverageState.INCOMPLETE, f"{_instances(state.pending)} {where}"
     return (CoverageState.UP_TO_DATE if present else CoverageState.AS_OF), ""
+
+
+def apart(coverage: WardCoverage) -> int:
+    """How many instances are set aside at a ward that did not answer just now: an answer lacks them, though
+    the ward counts as covered."""
+    return 0 if coverage.state is CoverageState.ANSWERED else coverage.set_aside
 
 
 def lacking(coverage: Iterable[WardCoverage], now_us: int, max_age_s: float) -> list[WardCoverage]:

@@ -144,7 +144,7 @@ class RegionSource:
         say.
         """
         standing = self._standings.now()
-        if not standing.is_worth_asking(query.scope):
+        if not standing.is_worth_searching(query.scope):
             return WardsSaid(coverage=standing.coverage(query.scope))
         asked_level = Level.STUDY if query.level is Level.PATIENT else query.level
         question = replace(query, level=asked_level, limit=None, offset=0, after=None)

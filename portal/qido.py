@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from archive.dataset import attributes
 from archive.model import Level, Match, Query, is_uid, require_uid
-from federation.coverage import WardCoverage
+from federation.coverage import WardCoverage, apart
 from federation.policy import Act, decide
 from federation.source import Answer
 from portal import dicomxml, multipart
@@ -217,7 +217,9 @@ def coverage_warnings(coverage: Sequence[WardCoverage]) -> list[str]:
     """A warning that names the wards that are missing (Q10): incomplete is never shown as "no studies"."""
     missing = [ward for ward in coverage if not ward.covered]
     if not missing:
-        return []
+        aside = [f"{ward.title} ({apart(ward)})" for ward in coverage if apart(ward)][:COVERAGE_WARDS_MAX]
+        words = "What is set aside at these wards is not in this answer"
+        return [f"{words}: {'; '.join(aside)}"] if aside else []
     named = "; ".join(
         f"{ward.title} ({ward.reason or ward.state.value})" for ward in missing[:COVERAGE_WARDS_MAX]
     )

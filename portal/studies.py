@@ -9,7 +9,7 @@ from datetime import date, datetime, tzinfo
 from urllib.parse import urlencode
 
 from archive.model import Fields, Level, Match, Query, StudyPlace, is_uid
-from federation.coverage import CoverageState, WardCoverage, plain_words
+from federation.coverage import CoverageState, WardCoverage, apart, plain_words
 from federation.source import Answer
 
 PAGE_ROWS = 50
@@ -164,11 +164,12 @@ class Listing:
 def listing(answer: Answer, search: Search, now_us: int, zone: tzinfo) -> Listing:
     wards = {ward.ward: ward for ward in answer.coverage}
     matches, more = answer.matches, answer.more
+    whole = answer.covered and not any(apart(ward) for ward in answer.coverage)
     return Listing(
         rows=tuple(_row(match, wards) for match in matches),
         covered=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if ward.covered),
         missing=tuple(ward_line(ward, now_us, zone) for ward in answer.coverage if not ward.covered),
-        caption=_caption(len(matches), search, more, whole=answer.covered),
+        caption=_caption(len(matches), search, more, whole=whole),
         newest=replace(search, after=None).url() if search.after else "",
         next=replace(search, after=matches[-1].place).url() if more and matches else "",
     )

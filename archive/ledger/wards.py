@@ -33,7 +33,8 @@ class WardState:
     last_receipt_us: int = 0
 
 
-_MARK = """SELECT count(CASE WHEN attached AND pending > 0 THEN 1 END), (SELECT count(*) FROM ward), count(*),
+_MARK = """SELECT count(CASE WHEN attached AND pending + set_aside > 0 THEN 1 END),
+(SELECT count(*) FROM ward), count(*),
 count(CASE WHEN attached THEN 1 END), max(attached_since_us), sum(pending), sum(set_aside),
 count(CASE WHEN seen_us = 0 THEN 1 END), count(CASE WHEN complete_to_us = 0 THEN 1 END),
 sum(length(lost_note)) FROM ward_state"""
@@ -71,7 +72,7 @@ class Wards(Subject):
 
     def ward_mark(self) -> tuple[int, ...]:
         """Changes whenever anything of the wards does but the times of their last reports and receipts; first
-        how many are attached and have something pending. Microseconds on SQLite."""
+        how many are attached and hold something alone. Microseconds on SQLite."""
         return tuple(int(value or 0) for value in self._database.quick(_MARK))
 
     def ward_states(self) -> dict[str, WardState]:

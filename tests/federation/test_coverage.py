@@ -154,3 +154,8 @@ def test_set_aside_is_listed_apart_and_hides_nothing_else() -> None:
     coverage = coverage_of(WARD, state, MORNING)
     assert coverage.state is CoverageState.UP_TO_DATE
     assert plain_words(coverage, MORNING) == "San Martino Radiology up to date; 2 instances set aside"
+    # It is found at the ward all the same: only a ward that was not asked leaves it out.
+    assert cov.is_worth_searching(state, MORNING) and not cov.is_worth_asking(state, MORNING)
+    assert cov.apart(coverage) == 2
+    assert cov.apart(coverage_of(WARD, state, MORNING, Asked())) == 0
+    assert not cov.is_worth_searching(cov.departed(state), MORNING)

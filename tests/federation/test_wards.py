@@ -54,8 +54,8 @@ def behave(region: Region, wards: SimulatedWards, behaviours: Mapping[int, Behav
     wanted = {ward_number(number).id: one.pending for number, one in behaviours.items() if one.pending}
 
     def kept() -> bool:
-        states = region.ledger.ward_states().values()
-        return {state.ward: state.pending for state in states if state.pending} == wanted
+        held = {state.ward: state.pending + state.set_aside for state in region.ledger.ward_states().values()}
+        return {ward: count for ward, count in held.items() if count} == wanted
 
     wait_for(kept, "what the wards report is kept")
 
@@ -91,6 +91,16 @@ def test_only_who_holds_something_alone_is_asked_and_all_of_them_at_once(
     behave(region, wards, {})
     assert source.search(EVA, STUDIES).covered
     assert sum(ward.asked for ward in wards.wards) == 5  # nobody holds anything: nobody was asked
+
+
+def test_what_is_set_aside_at_a_ward_is_found_there(
+    region: Region, wards: SimulatedWards, source: RegionSource
+) -> None:
+    behave(region, wards, {7: Behaviour(3, aside=True)})
+    answer = source.search(EVA, STUDIES)
+    assert alone(answer) == {ward_number(7).id} and answer.covered
+    (coverage,) = [one for one in answer.coverage if one.ward == ward_number(7).id]
+    assert (coverage.state, coverage.set_aside) == (CoverageState.ANSWERED, 3)
 
 
 def test_wards_that_hang_are_named_cost_little_and_come_back_by_themselves(

@@ -168,6 +168,19 @@ def test_every_answer_says_what_it_covers(make_app: AppMaker, archive: Archive) 
     assert "not complete: Gaslini P?d (3 instances" in response.headers["warning"]
 
 
+def test_what_is_set_aside_at_a_ward_that_was_not_asked_is_warned_of(
+    make_app: AppMaker, archive: Archive
+) -> None:
+    here = EmptySource().wards[0]
+    away = replace(here, ward=GASLINI, hospital="Gaslini", state=CoverageState.AS_OF, set_aside=2)
+    client = signed_in(make_app(ArchiveSource(archive, (here, away))), "doc")
+    response = client.get(f"{ROOT}/studies", headers=JSON)
+    assert response.status_code == 204
+    assert "is not in this answer: Gaslini Radiology (2)" in response.headers["warning"]
+    assert "No studies." not in client.get("/studies").text
+    assert "No studies." in signed_in(make_app(ArchiveSource(archive, (here,))), "doc").get("/studies").text
+
+
 def test_priors_are_bound_to_the_person_who_was_opened(client: TestClient, archive: Archive) -> None:
     """Two hospitals, both with a Patient ID 123: one never shows among the other's studies."""
     ours = [make_instance(patient_id="123", patient_name="Rossi^Maria") for _ in range(2)]
