@@ -56,8 +56,9 @@ class Compression:
         self.wait_share = 0.0
         self.wire_per_s = 0.0
         self._period: _Period | None = None
+        self._last_s = 0.0
         self._speed: dict[int, float] = {}  # bytes a second of one core, by level
-        self._ratio = 0.0
+        self._left = 0.0  # of each byte, after compressing; 0 is not known yet
         self._probed_s: float | None = None
         self._before = 0.0   # data a second before the trial
         self._trial = 0      # periods of it that are left
@@ -68,7 +69,11 @@ class Compression:
 
     def wants_probe(self, now_s: float) -> bool:
         """Whether a piece of what is sent should be compressed to see what comes of it."""
-        if self.level or self.wait_share < WAIT_SHARE_ON or now_s < self._rest_until_s:
+        if self.level or now_s < self._rest_until_s:
+            return False
+        period = self._period
+        waits = period is not None and period.waited_s > max(period.worked_s, PERIOD_S / 10)
+        if not waits and self.wait_share < WAIT_SHARE_ON:
             return False
         return self._probed_s is None or now_s - self._probed_s >= PROBE_S
 
@@ -77,16 +82,16 @@ class Compression:
         if data <= 0:
             return
         self._probed_s = now_s
-        speed, ratio = data / max(took_s, 1e-6), data / max(made, 1)
+        speed, left = data / max(took_s, 1e-6), made / data
         known = self._speed.get(level)
         self._speed[level] = speed if known is None else known + _WEIGHT * (speed - known)
-        self._ratio = ratio if not self._ratio else self._ratio + _WEIGHT * (ratio - self._ratio)
+        self._left = left if not self._left else self._left + _WEIGHT * (left - self._left)
 
     def wrote(self, data: int, wire: int, waited_s: float, worked_s: float, now_s: float) -> None:
         """A message went: bytes of data sets, on the wire, how long the line kept it waiting, and how long it
-        took to make."""
-        period = self._period
-        if period is None:
+        took to make. What a stream waits for verdicts when it may have no more on its way is waiting too."""
+        period, last_s, self._last_s = self._period, self._last_s, now_s
+        if period is None or now_s - waited_s - worked_s - last_s > PERIOD_S:  # nothing was sent meanwhile
             period = self._period = _Period(now_s - waited_s - worked_s)
         period.data += data
         period.wire += wire
@@ -95,10 +100,6 @@ class Compression:
         if now_s - period.begun_s >= PERIOD_S:
             self._period = None
             self._judge(period, now_s)
-
-    def idle(self) -> None:
-        """Nothing is left to send: what is measured begins anew."""
-        self._period = None
 
     def _judge(self, period: _Period, now_s: float) -> None:
         took_s = now_s - period.begun_s
@@ -118,10 +119,10 @@ class Compression:
             self.level = self._best()
 
     def _consider(self, data_per_s: float, now_s: float) -> None:
-        if self.wait_share < WAIT_SHARE_ON or not self._ratio or now_s < self._rest_until_s:
+        if self.wait_share < WAIT_SHARE_ON or not self._left or now_s < self._rest_until_s:
             return
         level = self._best()
-        carried = min(self.wire_per_s * self._ratio, self._speed_of(level))
+        carried = min(self.wire_per_s / self._left, self._speed_of(level))
         if carried >= GAIN_MIN * self.wire_per_s:
             self.level, self._before = level, data_per_s
             self._trial, self._trial_data, self._quiet = TRIAL_PERIODS, 0.0, 0
@@ -141,7 +142,7 @@ class Compression:
 
     def _best(self) -> int:
         """The highest level that leaves the machine its time, at the rate that the line takes now."""
-        needed = HEADROOM * self.wire_per_s * max(self._ratio, 1.0)
+        needed = HEADROOM * self.wire_per_s / min(self._left or 1.0, 1.0)
         return max((level for level in LEVELS if self._speed_of(level) >= needed), default=LEVELS[0])
 
     def _speed_of(self, level: int) -> float:

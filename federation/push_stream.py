@@ -107,6 +107,7 @@ class PushStream:
         self._pushing = pushing
         self._urgent_only = urgent_only
         self._heard_s = 0.0
+        self._full_s = 0.0  # that the next message waited because enough was on its way
         self.changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -166,6 +167,7 @@ class PushStream:
     async def _speak(self, line: _Line, batch: list[PendingInstance] | None) -> None:
         """Writes until there is nothing to push for a while and every verdict has come."""
         idle_since_s = time.monotonic()
+        full_since_s: float | None = None
         while not line.hear.done():
             if batch is not None:
                 await self._write(line, batch)
@@ -174,7 +176,8 @@ class PushStream:
             now_s = time.monotonic()
             batch = self._next_batch(now_s)
             if batch is None:
-                self._pushing.compression.idle()
+                if full_since_s is None and self._is_full:
+                    full_since_s = now_s
                 idle_s = now_s - max(idle_since_s, self._heard_s)
                 if idle_s >= STALL_S:
                     raise Unavailable("the hub gives no verdicts")
@@ -183,7 +186,16 @@ class PushStream:
                 waiting = asyncio.create_task(until(self.changed, max(STREAM_IDLE_S - idle_s, 1.0)))
                 await asyncio.wait((waiting, line.hear), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
+            elif full_since_s is not None:
+                self._full_s += time.monotonic() - full_since_s
+                full_since_s = None
         await line.hear
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as much is on its way as may be."""
+        replicator = self._pushing.replicator
+        return replicator.unacknowledged(self._number) >= replicator.limits.unacknowledged
 
     def _next_batch(self, now_s: float) -> list[PendingInstance] | None:
         """The next objects for one message: several small ones, or a large one alone."""
@@ -271,7 +283,8 @@ class PushStream:
             cost = parcel.squeezed
             pushing.compression.compressed(cost.level, cost.data, cost.made, cost.took_s, now_s)
         if parcel.data:
-            pushing.compression.wrote(parcel.data, size, now_s - begun_s, worked_s, now_s)
+            full_s, self._full_s = self._full_s, 0.0
+            pushing.compression.wrote(parcel.data, size, full_s + now_s - begun_s, worked_s, now_s)
             if pushing.flows.wrote(size, now_s - turned_s, worked_s + turned_s - begun_s, now_s):
                 pushing.changed()
 

@@ -25,6 +25,8 @@ class Relay:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if rate is not None:  # what waits on the line waits at its sender
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PIECE_BYTES)
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -64,8 +66,6 @@ class Relay:
                 self._sockets |= {near, far}
                 self.opened += 1
             for source, sink, counted in ((near, far, True), (far, near, False)):
-                if self.rate is not None:  # what waits on the line waits at its sender
-                    source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PIECE_BYTES)
                 threading.Thread(target=self._pass, args=(source, sink, counted), daemon=True).start()
 
     def _pass(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:

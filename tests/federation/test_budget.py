@@ -31,8 +31,8 @@ def budget(*entries: tuple[str, str, float]) -> Budget:
 def at_us(text: str) -> int:
     """A moment of the week of Monday, 5 January 2026."""
     day, clock = text.split()
-    hour, minute, *second = map(int, clock.split(":"))
-    moment = datetime(2026, 1, 5 + DAYS.index(day), hour, minute, *(second or [0]), tzinfo=UTC)
+    hour, minute, second = (int(part) for part in f"{clock}:00".split(":")[:3])
+    moment = datetime(2026, 1, 5 + DAYS.index(day), hour, minute, second, tzinfo=UTC)
     return int(moment.timestamp() * 1e6)
 
 

@@ -4,8 +4,10 @@ cut, and the region keeps nothing of it that its digest does not vouch for."""
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,9 @@ AGAIN_MAX = 0.05 if MEGABYTES >= 500 else 0.2  # messages on the way weigh more 
 
 
 def large() -> Instance:
-    return make_instance(padding=MEGABYTES * 1_000_000)
+    made, padding = make_instance(), os.urandom(MEGABYTES * 1_000_000)
+    trailing = struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, len(padding))  # PS3.5 7.1.2
+    return replace(made, dataset=made.dataset + trailing + padding)
 
 
 @pytest.fixture
