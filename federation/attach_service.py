@@ -6,8 +6,9 @@ It moves messages between the call and `federation/attachments.py`; who calls is
 refuses one that it speaks no more, in words that say which side is to be updated. What goes beyond a protocol
 is an ability, used where both sides have it (`federation/abilities.py`).
 
-**A line that is dead on one side.** A node reports at least every 5 s: silence of three reports ends the
-attach here. The node sees the same by its pings (`certs/credentials.py`).
+**A line that is dead one way.** A node reports at least every 5 s, and the hub answers each report with what
+the region lays down: silence of three reports ends the attach, at either end. gRPC's own pings
+(`certs/credentials.py`) are no help there: the side that goes on sending does not miss their answers.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class AttachService:
             kind = message.WhichOneof("message")
             if kind == "report":
                 await self._attachments.report(attachment.ward, serde.report_from(message.report))
+                if abilities.PULSE in attachment.abilities:
+                    attachment.send(uplink_pb2.HubMessage(policy=serde.policy_to(self._rules.current())))
             elif kind == "ask_failed":
                 failed = message.ask_failed
                 self._attachments.failed(attachment.ward, failed.ask_id, failed.reason)

@@ -26,7 +26,7 @@ from certs.identity import Identity
 from federation import abilities, serde
 from federation.asks import Asks, Audit
 from federation.calls import raise_if_ours
-from federation.coverage import REPORT_INTERVAL_S, Report
+from federation.coverage import REPORT_INTERVAL_S, STALE_AFTER_S, Report
 from federation.leading import Leading
 from federation.line import Line
 from federation.version import PROTOCOL, PROTOCOL_OLDEST, software_version
@@ -134,7 +134,7 @@ class Attaching:
                 ours = Line(self.address, line, abilities.shared(welcome.abilities))
                 leading.up(self.address, ours, policy, welcome.clock_us)
                 try:
-                    await self._converse(call, stub, asks, welcome.report_interval_s)
+                    await self._converse(call, stub, asks, welcome.report_interval_s, ours.abilities)
                 finally:
                     asks.cancel_all()
                     leading.down(self.address)
@@ -146,7 +146,9 @@ class Attaching:
             version=software_version(), protocol=PROTOCOL, epoch=self._node.greet(), abilities=abilities.OURS
         )
 
-    async def _converse(self, call: Any, stub: UplinkAsyncStub, asks: Asks, interval_s: float) -> None:
+    async def _converse(
+        self, call: Any, stub: UplinkAsyncStub, asks: Asks, interval_s: float, can: frozenset[str]
+    ) -> None:
         """Reports and hears until the hub ends the attach, the line breaks, or a new certificate is there."""
         writing = asyncio.Lock()
 
@@ -159,7 +161,7 @@ class Attaching:
         failing: set[asyncio.Task[None]] = set()
         self._report_now.set()
         ends = [
-            asyncio.create_task(self._hear(call, stub, asks, fail)),
+            asyncio.create_task(self._hear(call, stub, asks, fail, abilities.PULSE in can)),
             asyncio.create_task(self._report_for_ever(call, writing, interval_s or REPORT_INTERVAL_S)),
             asyncio.create_task(self._anew.wait()),
         ]
@@ -174,9 +176,16 @@ class Attaching:
             await asyncio.gather(*ends, *failing, return_exceptions=True)
 
     async def _hear(
-        self, call: Any, stub: UplinkAsyncStub, asks: Asks, fail: Callable[[str, str], None]
+        self, call: Any, stub: UplinkAsyncStub, asks: Asks, fail: Callable[[str, str], None], has_pulse: bool
     ) -> None:
-        while (message := await call.read()) is not grpc.aio.EOF:
+        while True:
+            try:
+                async with asyncio.timeout(STALE_AFTER_S if has_pulse else None):
+                    message = await call.read()
+            except TimeoutError:
+                raise Unavailable(f"it was silent for {STALE_AFTER_S:g} s") from None
+            if message is grpc.aio.EOF:
+                return
             kind = message.WhichOneof("message")
             if kind == "search":
                 asks.search(message.search, stub, fail)
