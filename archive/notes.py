@@ -2,7 +2,8 @@
 asks of every batch before it brings it in, so that a note has taken effect when a search may find it, and a
 crash between its answer and its effect leaves it to be asked again. It records nothing itself.
 
-What a note makes is the same wherever it is read: a ward and the region come to the same removals.
+What a note makes is the same wherever it is read: a ward and the region come to the same removals. Which are
+left out may differ: the region asks whose the instances are, and each side its own retention.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ class RejectionNotes:
 
     def __init__(
         self, packs: Packs, index: Index, settings: RemovalSettings, retention: RetentionSettings,
-        clock: Callable[[], int] = lambda: time.time_ns() // 1000,
+        *, region: bool = False, clock: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:  # fmt: skip
         self._packs = packs
         self._index = index
         self._settings = settings
         self._retention = retention
+        self._region = region
         self._clock = clock
 
     def facts(self, entries: Sequence[IndexEntry]) -> list[Fact]:
@@ -69,6 +71,8 @@ class RejectionNotes:
         if note is None or note.scheme != _SCHEME or note.code not in CODES:
             return []
         references = list(note.references)
+        if self._region:
+            references = self._own(references, record.head.provenance.ward)
         if note.code == EXPIRED:
             references = self._expired(references)
         removals = [_removal(record, note.code, each) for each in references]
@@ -93,6 +97,15 @@ class RejectionNotes:
         except MissError as error:
             log.error("a rejection note is kept and not obeyed: %s", error)
             return None
+
+    def _own(self, references: Sequence[Reference], ward: str) -> list[Reference]:
+        """In the region a ward rejects what it holds, or nobody has yet."""
+        holders = self._index.holders(each.sop_instance_uid for each in references)
+        own = [each for each in references if ward in holders.get(each.sop_instance_uid, {ward})]
+        if len(own) < len(references):
+            log.warning("a rejection note of %s names %d instances of other wards: they stay", ward,
+                        len(references) - len(own))  # fmt: skip
+        return own
 
     def _expired(self, references: Sequence[Reference]) -> list[Reference]:
         """Those whose retention has passed; the others, and what is not here, stay as they are."""

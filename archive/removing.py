@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 
 from archive.archive import Archive
 from archive.errors import InvalidInput, NotFound, Unavailable
+from archive.index.index import Index
 from archive.index.removed import Tombstone
 from archive.model import Fact, Level, Query, StoredInstance, require_uid
 from archive.removals import (
@@ -184,17 +185,8 @@ class Removing:
         return self._archive.index.removals(2, prefix=removal)
 
     def _named(self, detail: Mapping[str, str]) -> list[Tombstone]:
-        start = detail.get("id", "").strip().lower()
-        if len(start) < ID_DIGITS_MIN or not all(char in "0123456789abcdef" for char in start):
-            raise InvalidInput(f"name a removal by {ID_DIGITS_MIN} digits or more of its id "
-                               "(`miss remove ls`)")
         self._archive.wait_indexed()
-        found = self._archive.index.removals(OF_ONE_ORDER_MAX, prefix=start)
-        if not found:
-            raise NotFound("no removal's id begins with these digits")
-        if len({one.removal.order for one in found}) > 1:
-            raise InvalidInput("several removals' ids begin with these digits: give more of them")
-        return found
+        return named(self._archive.index, detail.get("id", ""))
 
     def _shown(self, level: Level, uid: str) -> tuple[str, list[StoredInstance]]:
         """The study of what is to be removed, and its instances that are shown now."""
@@ -248,6 +240,19 @@ class Removing:
         except Unavailable:
             return "; the index does not answer and follows later"
         return ""
+
+
+def named(index: Index, start: str) -> list[Tombstone]:
+    """The removals of the one order whose id begins so. Raises NotFound, InvalidInput."""
+    start = start.strip().lower()
+    if len(start) < ID_DIGITS_MIN or not all(char in "0123456789abcdef" for char in start):
+        raise InvalidInput(f"name a removal by {ID_DIGITS_MIN} digits or more of its id (`miss remove ls`)")
+    found = index.removals(OF_ONE_ORDER_MAX, prefix=start)
+    if not found:
+        raise NotFound("no removal's id begins with these digits")
+    if len({one.removal.order for one in found}) > 1:
+        raise InvalidInput("several removals' ids begin with these digits: give more of them")
+    return found
 
 
 def _purged_words(done: Purged) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import typer
 
 from miss import (
+    backups,
     bench,
     ca,
+    cache,
     commitments,
     conflicts,
     console,
+    correct,
     deliveries,
     demo,
     device,
@@ -19,11 +22,13 @@ from miss import (
     portal,
     processes,
     rebuild,
+    remove,
     routes,
     send,
     settings,
     status,
     user,
+    ward,
     worklist,
 )
 
@@ -43,9 +48,14 @@ app.add_typer(device.app, name="device")
 app.add_typer(portal.app, name="portal")
 app.add_typer(user.app, name="user")
 app.add_typer(conflicts.app, name="conflicts")
+app.add_typer(remove.app, name="remove")
+app.add_typer(correct.app, name="correct")
 app.add_typer(packs.app, name="packs")
+app.add_typer(cache.app, name="cache")
+app.add_typer(backups.app, name="region")
 app.add_typer(routes.app, name="routes")
 app.add_typer(deliveries.app, name="deliveries")
+app.add_typer(ward.app, name="ward")
 app.command("commitments")(commitments.commitments)
 app.add_typer(worklist.app, name="worklist")
 app.command("send")(send.send)

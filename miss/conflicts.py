@@ -64,7 +64,7 @@ def ls(
       miss conflicts ls --state /srv/miss
       miss conflicts ls --show decided --device CT1 --json --state /srv/miss
     """
-    with _reading(state) as archive:
+    with reading(state) as archive:
         if which is Which.REFUSED:
             refused = archive.index.refusals(ROWS_MAX if device else limit)
             _show_refused([row for row in refused if not device or row.device == device][:limit], as_json)
@@ -100,7 +100,7 @@ def diff(uid: Uid, digest: Digest = "", state: State = Path(".")) -> None:
     from archive.conflicts.decisions import choose
     from archive.conflicts.sorting import compare_contents
 
-    with _reading(state) as archive:
+    with reading(state) as archive:
         row, live = choose(archive.index, uid, digest), archive.index.live(uid)
         if live is None:
             out.print("nothing is served under this UID: there is nothing to compare with")
@@ -156,14 +156,14 @@ def _decide(state: Path, kind: str, uid: str, digest: str) -> None:
     from archive.conflicts.decisions import choose
     from miss.orders import carry_out
 
-    with _reading(state) as archive:
+    with reading(state) as archive:
         row = choose(archive.index, uid, digest)
     words = carry_out(state, kind, {"uid": uid, "digest": row.other_digest.hex()})
     err.print(words, style="green", markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _reading(state: Path) -> Iterator[Archive]:
+def reading(state: Path) -> Iterator[Archive]:
     """The archive beside the process that writes it, as of now as far as that runs."""
     from archive.archive import Archive
     from miss.orders import archive_of

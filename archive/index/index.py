@@ -185,6 +185,10 @@ class Index:
             lambda connection: removed.tombstones(connection, limit, prefix, uid=uid, in_force=in_force)
         )
 
+    def holders(self, uids: Iterable[str]) -> dict[str, set[str]]:
+        """The wards that hold these instances, shown or removed; those not here are left out."""
+        return self._database.read(lambda connection: removed.holders(connection, uids))
+
     def removals_due(self, before_us: int, limit: int) -> list[Tombstone]:
         """Those that cover what still has its bytes here, and are purged or older than `before_us`."""
         return self._database.read(lambda connection: removed.due(connection, before_us, limit))

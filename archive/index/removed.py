@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Table, and_, bindparam, delete, or_, select, 
 from archive.database import storable
 from archive.errors import Corrupt
 from archive.index.rows import Content, Row
-from archive.index.schema import conflict, instance, outbox, removed, series, tombstone
+from archive.index.schema import conflict, holding, instance, outbox, removed, series, tombstone
 from archive.index.statements import by_uid, insert_all, update_some
 from archive.index.stored import head_of, location_of
 from archive.model import START, Fact, FactKind, Level, Record, RecordKind
@@ -163,6 +163,17 @@ def tombstones(
         count[1] += not one.evicted
     found = [_tombstone(row, *counts.get(row.removal_id, (0, 0))) for row in rows]
     return [one for one in found if one.in_force or not in_force]
+
+
+def holders(connection: Connection, uids: Iterable[str]) -> dict[str, set[str]]:
+    """The wards that hold these instances, shown or removed; those not here are left out."""
+    found: dict[str, set[str]] = {}
+    wanted = list(uids)
+    for table in (instance, removed, holding):
+        query = select(table.c.sop_instance_uid, table.c.ward)
+        for uid, ward in by_uid(connection, query, table.c.sop_instance_uid, wanted):
+            found.setdefault(uid, set()).add(ward)
+    return found
 
 
 def due(connection: Connection, before_us: int, limit: int) -> list[Tombstone]:

@@ -317,8 +317,8 @@ def test_a_crash_between_a_notes_answer_and_its_effect_loses_nothing(settings: A
     with indexer._writing:  # nothing comes into the index meanwhile
         assert store(archive, note_about(one, "113037")) is Outcome.STORED
         indexer._closing = True
-        indexer._record_facts = lambda facts: (_ for _ in ()).throw(OSError())  # type: ignore[method-assign,assignment]
-        indexer._apply = lambda entries, position: (_ for _ in ()).throw(OSError())  # type: ignore[method-assign,assignment]
+        indexer._record_facts = lambda facts: (_ for _ in ()).throw(OSError())  # type: ignore[method-assign]
+        indexer._apply = lambda entries, position: (_ for _ in ()).throw(OSError())  # type: ignore[method-assign]
     abandon(archive)
     with Archive.open(settings, outbox=True) as again:
         assert shown(again) == set()
