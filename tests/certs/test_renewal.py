@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,7 +24,7 @@ from certs import identity as identities
 from certs import registry, renewal
 from certs.authority import Authority, clock_us, hub_identity
 from certs.certificate import new_key, spki_fingerprint
-from certs.credentials import channel_sync
+from certs.credentials import channel_sync, server_credentials
 from certs.identity import Assignment, Identity, Issued
 from certs.profiles import Member, Profile
 from certs.reissue import ACTIVE_MAX
@@ -52,6 +53,25 @@ def month(tmp_path: Path) -> Identity:
     return identities.install(tmp_path / "month", Issued(
         certificate.pem + authority.bundle.issuing_pem, authority.bundle.roots_pem, 1,
         Assignment(hub_addresses=("127.0.0.1:1",))))
+
+
+def test_a_server_is_given_another_certificate_only_when_there_is_one(
+    month: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given one for each of many handshakes at once, gRPC frees what another handshake still uses."""
+    given: list[Any] = []
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda *args, **_: given.extend(args))
+    server_credentials(month)
+    first, renewed = given
+    assert first is not None
+    assert [renewed() for _ in range(3)] == [None] * 3
+    key = identities.pending_key(month.folder)
+    authority = Authority.open(tmp_path / "ca")
+    certificate = authority.issue(Member.node("liguria", "a/b"), key.public_key())
+    identities.install(month.folder, Issued(
+        certificate.pem + authority.bundle.issuing_pem, authority.bundle.roots_pem, 1, month.assignment))
+    assert renewed() is not None
+    assert renewed() is None
 
 
 class SetClock:
