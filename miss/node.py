@@ -87,6 +87,7 @@ def status(
       miss node status --state /srv/miss --json
     """
     from miss.backlog import node_backlog
+    from miss.cache import cache_rows, cache_standing
     from miss.commitments import counted
     from miss.deliveries import standing_table
     from miss.routes import summary_table
@@ -94,7 +95,7 @@ def status(
     require_node(state)
     found = node_backlog(state)
     if as_json:
-        out.print_json(json.dumps(found.as_dict()))
+        out.print_json(json.dumps(found.as_dict() | {"cache": cache_standing(state)}))
         return
     grid = table("", "")
     grid.add_row("ward", f"{found.ward}, AE title {found.ae_title}")
@@ -108,6 +109,8 @@ def status(
     grid.add_row("worklist", f"{found.scheduled_steps} scheduled steps, {found.steps_in_progress} performed "
                  "steps in progress")
     grid.add_row("commitment", counted(found.commitments))
+    for name, words in cache_rows(cache_standing(state)):
+        grid.add_row(name if name == "cache" else f"cache: {name}", words)
     grid.add_row("certificate", f"until {when(found.certificate_until_us)}")
     out.print(grid)
     if found.routes:

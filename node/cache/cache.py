@@ -25,10 +25,9 @@ from federation.line import RegionPolicy
 from federation.restoring import Restoring
 from node.cache.bringing import NOT_HERE, Bringing, Brought
 from node.cache.policy import Room
-from node.cache.prefetching import LOOK_S, Prefetching
+from node.cache.prefetching import LOOK_S, Prefetching, RegionView
 from node.cache.room import RoomMaker
 from node.cache.rules import RulesFile
-from node.dimse.services.retrieval import Window
 from node.settings import CacheSettings
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Cache:
         ward: str,
         issuer: str,
         restoring: Restoring | None = None,
-        window: Window | None = None,
+        window: RegionView | None = None,
         policy: Callable[[], RegionPolicy | None] = lambda: None,
         held: Callable[[], bool] = lambda: False,
         room: Callable[[], Room] | None = None,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import BinaryIO, Protocol
 
 from archive.archive import Archive
 from archive.dataset.jsonsets import text_of
@@ -28,10 +29,10 @@ from archive.ledger.worklist import OVER
 from archive.model import InstanceHead, Level, Match, PatientKey, Provenance, Query, StoredInstance
 from federation.deliveries_grants import origin_device
 from federation.policy import Principal, Reach, Role
+from federation.source import Answer
 from node.cache.bringing import Bringing
 from node.cache.room import RoomMaker
 from node.cache.rules import PrefetchRule, RulesFile
-from node.dimse.services.retrieval import Window
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ class Appointment:
     until_us: int
 
 
+class RegionView(Protocol):
+    """The region as one device may see it: a node's window on it."""
+
+    def search(self, principal: Principal, query: Query) -> Answer: ...
+
+    def instances(self, principal: Principal, study_uid: str) -> Sequence[StoredInstance]: ...
+
+    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO: ...
+
+
 class Prefetching:
     """See the module's docstring. Used by one thread."""
 
@@ -78,7 +89,7 @@ class Prefetching:
         rules: RulesFile,
         bringing: Bringing,
         room: RoomMaker,
-        window: Window | None,
+        window: RegionView | None,
         *,
         ward: str,
         issuer: str,

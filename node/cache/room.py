@@ -99,8 +99,9 @@ class RoomMaker:
         if room.free_bytes < marks.low:
             self._make(marks)
         elif self._settings.unused_days and time.monotonic() - self._aged_s >= AGE_EVERY_S:
-            self._aged_s = time.monotonic()
-            self._age()
+            if self.why_not() is None:
+                self._aged_s = time.monotonic()
+                self._age()
         elif self.made.why_not:
             self.made = replace(self.made, why_not="")
 
@@ -127,8 +128,6 @@ class RoomMaker:
         self._note(evicted, "")
 
     def _age(self) -> None:
-        if self.why_not() is not None:
-            return
         before_us = self._clock() - int(self._settings.unused_days * DAY_US)
         evicted = EvictionReport()
         old = unused(self.take_survey().candidates, before_us)

@@ -19,8 +19,8 @@ from federation.restoring import Restoring
 from federation.settings import ProtectionSettings
 from node.cache.cache import Cache
 from node.cache.policy import Room
+from node.cache.prefetching import RegionView
 from node.cache.rules import RulesFile
-from node.dimse.services.retrieval import Window
 from node.settings import CacheSettings
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
@@ -122,7 +122,7 @@ def protecting(region: Region, by: str = "age", hours: float = 0.0) -> Iterator[
 @contextmanager
 def caching(
     region: Region, hub: Hub, disk_bytes: int = 200 * MB, settings: CacheSettings = QUICK,
-    window: Callable[[CachingWard], Window] | None = None, **changes: Any,
+    window: Callable[[CachingWard], RegionView] | None = None, **changes: Any,
 ) -> Iterator[CachingWard]:  # fmt: skip
     ward = CachingWard(region, hub, disk_bytes, replace(settings, **changes))
     if window is not None:

@@ -91,7 +91,8 @@ class Window:
 
 def step(at: datetime, *, patient: str = "PAT", station: str = "CT1", modality: str = "CT") -> ScheduledStep:
     station_item = f',"00400001":{{"vr":"AE","Value":["{station}"]}}' if station else ""
-    dataset = f'{{"00400100":{{"vr":"SQ","Value":[{{"00400009":{{"vr":"SH","Value":["1"]}}{station_item}}}]}}}}'
+    item = f'{{"00400009":{{"vr":"SH","Value":["1"]}}{station_item}}}'
+    dataset = f'{{"00400100":{{"vr":"SQ","Value":[{item}]}}}}'
     return ScheduledStep(f"step-{at:%d%H}-{patient}", "", "", "1", "1.2.99", patient, modality,
                          f"{at:%Y%m%d}", f"{at:%H%M%S}", "SCHEDULED", "command", dataset)  # fmt: skip
 
