@@ -126,20 +126,20 @@ class Asks:
             {"SOPInstanceUID": ask.sop_instance_uid} if ask.sop_instance_uid else {}
         )
         await self._in_pool(self._scope, ask.assertion, Act.READ, subject)
-        keys = [("StudyInstanceUID", ask.study_uid)]
-        level = Level.STUDY
-        if ask.sop_instance_uid:
-            keys.append(("SOPInstanceUID", ask.sop_instance_uid))
-            level = Level.IMAGE
         # Marked before it is listed: what is listed is urgent already.
         marked = await self._in_pool(
             self._archive.index.mark_urgent, ask.study_uid, ask.sop_instance_uid or None
         )
         if marked:
             self._on_urgent()
-        if ask.listing:
-            await self._list(ask, stub)
-            return
+        await (self._list(ask, stub) if ask.listing else self._match(ask, stub))
+
+    async def _match(self, ask: uplink_pb2.PromoteAsk, stub: UplinkAsyncStub) -> None:
+        """What of it is pending, as matches: to a hub that knows of no listing."""
+        keys, level = [("StudyInstanceUID", ask.study_uid)], Level.STUDY
+        if ask.sop_instance_uid:
+            keys.append(("SOPInstanceUID", ask.sop_instance_uid))
+            level = Level.IMAGE
         query = Query(level, tuple(keys), pending_only=True, limit=PENDING_UIDS_MAX)
         await self._answer(ask.ask_id, await self._in_pool(self._archive.search, query), stub)
 

@@ -12,24 +12,19 @@ deadline; the next one waits for its turn.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
-import os
 import secrets
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 
-from archive.budget import ByteBudget
-from archive.errors import Corrupt, MissError, OutOfResources, TooLarge, Unavailable
+from archive.errors import MissError, OutOfResources, Unavailable
 from archive.ledger import AuditRow
 from archive.model import Location, Match, Query, StoredInstance
 from certs.credentials import channel_sync
@@ -42,6 +37,7 @@ from federation.policy import Principal, Reach, reach_named
 from federation.serde_facts import corrections_from
 from federation.settings import WindowSettings
 from federation.source import Answer
+from federation.spooling import Spool, Spools
 from federation.uplink import Uplink
 from protos import common_pb2, window_pb2
 from protos.window_pb2_grpc import WindowStub
@@ -55,6 +51,8 @@ BYTES_PER_S_MIN = 64 << 10  # of one fetch: slower is a line that hangs
 TURN_WAIT_S = 60.0
 QUESTIONS_AT_ONCE = 6      # below what the hub takes of one ward
 FETCHES_AT_ONCE = 6
+FETCH_TRIES = 3            # of one instance, when the line breaks in between
+RETRY_S = 0.5
 MATCHES_MAX = 100_001      # of one search
 SUBJECT_CHARS_MAX = 2_000
 AWAY = "the region does not answer"
@@ -83,11 +81,11 @@ class RegionWindow:
         audit: Callable[[AuditRow], None] | None = None,
     ) -> None:
         self._uplink = uplink
-        self._folder = folder
         self._audit = audit
-        self._free_bytes = free_bytes
-        self._free_bytes_min = free_bytes_min
-        self._budget = ByteBudget(settings.spool_bytes_max)
+        self._spools = Spools(
+            folder, settings.spool_bytes_max, free_bytes=free_bytes, free_bytes_min=free_bytes_min
+        )
+        self.kept: Callable[[StoredInstance, Spool], None] | None = None
         self._line = _Line()
         self._questions = threading.BoundedSemaphore(QUESTIONS_AT_ONCE)
         self._fetches = threading.BoundedSemaphore(FETCHES_AT_ONCE)
@@ -100,7 +98,7 @@ class RegionWindow:
     @property
     def spooled_bytes(self) -> int:
         """What lies in files that somebody has open."""
-        return self._budget.taken_bytes
+        return self._spools.taken_bytes
 
     def clock_us(self) -> int:
         """The hub's time: coverage is in it."""
@@ -159,29 +157,76 @@ class RegionWindow:
                 pages = question.stub.Instances(request, timeout=INSTANCES_S_MAX)
                 return [_instance(one) for page in pages for one in page.instances]
 
-    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
-        """The data set in an open file, at its beginning; close it. Raises NotFound when the region has no
-        such content, Unavailable, Corrupt when its bytes are not what their digest says, OutOfResources when
-        there is no room for it."""
+    def fetch(self, principal: Principal, instance: StoredInstance) -> Spool:
+        """The data set in an open file, whole and verified, at its beginning; close it. Raises NotFound when
+        the region has no such content, Unavailable, Corrupt when its bytes are not what their digest says,
+        OutOfResources when there is no room for it."""
+        spool = self.begin(instance)
+        try:
+            self.fill(principal, instance, spool)
+            spool.checked()
+        except BaseException:
+            spool.close()
+            raise
+        return spool
+
+    def begin(self, instance: StoredInstance) -> Spool:
+        """The file that `fill` is to fill, to be read meanwhile; close it. Waits for nothing; OutOfResources
+        when there is no room for it."""
+        return self._spools.make(instance.location.length - instance.location.dataset_offset)
+
+    def fill(self, principal: Principal, instance: StoredInstance, spool: Spool) -> None:
+        """Fetches the data set; raises nothing, the reader of the file hears what went wrong. A line that
+        breaks in between is tried again from the byte where it broke."""
+        try:
+            for tries_left in reversed(range(FETCH_TRIES)):
+                try:
+                    self._fill(principal, instance, spool)
+                    break
+                except (Unavailable, OutOfResources):
+                    if not tries_left or spool.abandoned or not spool.received:
+                        raise
+                    time.sleep(RETRY_S)
+            spool.end(instance.digest)
+        except MissError as error:
+            spool.fail(error)
+        except Exception:
+            log.exception("a fetch failed")
+            spool.fail(MissError("an unexpected error"))
+        else:
+            self._keep(instance, spool)
+
+    def _fill(self, principal: Principal, instance: StoredInstance, spool: Spool) -> None:
         with self._question(principal, self._fetches) as question:
-            size = instance.location.length - instance.location.dataset_offset
             request = window_pb2.WindowFetchRequest(
                 study_uid=instance.study_uid,
                 series_uid=instance.series_uid,
                 sop_instance_uid=instance.head.sop_instance_uid,
                 digest=instance.digest,
                 assertion=question.assertion,
+                start=spool.received,
             )
-            file = self._spool(size)
-            try:
-                with errors_restored():
-                    call = question.stub.Fetch(request, timeout=FETCH_S_MIN + size / BYTES_PER_S_MIN)
-                    _receive(call, file, size, instance.digest)
-                file.seek(0)
-            except BaseException:
-                file.close()
-                raise
-            return file
+            with errors_restored():
+                call = question.stub.Fetch(request, timeout=FETCH_S_MIN + spool.size / BYTES_PER_S_MIN)
+                try:
+                    skip: int | None = None
+                    for chunk in call:
+                        if skip is None:
+                            skip = spool.received - chunk.start  # all of it, of a hub of an earlier release
+                        data = chunk.dataset[skip:] if skip else chunk.dataset
+                        skip -= len(chunk.dataset) - len(data)
+                        spool.take(data)
+                finally:
+                    call.cancel()
+
+    def _keep(self, instance: StoredInstance, spool: Spool) -> None:
+        """What was given up here, and is here again, verified, may be kept."""
+        if self.kept is None or not instance.location.pack or spool.abandoned:
+            return
+        try:
+            self.kept(instance, spool)
+        except Exception as error:
+            log.warning("what was fetched is not kept again: %s", type(error).__name__)
 
     # Asking.
 
@@ -251,39 +296,6 @@ class RegionWindow:
             own, state=CoverageState.ANSWERED, complete_to_us=now_us, seen_at_us=now_us, reason=""
         )
 
-    # Spooling.
-
-    def _spool(self, size: int) -> _Spool:
-        if size < 0:
-            raise Corrupt("an instance of no size")
-        if size > self._budget.bytes_max:
-            raise TooLarge("it is larger than what may be fetched at all (window.spool_bytes_max)")
-        if self._free_bytes() - size < self._free_bytes_min:
-            raise OutOfResources("no room to fetch it from the region: the disk is full")
-        if not self._budget.take(size):
-            raise OutOfResources("no room to fetch it from the region (window.spool_bytes_max)")
-        try:
-            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as unlinked:
-                return _Spool(os.dup(unlinked.fileno()), size, self._budget)
-        except OSError as error:
-            self._budget.give_back(size)
-            raise OutOfResources(f"no file to fetch into (errno {error.errno})") from error
-
-
-class _Spool(io.FileIO):
-    """An unlinked file whose bytes are given back to the budget when it is closed."""
-
-    def __init__(self, descriptor: int, size: int, budget: ByteBudget) -> None:
-        self._taken = size
-        self._budget = budget
-        super().__init__(descriptor, "r+b")
-
-    def close(self) -> None:
-        super().close()
-        taken, self._taken = self._taken, 0
-        if taken:
-            self._budget.give_back(taken)
-
 
 class _Line:
     """The channel to the hub, made when it is first needed and anew with a renewed certificate or another
@@ -342,27 +354,3 @@ def _instance(message: window_pb2.WindowInstance) -> StoredInstance:
         evicted=True,
         corrections=corrections_from(message),
     )
-
-
-def _receive(
-    chunks: Iterator[window_pb2.WindowChunk], file: io.FileIO, size: int, digest: bytes
-) -> None:
-    """Writes what comes, as far as its size allows; Corrupt unless it is what its digest says."""
-    running, received = hashlib.sha256(), 0
-    for chunk in chunks:
-        received += len(chunk.dataset)
-        if received > size:
-            raise Corrupt("the region sends more than the instance's size")
-        running.update(chunk.dataset)
-        try:
-            _write(file, chunk.dataset)
-        except OSError as error:
-            raise OutOfResources(f"what is fetched can't be written (errno {error.errno})") from error
-    if received != size or running.digest() != digest:
-        raise Corrupt("what was fetched from the region does not match its digest")
-
-
-def _write(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) or 0:]

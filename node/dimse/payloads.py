@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from threading import Semaphore
-from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from archive.dataset import correcting, recoding
 from archive.errors import EVICTED, Corrupt, Evicted, MissError, TooLarge
 from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
 from federation.policy import Principal
+from federation.spooling import Spool
 from node.dimse.acceptor import log_unexpected
 from node.dimse.outbox import Source
 from node.dimse.status import PROCESSING_FAILURE, status_of
@@ -30,15 +31,19 @@ log = logging.getLogger(__name__)
 
 RECODING_AT_ONCE = 2  # instances of all retrieves: each may take several times its bound of memory
 DAMAGED = "its bytes here are known to be damaged"
-FETCHES_AT_ONCE = 4   # from the region, of all retrieves
+FETCHES_AT_ONCE = 6   # from the region, of all retrieves
+AHEAD_BYTES_MAX = 64 << 20  # fetched ahead of one retrieve, beside what is being sent
 DECODED_BYTES_MAX = 512 << 20
 
 
 class Fetcher(Protocol):
     """A node's window on the region."""
 
-    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
-        """Its data set in an open file, positioned at its beginning. Raises Unavailable, NotFound."""
+    def begin(self, instance: StoredInstance) -> Spool:
+        """Where its data set is to lie, to be read while it comes. Waits for nothing; OutOfResources."""
+
+    def fill(self, principal: Principal, instance: StoredInstance, spool: Spool) -> None:
+        """Fetches it; who reads it hears what goes wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +84,39 @@ class MemorySource:
 
 @dataclass(frozen=True, slots=True)
 class FetchedSource:
-    """A fetched file, which is closed with it: until then its bytes count in the window's budget."""
+    """What is being fetched: it is read as it comes, and its last fragment held until it is verified. It is
+    closed with this; until then its bytes count in the window's budget."""
 
-    file: BinaryIO
-    length: int
+    spool: Spool
+
+    @property
+    def length(self) -> int:
+        return self.spool.size
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> int:
-        done = os.preadv(self.file.fileno(), views, offset)
+        self.spool.wait_for(offset)
+        done = os.preadv(self.spool.fileno(), views, offset)
         if not done:
             raise OSError("the file ends early")
         return done
 
     def confirm(self) -> None:
-        """What was fetched was checked, and nobody else has the file."""
+        self.spool.checked()
 
     def close(self) -> None:
-        self.file.close()
+        self.spool.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Payloads:
     """The data sets of a node's instances. Safe to use from any thread; `decoded_bytes_max` bounds one that
-    is held in memory to be recoded."""
+    is held in memory to be recoded. `on_read` is told of each that is opened, and waits for nothing."""
 
     archive: Archive
     window: Fetcher | None = None
     decoded_bytes_max: int = DECODED_BYTES_MAX
     recoding: Semaphore = field(default_factory=lambda: Semaphore(RECODING_AT_ONCE))
+    on_read: Callable[[StoredInstance], None] = lambda instance: None
     fetching: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch"))
 
@@ -130,23 +141,39 @@ class Supply:
     def __init__(self, payloads: Payloads, principal: Principal) -> None:
         self._payloads = payloads
         self._principal = principal
-        self._ahead: dict[str, Future[BinaryIO]] = {}
+        self._ahead: dict[str, tuple[Spool, Future[None]]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for future in self._ahead.values():
-            if not future.cancel():
-                future.add_done_callback(_close_fetched)
+        for spool, future in self._ahead.values():
+            future.cancel()
+            spool.close()
         self._ahead.clear()
 
     def expect(self, instance: StoredInstance) -> None:
-        """It is to be opened soon. Waits for nothing."""
-        window, uid = self._payloads.window, instance.head.sop_instance_uid
-        if (instance.evicted or instance.damaged) and window is not None and uid not in self._ahead:
-            with suppress(RuntimeError):  # the node is being stopped
-                self._ahead[uid] = self._payloads.fetching.submit(window.fetch, self._principal, instance)
+        """It is to be opened soon. Waits for nothing; what there is no room for is fetched when its turn
+        comes."""
+        uid = instance.head.sop_instance_uid
+        if not (instance.evicted or instance.damaged) or uid in self._ahead:
+            return
+        size = instance.location.length - instance.location.dataset_offset
+        if self._ahead and size + sum(spool.size for spool, _ in self._ahead.values()) > AHEAD_BYTES_MAX:
+            return
+        with suppress(RuntimeError, MissError):  # the node is being stopped; there is no room now
+            self._ahead[uid] = self._begin(instance)
+
+    def _begin(self, instance: StoredInstance) -> tuple[Spool, Future[None]]:
+        window = self._payloads.window
+        if window is None:
+            raise Evicted(EVICTED)
+        spool = window.begin(instance)
+        try:
+            return spool, self._payloads.fetching.submit(window.fill, self._principal, instance, spool)
+        except BaseException:
+            spool.close()
+            raise
 
     def open(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
         """Its data set in one of its syntaxes. Raises Corrupt for what is known to be damaged, NotFound and
@@ -154,6 +181,7 @@ class Supply:
         as it is stored is not hashed again here: the scrub and the peer's own checks are for that."""
         if instance.damaged and self._payloads.window is None:
             raise Corrupt(DAMAGED)
+        self._payloads.on_read(instance)
         if transfer_syntax_uid == instance.head.transfer_syntax_uid:
             return self._stored(instance)
         with self._payloads.recoding:
@@ -164,7 +192,7 @@ class Supply:
             _require_good(instance)
             return self._payloads.archive.open_dataset(instance)
         except Evicted:
-            return _corrected_source(_fetched_source(self._fetched(instance)), instance)
+            return _corrected_source(self._fetched(instance), instance)
 
     def _recoded(self, instance: StoredInstance, transfer_syntax_uid: str) -> Source:
         bytes_max = self._payloads.decoded_bytes_max
@@ -173,12 +201,13 @@ class Supply:
             _require_good(instance)
             payload = self._payloads.archive.open_instance(instance)
         except Evicted:
-            source = _fetched_source(self._fetched(instance))
+            source = self._fetched(instance)
             prefix = part10_prefix(head)
             try:
                 if source.length > bytes_max:
                     raise TooLarge(f"instances of more than {bytes_max} bytes are not recoded") from None
-                whole = _corrected_whole(prefix + source.file.read(), len(prefix), instance)
+                source.confirm()
+                whole = _corrected_whole(prefix + source.spool.read(), len(prefix), instance)
             finally:
                 source.close()
             place = Location("", 0, len(whole), len(prefix))
@@ -191,15 +220,11 @@ class Supply:
             return MemorySource(memoryview(recoding.recoded(payload, instance, transfer_syntax_uid,
                                                             bytes_max)))
 
-    def _fetched(self, instance: StoredInstance) -> BinaryIO:
+    def _fetched(self, instance: StoredInstance) -> FetchedSource:
         """From the region, which has what is not here."""
-        window = self._payloads.window
-        future = self._ahead.pop(instance.head.sop_instance_uid, None)
-        if future is not None:
-            return future.result()
-        if window is None:
-            raise Evicted(EVICTED)
-        return window.fetch(self._principal, instance)
+        uid = instance.head.sop_instance_uid
+        spool, _ = self._ahead.pop(uid) if uid in self._ahead else self._begin(instance)
+        return FetchedSource(spool)
 
 
 def why_not(instance: StoredInstance, error: Exception) -> tuple[int, str]:
@@ -222,17 +247,14 @@ def _require_good(instance: StoredInstance) -> None:
         raise Evicted(DAMAGED)
 
 
-def _fetched_source(file: BinaryIO) -> FetchedSource:
-    return FetchedSource(file, os.fstat(file.fileno()).st_size)
-
-
 def _corrected_source(source: FetchedSource, instance: StoredInstance) -> Source:
     """What came from elsewhere came as it is stored there: people's corrections are laid over it here."""
     if instance.corrections is None:
         return source
     try:
+        source.confirm()
         syntax = instance.head.transfer_syntax_uid
-        return correcting.corrected_dataset(source, source.file, 0, syntax, instance.corrections)
+        return correcting.corrected_dataset(source, source.spool, 0, syntax, instance.corrections)
     except BaseException:
         source.close()
         raise
@@ -244,8 +266,3 @@ def _corrected_whole(whole: bytes, dataset_offset: int, instance: StoredInstance
     syntax = instance.head.transfer_syntax_uid
     with correcting.corrected_file(BytesIO(whole), dataset_offset, syntax, instance.corrections) as payload:
         return payload.read()
-
-
-def _close_fetched(future: Future[BinaryIO]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().close()

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from node.dimse.status import CLASS_NOT_SUPPORTED, PROCESSING_FAILURE
 log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW_MAX = 3  # associations that end before one object was answered: then the peer is given up
-EXPECTED_AHEAD = 2         # objects that are told that they come next
+EXPECTED_AHEAD = 6         # objects that are told that they come next
 NOT_TAKEN = "neither its syntax nor one it can be recoded to is taken"  # an Error Comment has 64 characters
 
 
@@ -165,7 +166,7 @@ class Shipment:
                 finally:
                     requestor.abort()
                 self._on_ended(stream.answered, error)
-                failures = 0 if stream.answered else failures + 1
+                failures = 0 if stream.answered or stream.broken_off else failures + 1
                 if isinstance(error, TimedOut):
                     failures = FAILURES_IN_A_ROW_MAX  # another call would take as long as this one did
             finally:
@@ -227,6 +228,7 @@ class _Stream:
         self._open: dict[int, tuple[Parcel, int]] = {}
         self._ready: _Ready | None = None
         self.answered = 0
+        self.broken_off = False  # inside an object that could not be read to its end: no word of the peer
 
     def run(self) -> None:
         """Send what is waiting. Raises AssociationEnded, and what a source raises in the middle of its data
@@ -246,6 +248,8 @@ class _Stream:
                 raise
             except Exception as error:
                 ready.parcel.unreadable(error)
+                self.broken_off = True
+                self._hear_the_others()
                 raise
             finally:
                 ready.source.close()
@@ -263,6 +267,12 @@ class _Stream:
             parcel.done(PROCESSING_FAILURE, words, 0)
         self._open.clear()
         self._lay_back()
+
+    def _hear_the_others(self) -> None:
+        """Those that were sent whole before the one that broke off have responses on their way."""
+        with suppress(AssociationEnded):
+            while self._open:
+                self._collect()
 
     def _lay_back(self) -> None:
         if self._ready is not None:

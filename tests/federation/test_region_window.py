@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from archive.errors import Corrupt, NotAuthenticated, NotFound, OutOfResources, 
 from archive.ledger import AuditRow
 from archive.model import Level, Match, Query, Scope
 from certs.credentials import channel_sync
-from federation import serde, window_service
+from federation import serde
 from federation.assertion import Assertion, countersign, sign, verify
 from federation.coverage import CoverageState, WardCoverage, lacking
 from federation.fanout import with_own
 from federation.hub import Hub
+from federation.passing import Passing
 from federation.policy import EVERY_WARD, Act, Principal, Reach, Role, decide, granted
 from federation.region_source import RegionSource
 from federation.settings import WindowSettings
@@ -269,8 +270,11 @@ def test_bytes_that_do_not_match_their_digest_never_count(
     monkeypatch.setattr(Archive, "dataset_chunks", flipped)
     with pytest.raises(Corrupt, match="a stored instance"):  # the hub held the last chunk back
         windows[0].fetch(device(mine), found)
-    monkeypatch.setattr(window_service, "checked_chunks",
-                        lambda archive, uid, digest, location: flipped(archive, location))
+
+    async def unchecked(*_: Any) -> AsyncIterator[bytes]:
+        yield bytes(found.location.length)
+
+    monkeypatch.setattr(Passing, "chunks", unchecked)
     with pytest.raises(Corrupt, match="fetched from the region"):  # a hub that does not check
         windows[0].fetch(device(mine), found)
     assert windows[0].spooled_bytes == 0

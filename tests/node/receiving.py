@@ -53,6 +53,7 @@ class Receiver:
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     associations: int = 0
     open_at_once: int = 0
+    octets: int = 0  # of data sets, also of those that broke off
     proposed: list[tuple[pdu.ProposedContext, ...]] = field(default_factory=list)
     _count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -158,6 +159,7 @@ class Receiver:
                             return None
                 else:
                     dataset += piece
+                    self.octets += len(piece)
                     if control & 2:
                         assert command is not None
                         return context_id, command, dataset

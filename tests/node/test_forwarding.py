@@ -7,16 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 from pynetdicom import AE, evt
 
 from archive.archive import Archive
-from archive.errors import NotFound
+from archive.errors import NotFound, Unavailable
 from archive.ledger import Device
 from archive.model import Location, StoredInstance
 from federation.policy import Principal
+from federation.spooling import Spool, Spools
 from node.destinations import Destinations
 from node.dimse.errors import AssociationEnded
 from node.dimse.outbox import Source
@@ -28,6 +29,7 @@ from tests.node import certificates
 from tests.node.certificates import Papers
 from tests.node.receiving import Receiver, receiver
 from tests.node.storing import Storing, storing
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -215,22 +217,73 @@ def test_evicted_and_damaged_ones_fail_and_the_rest_arrive(served: Storing) -> N
 
 
 class Region:
-    """What a node's window on the region fetches; `opened` are the files that it gave."""
+    """What a node's window on the region fetches; `opened` are the files that it gave. `gates` hold back the
+    rest of an instance after its first 2 MiB; `broken` ones end there."""
 
     def __init__(self, folder: Path, *instances: Instance) -> None:
-        self._folder = folder
+        self._spools = Spools(folder, 64 << 20, free_bytes=lambda: 1 << 40, free_bytes_min=0)
         self._datasets = {one.sop_instance_uid: one.dataset for one in instances}
-        self.opened: list[BinaryIO] = []
+        self.opened: list[Spool] = []
+        self.gates: dict[str, threading.Event] = {}
+        self.broken: set[str] = set()
 
-    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
+    def begin(self, instance: StoredInstance) -> Spool:
         dataset = self._datasets.get(instance.head.sop_instance_uid)
         if dataset is None:
             raise NotFound("no such instance")
-        file = (self._folder / instance.head.sop_instance_uid).open("w+b")
-        file.write(dataset)
-        file.seek(0)
-        self.opened.append(file)
-        return file
+        self.opened.append(self._spools.make(len(dataset)))
+        return self.opened[-1]
+
+    def fill(self, principal: Principal, instance: StoredInstance, spool: Spool) -> None:
+        uid = instance.head.sop_instance_uid
+        dataset = self._datasets[uid]
+        spool.take(dataset[:2 << 20])
+        if uid in self.broken:
+            spool.fail(Unavailable("the line broke"))
+            return
+        if uid in self.gates:
+            assert self.gates[uid].wait(20)
+        spool.take(dataset[2 << 20:])
+        spool.end(instance.digest)
+
+
+def test_what_is_fetched_flows_on_while_it_comes(served: Storing, tmp_path: Path) -> None:
+    sent = make_instance(padding=6 << 20)
+    served.send(sent)
+    found = stored(served.archive, sent)
+    object.__setattr__(found[0], "evicted", True)
+    outcomes, region = Outcomes(), Region(tmp_path, sent)
+    gate = region.gates[sent.sop_instance_uid] = threading.Event()
+    payloads = Payloads(served.archive, region)
+    with receiver() as peer:
+        sending = threading.Thread(
+            target=forwarder(served, peer, payloads=payloads).send, args=("OTHER", found, outcomes))
+        sending.start()
+        wait_for(lambda: peer.octets > 1 << 20, "the peer has the beginning")
+        assert not peer.received and not gate.is_set()
+        gate.set()
+        sending.join(20)
+    payloads.close()
+    assert outcomes.statuses == {sent.sop_instance_uid: 0}
+    assert peer.received[sent.sop_instance_uid].dataset == sent.dataset
+    assert all(spool.closed for spool in region.opened)
+
+
+def test_a_fetch_that_breaks_off_costs_that_instance_alone(served: Storing, tmp_path: Path) -> None:
+    sent = [make_instance(number=n, padding=(4 << 20) * (n % 2)) for n in range(10)]
+    served.send(*sent)
+    found = stored(served.archive, *sent)
+    for each in found:
+        object.__setattr__(each, "evicted", True)
+    outcomes, region = Outcomes(), Region(tmp_path, *sent)
+    region.broken = {one.sop_instance_uid for one in sent[1::2]}
+    payloads = Payloads(served.archive, region)
+    with receiver(window=4) as peer:
+        forwarder(served, peer, payloads=payloads, window=4).send("OTHER", found, outcomes)
+    payloads.close()
+    assert [outcomes.statuses[one.sop_instance_uid] for one in sent] == [0, 0xA700] * 5
+    assert set(peer.received) == {one.sop_instance_uid for one in sent[::2]}
+    assert all(spool.closed for spool in region.opened)
 
 
 def test_evicted_and_damaged_ones_come_from_the_region(served: Storing, tmp_path: Path) -> None:

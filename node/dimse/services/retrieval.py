@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
@@ -60,6 +60,9 @@ class Window(Fetcher, Protocol):
 
     def instances(self, principal: Principal, study_uid: str, series_uid: str | None = None,
                   sop_instance_uid: str | None = None) -> Sequence[StoredInstance]: ...
+
+    def fetch(self, principal: Principal, instance: StoredInstance) -> BinaryIO:
+        """Its data set, whole and verified, in an open file at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
