@@ -67,6 +67,24 @@ def test_wards_are_kept_and_changed(ledger: Ledger) -> None:
     assert ledger.remove_ward("a/x") and not ledger.remove_ward("a/x")
 
 
+def test_the_wards_mark_changes_with_what_an_answer_says_of_them(ledger: Ledger) -> None:
+    assert ledger.ward_mark()[:3] == (0, 0, 0)
+    ledger.add_ward(Ward("a/x", "A", "X", "A"))
+    state = WardState("a/x", b"e", complete_to_us=5, seen_us=5, attached=True, attached_since_us=1)
+    marks = []
+    for each in (
+        state, replace(state, pending=2), replace(state, set_aside=1), replace(state, attached=False),
+        replace(state, attached_since_us=2), replace(state, lost_note="2 lost"), replace(state, seen_us=0),
+        replace(state, complete_to_us=0),
+    ):  # fmt: skip
+        ledger.put_ward_state(each)
+        marks.append(ledger.ward_mark())
+    assert len(set(marks)) == len(marks)
+    assert [mark[0] for mark in marks] == [0, 1, 1, 0, 0, 0, 0, 0]
+    ledger.put_ward_state(replace(state, seen_us=9, complete_to_us=9, last_receipt_us=3, report_json="{}"))
+    assert ledger.ward_mark() == marks[0]  # the times of reports move on all the while
+
+
 def test_a_ward_state_takes_the_place_of_the_last(ledger: Ledger) -> None:
     state = WardState(
         "a/x", b"e" * 16, complete_to_us=5, pending=2, attached=True, report_json="{}", skew_us=-3

@@ -21,6 +21,7 @@ from archive.model import (
     Rules,
     Scope,
     SeriesHolding,
+    StudyPlace,
 )
 from federation import serde
 from federation.assertion import Assertion
@@ -48,6 +49,7 @@ QUERIES = st.builds(
     pending_only=st.booleans(),
     limit=st.none() | st.integers(1, 1000),
     offset=COUNT,
+    after=st.none() | st.builds(StudyPlace, TEXT, TEXT, UID),
 )
 MATCHES = st.builds(
     Match,
@@ -173,6 +175,9 @@ def test_what_is_out_of_bounds_is_refused() -> None:
         serde.query_from(common_pb2.Query(level="GALAXY"))
     with pytest.raises(InvalidQuery):
         serde.query_from(common_pb2.Query(level="STUDY", limit=-1))
+    for place in (common_pb2.StudyPlace(uid="x"), common_pb2.StudyPlace(date="2" * 300, uid="1.2")):
+        with pytest.raises(InvalidInput):
+            serde.query_from(common_pb2.Query(level="STUDY", after=place))
     with pytest.raises(InvalidQuery):
         serde.query_from(common_pb2.Query(level="STUDY", keys=[common_pb2.Key()] * (serde.KEYS_MAX + 1)))
     with pytest.raises(InvalidInstance):
