@@ -29,7 +29,7 @@ from federation import coverage, serde
 from federation.coverage import Report
 from federation.reading import read_chunks
 from federation.receiving import Receiver
-from federation.replicator import Idle, Key, Limits, Offer, Record, Refill, Replicator, Verdict
+from federation.replicator import Idle, Key, Limits, Offer, Received, Record, Refill, Replicator, Verdict
 from miss.load import instances
 from protos import uplink_pb2
 from tests.simulation.sites import Crash, Site
@@ -397,7 +397,7 @@ class WardNode:
             if call.over:
                 return
             for receipt in receipts:
-                assert isinstance(receipt, serde.Received)
+                assert isinstance(receipt, Received)
                 if self.replicator.received(stream, receipt):
                     self.receipts.add((receipt.sop_instance_uid, receipt.digest))
             for refusal in taken.refused:
@@ -624,4 +624,4 @@ class World:
 
 
 def _verdict(receipt: object) -> Verdict:
-    return Verdict(receipt if isinstance(receipt, serde.Received) else None)
+    return Verdict(receipt if isinstance(receipt, Received) else None)
