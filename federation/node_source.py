@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from archive.archive import Archive
 from archive.errors import Evicted, NotFound
+from archive.index.removed import Tombstone
 from archive.model import ConflictRow, Level, PatientKey, Query, Scope, StoredInstance, Ward
 from certs.authority import clock_us
 from federation.bringing_orders import NodeReader
@@ -126,6 +127,9 @@ class NodeSource:
     def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
         return conflicts_for(self._archive, principal, limit)
 
+    def removals(self, principal: Principal, limit: int) -> list[Tombstone]:
+        return removals_for(self._archive, principal, limit)
+
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)
         matches = self.search(principal, query).matches
@@ -143,6 +147,11 @@ def conflicts_for(archive: Archive, principal: Principal, limit: int) -> list[Co
     found = decide(principal, Act.SEARCH)
     rows = archive.index.conflicts(CONFLICTS_LOOKED_AT)
     return [row for row in rows if found.scope.allows(row.ward)][:limit]
+
+
+def removals_for(archive: Archive, principal: Principal, limit: int) -> list[Tombstone]:
+    """What was removed, for those who keep the region running."""
+    return archive.index.removals(limit) if decide(principal, Act.HEALTH).allowed else []
 
 
 def person_in(issuer: str, patient_id: str) -> PatientKey | None:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from archive.archive import Archive
 from archive.errors import MissError
+from archive.index.removed import Tombstone
 from archive.ledger import Ledger
 from archive.model import ConflictRow, Level, Match, PatientKey, Query, StoredInstance
 from certs.authority import clock_us
@@ -27,7 +28,7 @@ from federation.coverage import (
 )
 from federation.fanout import UID_AT, Held, WardMatches, listing, merge, series_of, studies_of, uids_of
 from federation.gathering import Found
-from federation.node_source import conflicts_for, person_in
+from federation.node_source import conflicts_for, person_in, removals_for
 from federation.policy import Act, Principal, narrowed, require
 from federation.promoting import PROMOTE_DEADLINE_S, Promoting
 from federation.source import Answer, Listing, WardsPart, WardsSaid
@@ -131,6 +132,9 @@ class RegionSource:
 
     def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
         return conflicts_for(self._archive, principal, limit)
+
+    def removals(self, principal: Principal, limit: int) -> list[Tombstone]:
+        return removals_for(self._archive, principal, limit)
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         query = Query(Level.STUDY, (("StudyInstanceUID", study_uid),), limit=1)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
+from archive.index.removed import Tombstone
 from archive.model import ConflictRow, Match, PatientKey, Query, StoredInstance
 from federation.coverage import WardCoverage
 from federation.fanout import WardMatches
@@ -114,6 +115,10 @@ class Source(Protocol):
     def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
         """What waits for a person to decide, newest first, of the wards that the principal may search or
         keeps running: UIDs and devices, no patient data."""
+
+    def removals(self, principal: Principal, limit: int) -> list[Tombstone]:
+        """What was removed or rejected, newest first, for those who keep it running: UIDs and reasons, no
+        patient data. Nothing for others."""
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
         """The patient of a study that the principal may see."""

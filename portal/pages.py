@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from archive.errors import Forbidden, InvalidInput, MissError, NotAuthenticated
 from federation.policy import Act, decide
-from portal import health, studies
+from portal import health, removals, studies
 from portal.access import address_of, cookie_name, visitor_of
 from portal.context import Context
 from portal.files import Files
@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 FORM_BYTES_MAX = 16 << 10
 FORM_S_MAX = 10.0
 NEXT_CHARS_MAX = 2_000
+REMOVALS_SHOWN = 100
 CONFLICTS_SHOWN = 50
 POLICY_NOTE = (
     "Care relations come later: until then a regional physician sees every ward, "
@@ -158,7 +159,9 @@ class Pages:
         rows = [health.ward_row(ward, self._context.clock(), self._context.zone) for ward in shown]
         waiting = await self._context.search.run(self._context.source.conflicts, principal, CONFLICTS_SHOWN)
         lines = [health.conflict_line(row, self._context.clock(), self._context.zone) for row in waiting]
-        return self._page(request, "wards.html", wards=rows, conflicts=lines, most=CONFLICTS_SHOWN)
+        gone = await self._context.search.run(self._context.source.removals, principal, REMOVALS_SHOWN)
+        return self._page(request, "wards.html", wards=rows, conflicts=lines, most=CONFLICTS_SHOWN,
+                          removals=removals.lines(gone, self._context.zone))
 
     async def health(self, request: Request) -> Response:
         visitor = visitor_of(request)

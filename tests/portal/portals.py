@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from archive.archive import Archive
 from archive.errors import NotFound
+from archive.index.removed import Tombstone
 from archive.ledger import Session, User
 from archive.model import ConflictRow, PatientKey, Provenance, Query, Scope, StoredInstance, Ward
 from federation.coverage import CoverageState, WardCoverage
@@ -101,6 +102,9 @@ class EmptySource:
         return list(self.wards)
 
     def conflicts(self, principal: Principal, limit: int) -> list[ConflictRow]:
+        return []
+
+    def removals(self, principal: Principal, limit: int) -> list[Tombstone]:
         return []
 
     def person_of(self, principal: Principal, study_uid: str) -> PatientKey | None:
