@@ -16,7 +16,7 @@ from archive.packs.facts import FactLog
 from archive.packs.packs import Packs
 from archive.packs.recovery import Damage
 from archive.poison import apply_around_poison
-from archive.rereading import read_or_told
+from archive.rereading import Rereader, read_or_told
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,9 @@ class Replay:
     def run(self, position: Position, facts_position: Position) -> None:
         self.position, self.facts_position = position, facts_position
         self._absences = Absences.read(self.facts, facts_position)
-        packs, facts = self.packs, self.facts  # the index outlives this, and what it remembers of facts
-        self.index.read_attributes_with(
-            lambda record: read_or_told(packs, record, lambda: Absences.read(facts))
-        )
+        # The index outlives this, and what it remembers of facts.
+        rereader = Rereader(self.packs, self.facts)
+        self.index.read_attributes_with(rereader, rereader.forget)
         for batch in self.facts.read(facts_position):
             if batch.after > self.position:
                 self._read_packs(batch.after)

@@ -8,7 +8,7 @@ missing is read from the packs again. Several processes may have it open; reader
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -86,6 +86,7 @@ class Index:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._read: AttributeReader = lambda record: None
+        self._forget: Callable[[], None] = lambda: None
         self.cached = Cached(database)
         self._removals: bool | None = None
         self.inventories = Inventories(database)
@@ -106,10 +107,12 @@ class Index:
     def close(self) -> None:
         self._database.close()
 
-    def read_attributes_with(self, read: AttributeReader) -> None:
+    def read_attributes_with(
+        self, read: AttributeReader, forget: Callable[[], None] = lambda: None
+    ) -> None:
         """How the attributes of what is here are read where it lies; its one writer says so, as some facts
-        need them."""
-        self._read = read
+        need them. `forget` is called when a batch of facts has read all that it needs."""
+        self._read, self._forget = read, forget
 
     def read_attributes(self, record: Record) -> Attributes | None:
         """What a record says of itself, from where it lies, or as facts tell it."""
@@ -164,7 +167,10 @@ class Index:
 
         if any(fact.kind in REMOVAL_KINDS for fact in facts):
             self._removals = True  # before they count: intake asks from then on
-        self._database.write(work)
+        try:
+            self._database.write(work)
+        finally:
+            self._forget()
 
     def lookup(self, sop_instance_uid: str) -> Known | None:
         """The live content with this UID; microseconds on SQLite, as intake asks it of every instance."""
@@ -246,6 +252,10 @@ class Index:
     def mark_urgent(self, study_uid: str, sop_instance_uid: str | None = None) -> int:
         """A reader waits for this; how many pending instances it concerns."""
         return self._database.write(lambda c: backlog.mark_urgent(c, study_uid, sop_instance_uid))
+
+    def mark_urgent_all(self, uids: Collection[str]) -> int:
+        """Put single instances before the others; how many of them wait."""
+        return self._database.write(lambda connection: backlog.mark_urgent_all(connection, uids))
 
     def note_try(self, sop_instance_uid: str, digest: bytes) -> int:
         """Count one more try of a pending instance, and say how many there were."""

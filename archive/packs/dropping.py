@@ -18,6 +18,8 @@ from archive.packs.facts import FactReader
 from archive.packs.packs import LAYOUT, Packs
 from archive.packs.recovery import Damage
 
+_RECENT_BATCHES = 8  # of entries that were asked for one by one
+
 ABSENCE_KINDS = frozenset({FactKind.EVICTED, FactKind.MOVED, FactKind.DROPPED})
 
 
@@ -55,6 +57,7 @@ class Absences:
     _batches: dict[int, list[Position]] = field(default_factory=dict)
     dropped: dict[int, Drop] = field(default_factory=dict)
     _contents: dict[bytes, Position] | None = None
+    _recent: dict[Position, dict[tuple[str, bytes], IndexEntry]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, facts: FactReader, start: Position = START) -> Absences:
@@ -104,9 +107,13 @@ class Absences:
                     if fact.entry is not None:
                         self._contents[fact.digest[:16]] = start
         start = self._contents.get(digest[:16], START)
-        told = [fact.entry for fact in self._batch(start)
-                if (fact.sop_instance_uid, fact.digest) == (sop_instance_uid, digest)]  # fmt: skip
-        return told[-1] if told else None
+        entries = self._recent.pop(start, None)  # many that are asked for lie in few batches
+        if entries is None:
+            entries = {(f.sop_instance_uid, f.digest): f.entry for f in self._batch(start) if f.entry}
+        self._recent[start] = entries
+        if len(self._recent) > _RECENT_BATCHES:
+            del self._recent[next(iter(self._recent))]
+        return entries.get((sop_instance_uid, digest))
 
     def _batch(self, start: Position) -> tuple[Fact, ...]:
         batch = next(self._facts.read(start, kinds=ABSENCE_KINDS), None)
