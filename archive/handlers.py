@@ -4,6 +4,7 @@ order desk, a command to its own when neither runs. Every handler is safe to rep
 from __future__ import annotations
 
 from archive.archive import Archive
+from archive.backlog_orders import BacklogOrders
 from archive.conflicts.decisions import ACCEPT, REJECT, Decisions
 from archive.correction_orders import CORRECT, CorrectionOrders
 from archive.correction_orders import UNDO as UNDO_CORRECTION
@@ -17,7 +18,7 @@ def handlers_of(archive: Archive, ward: str = "") -> dict[str, Handler]:
     from then on when it is due."""
     decisions, space, removing = Decisions(archive), SpaceOrders(archive), Removing(archive, ward)
     corrections = CorrectionOrders(archive, ward)
-    return {
+    return BacklogOrders(archive, ward).handlers() | {
         CORRECT: corrections.correct, UNDO_CORRECTION: corrections.undo,
         REMOVE: removing.remove, UNDO: removing.undo, PURGE: removing.purge,
         ACCEPT: decisions.accept, REJECT: decisions.reject, EVICT: space.evict, COMPACT: space.compact,

@@ -7,6 +7,7 @@ nothing: that a reader waits, and how often an instance was tried.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Integer, Table, and_, cast, func, select, update
@@ -74,6 +75,12 @@ def mark_urgent(connection: Connection, study_uid: str, sop_instance_uid: str | 
     if sop_instance_uid:
         statement = statement.where(outbox.c.sop_instance_uid == sop_instance_uid)
     return connection.execute(statement.values(urgent=True)).rowcount
+
+
+def mark_urgent_all(connection: Connection, uids: Collection[str]) -> int:
+    """The same of single instances; at most some hundred at once."""
+    statement = update(outbox).where(outbox.c.sop_instance_uid.in_(uids), outbox.c.set_aside.is_(False))
+    return connection.execute(statement.values(urgent=True)).rowcount if uids else 0
 
 
 def note_try(connection: Connection, sop_instance_uid: str, digest: bytes) -> int:

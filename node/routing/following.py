@@ -1,5 +1,6 @@
 """Owns how the rules come to know of what is stored: they follow the packs behind the index, each from where
-it stopped, and queue what they take. It is beside intake, never in its way, and sends nothing.
+it stopped, and queue what they take, or mark it urgent for the region. It is beside intake, never in its way,
+and sends nothing.
 
 A rule's mark (how far it has looked) moves in the transaction that queues what it found. A mark that found
 nothing is written now and then: what is looked at again is in the queue or was sent, and is not queued twice.
@@ -32,13 +33,16 @@ class Following:
     def __init__(
         self, archive: Archive, ledger: Ledger, ward: str, *, queue_max: int, clock: Callable[[], int],
         on_queued: Callable[[set[Destination]], None] = lambda to: None,
+        on_urgent: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """`on_urgent` is told that the region is to have something before everything else."""
         self._archive = archive
         self._ledger = ledger
         self._ward = ward
         self._queue_max = queue_max
         self._clock = clock
         self._on_queued = on_queued
+        self._on_urgent = on_urgent
         self._rules: tuple[Rule, ...] = ()
         self._marks: dict[str, RuleMark] = {}
         self._unwritten: set[str] = set()
@@ -148,6 +152,7 @@ class Following:
         wanted = [record for record in records if any(rule.may_take(record.head) for rule in rules)]
         contents = {(record.head.sop_instance_uid, record.digest) for record in wanted}
         rows: list[Routed] = []
+        urgent: set[str] = set()
         now_us = self._clock()
         for one in self._archive.index.described({uid for uid, _ in contents}):
             if (one.stored.head.sop_instance_uid, one.stored.digest) not in contents:
@@ -156,6 +161,9 @@ class Following:
                 received_us = one.stored.head.provenance.received_at_us
                 if received_us >= self._marks[rule.name].since_us and rule.takes(one):
                     rows += rule.routes_of(one, self._ward, now_us)
+                    urgent |= {one.stored.head.sop_instance_uid} if rule.urgent else set()
+        if urgent and self._archive.index.mark_urgent_all(urgent):  # before the mark moves on
+            self._on_urgent()
         reached = end if len(items) < BATCH_RECORDS else _end_of(items[-1])
         marks = [replace(self._marks[rule.name], epoch=epoch, position=reached) for rule in rules]
         if rows:
@@ -180,6 +188,8 @@ class Following:
             for rule in asked:
                 if rule.takes_study(instances):
                     rows += routes_of_study(rule, study.study_uid, instances, self._ward, self._clock())
+                    if rule.urgent and self._archive.index.mark_urgent(study.study_uid):
+                        self._on_urgent()
         wanted = {row.to for row in rows}
         full = frozenset(filter(self._is_full, wanted))
         chosen = merged([row for row in rows if row.to not in full])

@@ -44,7 +44,7 @@ DELAY_S_MAX = 30 * 86_400.0
 RETRY_DAYS_MAX = 365.0
 
 _KEYS = ("name", "when", "to", "ward", "notify", "match", "not", "commit", "priority", "delay_s", "hours",
-         "retry_days")
+         "retry_days", "urgent")
 _MATCHED = (*BY_KEYWORD, "ModalitiesInStudy", "SOPClassesInStudy")
 _WARD = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*/[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
 _UID_NAMES = {entry[4]: uid for uid, entry in UID_dictionary.items() if entry[4]}
@@ -148,8 +148,9 @@ def _rule(table: Mapping[str, Any]) -> Rule:
         raise _Mistake("name", f"a rule needs a name, of at most {NAME_CHARS_MAX} characters")
     when = _choice(table, "when", When.STORED, [one.value for one in When])
     to = tuple(dict.fromkeys(_destinations(table)))
-    if not to:
-        raise _Mistake("to", "a rule needs a destination: to, ward or notify")
+    urgent = _flag(table, "urgent")
+    if not to and not urgent:
+        raise _Mistake("to", "a rule needs a destination: to, ward or notify; or urgent = true")
     if len(to) > DESTINATIONS_MAX:
         raise _Mistake("to", f"more than {DESTINATIONS_MAX} destinations")
     if when == When.STORED and any(one.kind is RouteKind.NOTICE for one in to):
@@ -163,7 +164,7 @@ def _rule(table: Mapping[str, Any]) -> Rule:
         rank=RANKS[_choice(table, "priority", "normal", list(RANKS))],
         delay_s=_number(table, "delay_s", 0.0, 0.0, DELAY_S_MAX),
         hours=_hours(table, "hours"),
-        retry_days=_number(table, "retry_days", RETRY_DAYS, 0.0, RETRY_DAYS_MAX),
+        retry_days=_number(table, "retry_days", RETRY_DAYS, 0.0, RETRY_DAYS_MAX), urgent=urgent,
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ class Rule:
     delay_s: float = 0.0
     hours: Hours | None = None
     retry_days: float = RETRY_DAYS
+    urgent: bool = False  # and the region gets it before everything else
 
     def takes(self, one: Described) -> bool:
         return all(condition.holds(one) for condition in self.match) and not self._excludes(one)
@@ -151,13 +152,14 @@ class Rule:
         sent = [str(to) for to in self.to if to.kind is not RouteKind.NOTICE]
         acts = [f"is sent to {_both(sent)}"] if sent else []
         acts += [f"is announced to {_both(told)}"] if told else []
+        acts += ["goes to the region before everything else"] if self.urgent else []
         how = [f"with {name} priority" for name, rank in RANKS.items() if rank == self.rank != 1]
         how += [f"after {self.delay_s:g} s"] if self.delay_s else []
         how += [f"between {self.hours}"] if self.hours else []
-        how += [f"tried for {self.retry_days:g} days"]
+        how += [f"tried for {self.retry_days:g} days"] if self.to else []
         how += ["to be committed there"] if self.commit else []
         where = f" where {', and '.join(wheres)}" if wheres else ""
-        return f"{what}{where} {' and '.join(acts)}; {', '.join(how)}"
+        return "; ".join(filter(None, (f"{what}{where} {' and '.join(acts)}", ", ".join(how))))
 
 
 def came_from(head: InstanceHead, to: Destination, ward: str) -> bool:

@@ -41,6 +41,7 @@ class Routing:
         self, archive: Archive, ledger: Ledger, ward: str, settings: RoutingSettings, rules: Path,
         senders: Senders, *, clock: Callable[[], int] = lambda: time.time_ns() // 1000,
         chance: random.Random | None = None, commit_poll_s: float = COMMIT_POLL_S,
+        on_urgent: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """`commit_poll_s` is how often it is looked whether a destination has committed."""
         self._ledger = ledger
@@ -49,7 +50,8 @@ class Routing:
         self._senders = senders
         self._clock = clock
         self._following = Following(
-            archive, ledger, ward, queue_max=settings.queue_max, clock=clock, on_queued=self._queued
+            archive, ledger, ward, queue_max=settings.queue_max, clock=clock, on_queued=self._queued,
+            on_urgent=on_urgent,
         )
         limits = RouterLimits(
             tries_max=settings.tries_max, backoff_first_s=settings.backoff_first_s,
