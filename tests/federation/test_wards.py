@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from archive.archive import Archive
 from archive.ledger import WardState
-from archive.model import Level, Query
+from archive.model import Level, Match, Query
 from archive.orders import OrderDesk
 from bench.simulated_wards import Behaviour, SimulatedWards, ward_number
 from federation.coverage import CoverageState, WardCoverage
@@ -80,7 +79,7 @@ def test_only_who_holds_something_alone_is_asked_and_all_of_them_at_once(
 ) -> None:
     behave(region, wards, {number: Behaviour(15, 0.3) for number in range(5)})
     took_s, answer = timed(source)
-    assert 0.3 <= took_s < 0.9  # one after the other they would take 1.5 s
+    assert 0.3 <= took_s < 1.4  # one after the other they would take 1.5 s
     assert alone(answer) == {ward_number(number).id for number in range(5)}
     assert sum(match.instance_count for match in answer.matches) == 5 * 15
     assert [ward.asked for ward in wards.wards] == [1] * 5 + [0] * 15
@@ -109,14 +108,15 @@ def test_wards_that_hang_are_named_cost_little_and_come_back_by_themselves(
     hanging = {ward_number(number).id for number in (3, 4, 5)}
     here = {number: Behaviour(10, 0.05) for number in range(3)}
     behave(region, wards, here | {number: Behaviour(10, hangs=True) for number in (3, 4, 5)})
-    for search in range(4):
+    took = []
+    for search in range(MISSES_MAX + 3):
         took_s, answer = timed(source)
+        took.append(took_s)
         assert set(unanswered(answer)) == hanging and len(alone(answer)) == 3
-        if search < MISSES_MAX:
-            assert DEADLINE_S <= took_s < DEADLINE_S + 0.6
-        else:
-            assert took_s < DEADLINE_S - 0.2
-            assert all("nor did it answer before" in reason for reason in unanswered(answer).values())
+        said = all("nor did it answer before" in reason for reason in unanswered(answer).values())
+        assert said == (search >= MISSES_MAX)
+    assert all(DEADLINE_S <= took_s < 2 * DEADLINE_S for took_s in took[:MISSES_MAX])  # all three at once
+    assert min(took[MISSES_MAX:]) < DEADLINE_S - 0.2
     # They answer again, too slowly for the leash: a question that stayed open finds it out.
     behave(region, wards, here | {number: Behaviour(10, LEASH_S + 0.2) for number in (3, 4, 5)})
     wait_for(lambda: not unanswered(source.search(EVA, STUDIES)), "they are back")
@@ -181,37 +181,33 @@ def test_a_note_is_settled_where_no_hub_runs(region: Region) -> None:
     assert (state.lost_note, state.pending, state.seen_us) == ("", 3, 5)
 
 
-class Counting(Archive):
-    """An archive that counts what it is asked."""
-
-    searches = 0
-
-    def search(self, query: Query) -> list:  # type: ignore[type-arg]
-        self.searches += 1
-        return super().search(query)
-
-
 def test_a_search_that_needs_nobody_asks_the_index_once(
-    region: Region, wards: SimulatedWards, source: RegionSource
+    region: Region, wards: SimulatedWards, source: RegionSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behave(region, wards, {})
-    archive = source._archive
-    archive.__class__ = Counting
-    assert isinstance(archive, Counting)
+    asked: list[Query] = []
+    search = source._archive.search
+
+    def counted(query: Query) -> list[Match]:
+        asked.append(query)
+        return search(query)
+
+    monkeypatch.setattr(source._archive, "search", counted)
+    monkeypatch.setattr(source._archive, "count", None)
     assert source.search(EVA, STUDIES).covered
-    assert archive.searches == 1
+    assert len(asked) == 1
 
 
 def test_a_leash_is_short_after_misses_and_long_after_an_answer() -> None:
     leash = Leash()
     for _ in range(MISSES_MAX):
-        assert leash.wait_s(2.0) == 2.0 and not leash.is_short
+        assert leash.wait_s(2.0) == 2.0
         leash.missed()
-    assert leash.is_short and leash.wait_s(2.0) == LEASH_S and leash.wait_s(0.1) == 0.1
+    assert leash.wait_s(2.0) == LEASH_S and leash.wait_s(0.1) == 0.1
     leash.missed()
     leash.answered()
-    assert not leash.is_short
+    assert leash.wait_s(2.0) == 2.0
     leash.missed()
     leash.answered()
     leash.missed()
-    assert not leash.is_short  # only misses in a row count
+    assert leash.wait_s(2.0) == 2.0  # only misses in a row count

@@ -57,7 +57,7 @@ class Growing(EmptySource):
 
 def source_of(*, count: int = 7) -> tuple[Growing, Source]:
     growing = Growing(uids=[f"1.{number}" for number in range(count)])
-    return growing, growing  # type: ignore[return-value]  # of what a source has this asks only these
+    return growing, growing
 
 
 def shown(matches: Sequence[Match]) -> list[str]:
