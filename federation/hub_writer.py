@@ -13,8 +13,9 @@ from archive.archive import Archive
 from archive.handlers import handlers_of
 from archive.ledger import Ledger
 from archive.orders import OrderDesk
+from archive.space.scrubber import Scrubber
 from certs.identity import Identity
-from federation import ward_orders
+from federation import reconcile_orders, ward_orders
 from federation.arrivals import Arrivals
 from federation.asking import WardAsking
 from federation.attach_service import AttachService
@@ -75,6 +76,15 @@ class HubWriter:
         passing = Passing(archive, receiver.taps, arrivals, pools, settings.promote_deadline_s)
         desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), standing.clock)
         orders = handlers_of(archive) | ward_orders.handlers_at(attachments, asyncio.get_running_loop())
+        self._scrubber = Scrubber(
+            archive, interval_s=settings.scrub.interval_days * 86_400.0,
+            bytes_per_s_max=settings.scrub.bytes_per_s_max,
+            found=reconcile_orders.asks_wards(archive, attachments, asyncio.get_running_loop()),
+        )  # fmt: skip
+        self._scrubs = settings.scrub.enabled
+        orders |= reconcile_orders.handlers_at_hub(
+            ledger, attachments, self._scrubber, asyncio.get_running_loop()
+        )
         self._orders = OrderDesk(ledger, orders)
         self._uplinks = UplinkService(
             settings, attachments, receiver, arrivals, pools, standing.attaching
@@ -104,6 +114,8 @@ class HubWriter:
 
     def start(self) -> None:
         self._orders.start()
+        if self._scrubs:
+            self._scrubber.start()
         self._deliveries.start()
         self._facts.start()
 
@@ -119,4 +131,5 @@ class HubWriter:
     async def close(self) -> None:
         """Lets go of the store; the lock is free afterwards."""
         await asyncio.to_thread(self._orders.stop)
+        await asyncio.to_thread(self._scrubber.stop)
         await asyncio.to_thread(self.archive.close)

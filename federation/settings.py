@@ -11,6 +11,7 @@ from archive.database import sqlite_url
 from archive.hours import Hours
 from archive.retention import RemovalSettings, RetentionSettings
 from archive.settings import setting
+from archive.space.scrubber import ScrubSettings
 from certs.settings import EnrolmentSettings
 from federation.budget import BudgetEntry, parse_days
 
@@ -133,6 +134,7 @@ class HubSettings:
     protection: ProtectionSettings = setting(ProtectionSettings)
     enrolment: EnrolmentSettings = setting(EnrolmentSettings)
     archive: StoreSettings = setting(StoreSettings)
+    scrub: ScrubSettings = setting(ScrubSettings)
     retention: RetentionSettings = setting(RetentionSettings)
     removal: RemovalSettings = setting(RemovalSettings)
 

@@ -18,10 +18,12 @@ from miss import (
     device,
     hub,
     node,
+    outbox,
     packs,
     portal,
     processes,
     rebuild,
+    reconcile,
     remove,
     routes,
     send,
@@ -54,11 +56,14 @@ app.add_typer(packs.app, name="packs")
 app.add_typer(cache.app, name="cache")
 app.add_typer(backups.app, name="region")
 app.add_typer(routes.app, name="routes")
+app.add_typer(outbox.app, name="backlog")
 app.add_typer(deliveries.app, name="deliveries")
 app.add_typer(ward.app, name="ward")
 app.command("commitments")(commitments.commitments)
 app.add_typer(worklist.app, name="worklist")
 app.command("send")(send.send)
+app.command("reconcile")(reconcile.reconcile)
+app.command("scrub")(reconcile.scrub)
 app.command("status")(status.status)
 app.command("rebuild")(rebuild.rebuild)
 app.add_typer(bench.app, name="bench")

@@ -9,14 +9,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from archive.archive import Archive
+from archive.backlog_orders import BacklogOrders
 from archive.errors import SettingsError
 from archive.handlers import handlers_of
 from archive.ledger import Ledger
 from archive.orders import OrderDesk
+from archive.space.scrubber import Scrubber
 from certs.identity import Identity
+from federation import reconcile_orders
 from federation.deliveries import Deliveries
 from federation.facts_exchange import FactsExchange
 from federation.facts_refusals import refusals_to
+from federation.reconciling import Reconciling
 from federation.restoring import Restoring
 from federation.uplink import Uplink
 from federation.window import RegionWindow
@@ -94,6 +98,8 @@ def running(settings: NodeSettings, identity: Identity) -> Iterator[Parts]:
         starts(completion.start, completion.stop)
         starts(worklist.start, worklist.stop)
         starts(cache.start, cache.stop)
+        if settings.scrub.enabled:
+            starts(making.scrubber.start, making.scrubber.stop)
         starts(orders.start, orders.stop)
         if uplink is not None:
             starts(uplink.start, uplink.stop)
@@ -115,6 +121,13 @@ class _Making:
         self.archive = Archive.open(settings.archive_settings(), outbox=True)
         held.callback(self.archive.close)
         self.restoring = Restoring(self.archive, identity.ward, bytes_per_s=settings.cache.bring_bytes_per_s)
+        self.reconciling = Reconciling(
+            self.archive, identity.ward, settings.reconcile, restoring=self.restoring,
+            policy=lambda: None if self.uplink is None else self.uplink.policy)
+        self.scrubber = Scrubber(
+            self.archive, interval_s=settings.scrub.interval_days * 86_400.0,
+            bytes_per_s_max=settings.scrub.bytes_per_s_max,
+            found=lambda _: self.reconciling.damage_found())
         self.uplink = self._uplink() if settings.uplink.enabled else None
         self._window = None if self.uplink is None else self._region(self.uplink)
         self.cache = self._cache(self.uplink)
@@ -148,7 +161,13 @@ class _Making:
             self.archive, self._forwarder, AvailabilityScu(self._destinations, self._ae_title, self._limits),
             deliveries=deliveries, commitment=commitment.scu,
             steps_of=lambda uid: [step for step, _ in self.ledger.performed_of([uid]).get(uid, ())])
-        return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders)
+        return Routing(self.archive, self.ledger, ward, settings.routing, settings.routes_path, senders,
+                       on_urgent=self._urgent)
+
+    def _urgent(self) -> None:
+        """Something is to be pushed before everything else."""
+        if self.uplink is not None:
+            self.uplink.ordered()
 
     def worklist(self) -> WorklistKeeper:
         settings = self._settings.worklist
@@ -160,7 +179,10 @@ class _Making:
         settings = self._settings
         routes = RouteOrders(self.archive, self.ledger, self._identity.ward, settings.routes_path,
                              settings.routing.queue_max, routes_changed)
-        handlers = handlers_of(self.archive, self._identity.ward) | routes.handlers() | self.cache.handlers()
+        mending = reconcile_orders.handlers_at_node(self.reconciling, self.scrubber)
+        handlers = (mending | handlers_of(self.archive, self._identity.ward) | routes.handlers()
+                    | self.cache.handlers()
+                    | BacklogOrders(self.archive, self._identity.ward, self._urgent).handlers())
         return OrderDesk(self.ledger, handlers)
 
     def server(self, commitment: Table) -> DimseServer:
@@ -214,9 +236,10 @@ class _Making:
     def _uplink(self) -> Uplink:
         settings = self._settings
         facts = FactsExchange(self.archive, self._identity.ward, refusals_to(self.ledger.audit))
+        parts = (self.restoring, facts, self.reconciling)
         return Uplink(self.archive, self._identity, settings.uplink, ae_title=self._ae_title,
                       audit=self.ledger.audit, deliveries=settings.deliveries,
-                      on_standings=self.ledger.note_standings, parts=(self.restoring, facts))
+                      on_standings=self.ledger.note_standings, parts=parts)
 
     def _cache(self, uplink: Uplink | None) -> Cache:
         settings, identity = self._settings, self._identity
@@ -224,7 +247,8 @@ class _Making:
             self.archive, self.ledger, settings.cache, RulesFile(settings.cache_rules_path),
             ward=identity.ward, issuer=identity.issuer,
             restoring=None if uplink is None else self.restoring, window=self._window,
-            policy=lambda: None if uplink is None else uplink.policy)
+            policy=lambda: None if uplink is None else uplink.policy,
+            held=(lambda: False) if uplink is None else self.reconciling.held)
 
     def _region(self, uplink: Uplink) -> RegionWindow:
         settings = self._settings

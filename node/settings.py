@@ -11,8 +11,15 @@ from archive.database import sqlite_url
 from archive.errors import SettingsError
 from archive.retention import RemovalSettings, RetentionSettings
 from archive.settings import setting
+from archive.space.scrubber import ScrubSettings
 from federation.deliveries_grants import Accepted
-from federation.settings import DeliverySettings, StoreSettings, UplinkSettings, WindowSettings
+from federation.settings import (
+    DeliverySettings,
+    ReconcileSettings,
+    StoreSettings,
+    UplinkSettings,
+    WindowSettings,
+)
 from node.dimse.association import Limits
 
 KIB = 1 << 10
@@ -257,6 +264,8 @@ class NodeSettings:
     uplink: UplinkSettings = setting(UplinkSettings)
     deliveries: DeliverySettings = setting(DeliverySettings)
     window: WindowSettings = setting(WindowSettings)
+    reconcile: ReconcileSettings = setting(ReconcileSettings)
+    scrub: ScrubSettings = setting(ScrubSettings)
     retrieve: RetrieveSettings = setting(RetrieveSettings)
     commitment: CommitmentSettings = setting(CommitmentSettings)
     routing: RoutingSettings = setting(RoutingSettings)

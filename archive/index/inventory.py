@@ -28,8 +28,8 @@ from archive.index.schema import (
     study,
 )
 from archive.index.statements import by_uid
-from archive.index.stored import INSTANCE_COLUMNS, instance_of
-from archive.model import Fields, Level, StoredInstance
+from archive.index.stored import INSTANCE_COLUMNS, head_of, instance_of, location_of
+from archive.model import Fields, InstanceHead, Level, Location, StoredInstance
 
 PAGE_ROWS = 5_000
 PAGE_STUDIES = 200
@@ -49,6 +49,15 @@ class Standing:
     pending: bool
     ward: str
     removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lying:
+    """A content and where its bytes lie."""
+
+    head: InstanceHead
+    digest: bytes
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,18 @@ class Inventories:
     def last_confirmed(self, limit: int) -> list[Content]:
         """The contents with the newest receipts; reads through all that is here."""
         return self._database.read(lambda connection: _last_confirmed(connection, limit))
+
+    def holders(self, contents: Iterable[Content]) -> list[str]:
+        """The wards that gave these, or have a copy."""
+        return self._database.read(lambda connection: _holders(connection, contents))
+
+    def packs(self) -> list[str]:
+        """The packs in which something lies that was not given up; reads through all that is here."""
+        return self._database.read(_packs)
+
+    def lying_in(self, packs: Iterable[str]) -> list[Lying]:
+        """What lies in these, in memory at once; reads through all that is here."""
+        return self._database.read(lambda connection: _lying_in(connection, packs))
 
     def described(self, contents: Iterable[Content]) -> list[Described]:
         """The live ones of these, each with its levels; series beside series."""
@@ -205,6 +226,29 @@ def _last_confirmed(connection: Connection, limit: int) -> list[Content]:
         .order_by(instance.c.receipt_us.desc()).limit(limit)
     )  # fmt: skip
     return [(row[0], bytes(row[1])) for row in connection.execute(query)]
+
+
+def _holders(connection: Connection, contents: Iterable[Content]) -> list[str]:
+    wanted = set(contents)
+    query = select(holding.c.ward)
+    copies = by_uid(connection, query, holding.c.sop_instance_uid, {uid for uid, _ in wanted})
+    own = {standing.ward for standing in _standings(connection, wanted).values()}
+    return sorted(own | {row[0] for row in copies})
+
+
+def _packs(connection: Connection) -> list[str]:
+    found = {pack for table in _TABLES for pack in connection.execute(
+        select(table.c.pack).where(table.c.evicted.is_(False)).distinct()).scalars()}  # fmt: skip
+    return sorted(found)
+
+
+def _lying_in(connection: Connection, packs: Iterable[str]) -> list[Lying]:
+    wanted = list(packs)
+    return [
+        Lying(head_of(row), bytes(row.digest), location_of(row))
+        for table in _TABLES
+        for row in by_uid(connection, select(table).where(table.c.evicted.is_(False)), table.c.pack, wanted)
+    ]
 
 
 def _described(connection: Connection, contents: Iterable[Content]) -> list[Described]:

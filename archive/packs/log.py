@@ -11,6 +11,7 @@ clean; the file is abandoned where it was last known synced, and its successor's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -424,11 +425,14 @@ class Log:
         )  # fmt: skip
 
     def sealed(self) -> dict[int, int]:
-        """The files that have a successor, by number, and where each ends."""
+        """The files that have a successor, by number, and where each ends; not those that are missing."""
         with self._lock:
             sealed = sorted(self._numbers)[:-1]
             ends = dict(self._ends)
-        sizes = {number: self._storage.size(self.layout.name_of(number)) for number in sealed}
+        sizes: dict[int, int] = {}
+        for number in sealed:
+            with contextlib.suppress(FileNotFoundError):
+                sizes[number] = self._storage.size(self.layout.name_of(number))
         return {number: ends.get(number, size) for number, size in sizes.items()}
 
     def forget(self, number: int) -> None:

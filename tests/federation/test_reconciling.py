@@ -164,14 +164,15 @@ def test_nothing_is_evicted_until_a_restored_region_was_compared(ward: Reconcile
     ward.compare()
     part = ward.reconciling
     until(lambda: not part.held(), "it is so")
-    policy = ward.node.uplink.policy if ward.node.uplink is not None else None
+    until(lambda: part.notes.now.stores, "the store was seen")
+    policy = part._policy()
     assert policy is not None
-    place = policy.store_position
+    place = part.notes.now.stores[policy.store.hex()]
     part._policy = lambda: replace(policy, store_position=replace(place, offset=place.offset - 1))
     assert part.held(), "the store stands further back than it was seen"
     part._policy = lambda: replace(policy, store=b"another")
     assert part.held()
-    part._policy = lambda: policy
+    part._policy = lambda: replace(policy, store_position=place)
     assert not part.held()
 
 
