@@ -156,7 +156,7 @@ class PushStream:
         replicator = self._pushing.replicator
         failed = failure is not None or replicator.unacknowledged(self._number) > 0
         blame = ""
-        if isinstance(failure, grpc.aio.AioRpcError) and failure.code() not in LINE_CODES:
+        if isinstance(failure, grpc.aio.AioRpcError) and _is_of_what_was_sent(failure):
             blame = str(status.restored(failure))
         if failure is not None:
             say("a push stream broke", failure)
@@ -285,7 +285,7 @@ class PushStream:
         if parcel.data:
             full_s, self._full_s = self._full_s, 0.0
             pushing.compression.wrote(parcel.data, size, full_s + now_s - begun_s, worked_s, now_s)
-            if pushing.flows.wrote(size, now_s - turned_s, worked_s + turned_s - begun_s, now_s):
+            if pushing.flows.wrote(size, full_s + now_s - turned_s, worked_s + turned_s - begun_s, now_s):
                 pushing.changed()
 
     async def _hear(self, call: Any) -> None:
@@ -346,3 +346,11 @@ def _alone(reply: uplink_pb2.PushReply) -> uplink_pb2.PushVerdicts:
     if kind == "receipt":
         return uplink_pb2.PushVerdicts(receipts=[reply.receipt])
     return uplink_pb2.PushVerdicts(refusals=[reply.refusal] if kind == "refusal" else [])
+
+
+def _is_of_what_was_sent(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether the region found fault with what was sent. gRPC itself says INTERNAL of a write to a call that
+    has just ended; what a region says has the error's name with it."""
+    if failure.code() is grpc.StatusCode.INTERNAL and not status.is_named(failure):
+        return False
+    return failure.code() not in LINE_CODES

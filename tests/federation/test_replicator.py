@@ -98,6 +98,34 @@ def test_what_becomes_urgent_overtakes_what_waits() -> None:
     assert taken(replicator) == [7, 9, 8]
 
 
+def test_a_stream_that_is_kept_for_the_urgent_takes_nothing_else() -> None:
+    replicator = filled([pending(5), pending(7)])
+    assert offered(replicator) == [7, 5]
+    assert replicator.take(1, 0.0, urgent_only=True) is None
+    replicator.woken(urgent=True)
+    step = replicator.next(0)
+    assert isinstance(step, Refill)
+    replicator.refilled([pending(5, urgent=True), pending(7)], step.limit)
+    taken_row = replicator.take(1, 0.0, urgent_only=True)
+    assert taken_row is not None and taken_row.digest == pending(5).digest
+    assert taken(replicator) == [7]
+
+
+@pytest.mark.parametrize(("said", "offset"), [(40, 40), (0, 0), (-3, 0), (90, 90), (1 << 40, 90)])
+def test_a_push_goes_on_behind_what_the_region_has(said: int, offset: int) -> None:
+    row = pending(1)
+    replicator = filled([row])
+    assert isinstance(replicator.next(0), Offer)
+    replicator.offered([Verdict(None, said)])
+    assert taken(replicator) == [1]
+    assert (row.dataset_bytes, replicator.resumes_at(row)) == (90, offset)
+    replicator.stream_ended(0, 0.0, 0, failed=True)
+    replicator.line_up()
+    assert isinstance(replicator.next(0), Offer)
+    replicator.offered([NEED])
+    assert replicator.resumes_at(row) == 0  # the last word counts
+
+
 def test_have_is_a_receipt_and_nothing_moves() -> None:
     row = pending(1)
     replicator = filled([row])
