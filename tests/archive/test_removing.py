@@ -12,7 +12,7 @@ import pytest
 
 from archive.archive import Archive, ArchiveSettings
 from archive.errors import Evicted, InvalidInput, NotFound
-from archive.model import START, Fact, FactKind, Level, Outcome, Query
+from archive.model import START, Fact, FactKind, Level, Outcome, Query, Record, RecordKind
 from archive.rebuild import rebuild
 from archive.removals import QUALITY, Purge, fact_of_purge
 from archive.removing import Removing
@@ -81,6 +81,12 @@ def bytes_held(archive: Archive) -> int:
     )
 
 
+def records(archive: Archive) -> int:
+    """How many instances were written, whatever became of them."""
+    found = archive.packs.read(START, archive.packs.log.durable)
+    return sum(isinstance(one, Record) and one.kind is not RecordKind.MARK for one in found)
+
+
 def rebuilt_equals(settings: ArchiveSettings) -> bool:
     with Archive.open(settings, outbox=True) as archive:
         archive.wait_indexed()
@@ -115,10 +121,10 @@ def test_what_is_sent_again_stays_away_and_is_answered_as_stored(archive: Archiv
     one = study(1)
     fill(archive, one)
     remove(Removing(archive, ""), "study", "1.2.1")
-    records = archive.packs.log.durable
+    assert records(archive) == 3
     for each in one:
         assert store(archive, each) is Outcome.DUPLICATE
-    assert archive.packs.log.durable == records, "nothing was written"
+    assert records(archive) == 3, "nothing was written"
     other = make_instance(study_uid="1.2.1", series_uid="1.2.1.1", sop_uid="1.2.1.1.1", number=7)
     assert store(archive, other) is Outcome.CONFLICT
     assert shown(archive) == set()
