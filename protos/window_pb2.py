@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/window.proto\x12\x07miss.v1\x1a\x13protos/common.proto\"[\n\x13WindowSearchRequest\x12\x1d\n\x05query\x18\x01 \x01(\x0b\x32\x0e.miss.v1.Query\x12%\n\tassertion\x18\x02 \x01(\x0b\x32\x12.miss.v1.Assertion\"y\n\x10WindowSearchPage\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.miss.v1.Match\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\r\n\x05reach\x18\x04 \x01(\t\"\x80\x01\n\x16WindowInstancesRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12%\n\tassertion\x18\x04 \x01(\x0b\x32\x12.miss.v1.Assertion\"A\n\x13WindowInstancesPage\x12*\n\tinstances\x18\x01 \x03(\x0b\x32\x17.miss.v1.WindowInstance\"\x9d\x01\n\x0eWindowInstance\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12#\n\x04head\x18\x03 \x01(\x0b\x32\x15.miss.v1.InstanceHead\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0c\n\x04size\x18\x05 \x01(\x03\x12!\n\x08instance\x18\x06 \x01(\x0b\x32\x0f.miss.v1.Fields\"\x9b\x01\n\x12WindowFetchRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12%\n\tassertion\x18\x05 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\r\n\x05start\x18\x06 \x01(\x03\"-\n\x0bWindowChunk\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\x0c\x12\r\n\x05start\x18\x02 \x01(\x03\x32\xd9\x01\n\x06Window\x12\x43\n\x06Search\x12\x1c.miss.v1.WindowSearchRequest\x1a\x19.miss.v1.WindowSearchPage0\x01\x12L\n\tInstances\x12\x1f.miss.v1.WindowInstancesRequest\x1a\x1c.miss.v1.WindowInstancesPage0\x01\x12<\n\x05\x46\x65tch\x12\x1b.miss.v1.WindowFetchRequest\x1a\x14.miss.v1.WindowChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/window.proto\x12\x07miss.v1\x1a\x13protos/common.proto\"[\n\x13WindowSearchRequest\x12\x1d\n\x05query\x18\x01 \x01(\x0b\x32\x0e.miss.v1.Query\x12%\n\tassertion\x18\x02 \x01(\x0b\x32\x12.miss.v1.Assertion\"y\n\x10WindowSearchPage\x12\x1f\n\x07matches\x18\x01 \x03(\x0b\x32\x0e.miss.v1.Match\x12\'\n\x08\x63overage\x18\x02 \x03(\x0b\x32\x15.miss.v1.WardCoverage\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\r\n\x05reach\x18\x04 \x01(\t\"\x80\x01\n\x16WindowInstancesRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12%\n\tassertion\x18\x04 \x01(\x0b\x32\x12.miss.v1.Assertion\"A\n\x13WindowInstancesPage\x12*\n\tinstances\x18\x01 \x03(\x0b\x32\x17.miss.v1.WindowInstance\"\xef\x01\n\x0eWindowInstance\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12#\n\x04head\x18\x03 \x01(\x0b\x32\x15.miss.v1.InstanceHead\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0c\n\x04size\x18\x05 \x01(\x03\x12!\n\x08instance\x18\x06 \x01(\x0b\x32\x0f.miss.v1.Fields\x12\"\n\tcorrected\x18\x07 \x01(\x0b\x32\x0f.miss.v1.Fields\x12\x14\n\x0c\x63orrected_us\x18\x08 \x01(\x03\x12\x16\n\x0e\x63orrected_ward\x18\t \x01(\t\"\x9b\x01\n\x12WindowFetchRequest\x12\x11\n\tstudy_uid\x18\x01 \x01(\t\x12\x12\n\nseries_uid\x18\x02 \x01(\t\x12\x18\n\x10sop_instance_uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12%\n\tassertion\x18\x05 \x01(\x0b\x32\x12.miss.v1.Assertion\x12\r\n\x05start\x18\x06 \x01(\x03\"-\n\x0bWindowChunk\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\x0c\x12\r\n\x05start\x18\x02 \x01(\x03\x32\xd9\x01\n\x06Window\x12\x43\n\x06Search\x12\x1c.miss.v1.WindowSearchRequest\x1a\x19.miss.v1.WindowSearchPage0\x01\x12L\n\tInstances\x12\x1f.miss.v1.WindowInstancesRequest\x1a\x1c.miss.v1.WindowInstancesPage0\x01\x12<\n\x05\x46\x65tch\x12\x1b.miss.v1.WindowFetchRequest\x1a\x14.miss.v1.WindowChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,11 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WINDOWINSTANCESPAGE']._serialized_start=400
   _globals['_WINDOWINSTANCESPAGE']._serialized_end=465
   _globals['_WINDOWINSTANCE']._serialized_start=468
-  _globals['_WINDOWINSTANCE']._serialized_end=625
-  _globals['_WINDOWFETCHREQUEST']._serialized_start=628
-  _globals['_WINDOWFETCHREQUEST']._serialized_end=783
-  _globals['_WINDOWCHUNK']._serialized_start=785
-  _globals['_WINDOWCHUNK']._serialized_end=830
-  _globals['_WINDOW']._serialized_start=833
-  _globals['_WINDOW']._serialized_end=1050
+  _globals['_WINDOWINSTANCE']._serialized_end=707
+  _globals['_WINDOWFETCHREQUEST']._serialized_start=710
+  _globals['_WINDOWFETCHREQUEST']._serialized_end=865
+  _globals['_WINDOWCHUNK']._serialized_start=867
+  _globals['_WINDOWCHUNK']._serialized_end=912
+  _globals['_WINDOW']._serialized_start=915
+  _globals['_WINDOW']._serialized_end=1132
 # @@protoc_insertion_point(module_scope)

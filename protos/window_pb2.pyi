@@ -139,15 +139,26 @@ class WindowInstance(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    CORRECTED_FIELD_NUMBER: _builtins.int
+    CORRECTED_US_FIELD_NUMBER: _builtins.int
+    CORRECTED_WARD_FIELD_NUMBER: _builtins.int
     study_uid: _builtins.str
     series_uid: _builtins.str
     digest: _builtins.bytes
     size: _builtins.int
     """of the data set"""
+    corrected_us: _builtins.int
+    """when the last of it was decided"""
+    corrected_ward: _builtins.str
+    """and where; empty: in the region"""
     @_builtins.property
     def head(self) -> _common_pb2.InstanceHead: ...
     @_builtins.property
     def instance(self) -> _common_pb2.Fields: ...
+    @_builtins.property
+    def corrected(self) -> _common_pb2.Fields:
+        """what people corrected of its study: readers get it so; its bytes are as stored"""
+
     def __init__(
         self,
         *,
@@ -157,10 +168,13 @@ class WindowInstance(_message.Message):
         digest: _builtins.bytes = ...,
         size: _builtins.int = ...,
         instance: _common_pb2.Fields | None = ...,
+        corrected: _common_pb2.Fields | None = ...,
+        corrected_us: _builtins.int = ...,
+        corrected_ward: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "instance", b"instance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["corrected", b"corrected", "head", b"head", "instance", b"instance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "head", b"head", "instance", b"instance", "series_uid", b"series_uid", "size", b"size", "study_uid", b"study_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected", b"corrected", "corrected_us", b"corrected_us", "corrected_ward", b"corrected_ward", "digest", b"digest", "head", b"head", "instance", b"instance", "series_uid", b"series_uid", "size", b"size", "study_uid", b"study_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
