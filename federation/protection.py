@@ -17,7 +17,7 @@ from federation.settings import ProtectionSettings
 log = logging.getLogger(__name__)
 
 ASK_S = 10.0
-_MINUTE_US = 60 * 1_000_000  # what moves on by itself is told in steps of this
+_SECOND_US, _MINUTE_US = 1_000_000, 60 * 1_000_000  # what moves on by itself is told in steps
 
 
 class Protection:
@@ -46,5 +46,6 @@ class Protection:
         """What has a receipt of this time or older may be evicted; 0: nothing."""
         if self._settings.by == "backup":
             return min(self._backup_us, self._clock())
-        oldest_us = self._clock() - int(self._settings.hours * 3600e6)
-        return max(0, oldest_us // _MINUTE_US * _MINUTE_US)
+        age_us = int(self._settings.hours * 3600e6)
+        step_us = max(_SECOND_US, min(_MINUTE_US, age_us // 10))
+        return max(0, (self._clock() - age_us) // step_us * step_us)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
+from miss.cache import cache_standing
 from miss.processes import wait_until
 from tests.cluster import RADIOLOGY, Cluster, dataset_of, retrieve
 from tests.commands import miss
@@ -31,11 +31,15 @@ def sent(instances: list[Instance]) -> list[bytes]:
     return sorted(one.dataset for one in instances)
 
 
-def cache(cluster: Cluster) -> dict[str, Any]:
-    told = miss("cache", "status", "--json", "--state", str(cluster.ward().state))
-    assert told.returncode == 0, told.stderr
-    found: dict[str, Any] = json.loads(told.stdout)
-    return found
+def evicted(cluster: Cluster) -> int | None:
+    """Instances that the ward gave up, as its node says."""
+    return cache_standing(cluster.ward().state).get("evicted")
+
+
+def get_all(cluster: Cluster, folder: Path, study: list[Instance]) -> list[bytes] | None:
+    """As a device does that asks again until it is answered."""
+    files, _ = get(cluster, folder / f"got-{len(list(folder.iterdir()))}", study[0].study_uid)
+    return files or None
 
 
 def set_in(toml: Path, **values: str) -> None:
@@ -68,7 +72,7 @@ def test_what_was_evicted_comes_back_and_is_kept_again(tmp_path: Path) -> None:
         # by age, here: whatever is older than a moment; the disk of this machine is nobody's to fill
         restart_node_with(cluster, unused_days="1e-07", free_percent_low="0.0", free_percent_high="0.0",
                           look_s="0.1")
-        wait_until("the first study's going", lambda: cache(cluster)["evicted"] == len(first) or None,
+        wait_until("the first study's going", lambda: evicted(cluster) == len(first) or None,
                    timeout_s=90)
         shown = miss("node", "status", "--state", state).stdout
         assert "4 instances" in shown and "given up" in shown
@@ -92,9 +96,9 @@ def test_what_was_evicted_comes_back_and_is_kept_again(tmp_path: Path) -> None:
 
         # it is back: a device gets all of it, and it is kept here again
         cluster.restart_hub()
-        files, said = get(cluster, tmp_path / "got", first[0].study_uid)
+        files = wait_until("the ward's attach", lambda: get_all(cluster, tmp_path, first), timeout_s=60)
         assert files == sent(first)
-        wait_until("its being kept again", lambda: cache(cluster)["evicted"] == 0 or None, timeout_s=90)
+        wait_until("its being kept again", lambda: evicted(cluster) == 0 or None, timeout_s=90)
         cluster.region.hub.stop()
         files, _ = get(cluster, tmp_path / "again", first[0].study_uid)
         assert files == sent(first)  # from the ward's own disk
@@ -102,7 +106,7 @@ def test_what_was_evicted_comes_back_and_is_kept_again(tmp_path: Path) -> None:
 
         # the ward's own portal has it brought back
         restart_node_with(cluster, unused_days="2e-07")
-        wait_until("its going again", lambda: cache(cluster)["evicted"] == len(first) or None, timeout_s=90)
+        wait_until("its going again", lambda: evicted(cluster) == len(first) or None, timeout_s=90)
         with cluster.browser(ward_portal=True) as browser:
             found = retrieve(browser, f"/studies/{first[0].study_uid}")
             assert sorted(map(dataset_of, found)) == sent(first)

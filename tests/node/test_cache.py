@@ -37,7 +37,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "SURVEY_AGAIN_S", 0.1)
     monkeypatch.setattr(laying_down, "LOOK_S", 0.05)
     monkeypatch.setattr(protection, "ASK_S", 0.05)
-    monkeypatch.setattr(protection, "_MINUTE_US", 1)
+    monkeypatch.setattr(protection, "_SECOND_US", 1)
 
 
 @pytest.fixture

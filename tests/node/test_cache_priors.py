@@ -37,7 +37,7 @@ TODAY = datetime.now().replace(hour=12, minute=0, second=0, microsecond=0)
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laying_down, "LOOK_S", 0.05)
-    monkeypatch.setattr(protection, "_MINUTE_US", 1)
+    monkeypatch.setattr(protection, "_SECOND_US", 1)
 
 
 @pytest.fixture
