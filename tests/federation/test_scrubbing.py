@@ -160,7 +160,7 @@ def test_a_pass_that_is_stopped_goes_on_behind_the_last_pack(ward: Reconciled) -
         read.append(number)
         original(number, end, pace)  # type: ignore[arg-type]
 
-    stopped._read_pack = two  # type: ignore[method-assign,assignment]
+    stopped._read_pack = two  # type: ignore[method-assign]
     with pytest.raises(Unavailable):
         stopped.run_pass()
     again = Scrubber(archive, interval_s=DAY_S, bytes_per_s_max=1e9)
@@ -171,6 +171,6 @@ def test_a_pass_that_is_stopped_goes_on_behind_the_last_pack(ward: Reconciled) -
         read.append(number)
         later(number, end, pace)  # type: ignore[arg-type]
 
-    again._read_pack = noted  # type: ignore[method-assign,assignment]
+    again._read_pack = noted  # type: ignore[method-assign]
     assert again.run_pass().full_us
     assert read == sorted(set(read)) and len(read) == 4
