@@ -72,7 +72,7 @@ def ls(
 
 @app.command()
 def urgent(study: Study, state: State = Path(".")) -> None:
-    """Pushes a study before everything else, with the bandwidth budget's last bytes too.
+    """Pushes a study to the region before everything else.
 
     \b
     Example:
