@@ -104,5 +104,10 @@ def restored(call: FailedCall) -> MissError:
     return kind(f"{words} ({code.name})" if not name else words)
 
 
+def is_named(call: FailedCall) -> bool:
+    """Whether the other side ended the call with an error of its own, and not gRPC in between."""
+    return any(key == METADATA_KEY for key, _ in call.trailing_metadata() or ())
+
+
 def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else value.decode("ascii", "replace")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
-from archive.errors import MissError, OutOfResources
+from archive.errors import MissError, Unavailable
 from certs.gate import peer
 from federation import serde, status
 from federation.arrivals import Arrivals
@@ -22,6 +22,7 @@ from federation.attach_service import AttachService
 from federation.attachments import Attachments
 from federation.fair_queue import FairQueue, cost_of, names
 from federation.pools import Pools
+from federation.push_admission import Place, PushAdmission
 from federation.receiving import Incoming, Pushed, Receiver
 from federation.replicator import Received, Refused
 from federation.serde_gathering import listed_from
@@ -56,17 +57,12 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self._arrivals = arrivals
         self._pools = pools
         self._attaching = attaching
-        self._pushes: Counter[str] = Counter()
+        self._admission = PushAdmission(settings.pushes_max, settings.pushes_per_ward_max)
         self._queue = FairQueue()
-        self._ahead: set[Ahead] = set()
-        self._stopping = False
 
     def stop(self) -> None:
         """The hub stops: each push stream ends after what it has read, with the verdicts of that."""
-        self._stopping = True
-        for ahead in self._ahead:
-            if not ahead.full():  # one that is full is looked at soon anyway
-                ahead.put_nowait(None)
+        self._admission.end_all()
 
     # grpc.aio takes a coroutine that writes as well as a generator, which the generated stubs do not know.
 
@@ -88,15 +84,15 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self, request_iterator: Any, context: Any
     ) -> None:
         ward = peer(context).ward
-        settings = self._settings
-        if self._pushes.total() >= settings.pushes_max or self._pushes[ward] >= settings.pushes_per_ward_max:
-            await status.abort(context, OutOfResources("too many pushes at once"))
-        self._pushes[ward] += 1
+        try:
+            place = self._admission.enter(ward)
+        except MissError as error:
+            await status.abort(context, error)
         incoming = self._receiver.incoming(ward)
         try:
-            await self._receive(ward, incoming, aiter(request_iterator), context)
+            await self._receive(place, incoming, aiter(request_iterator), context)
         finally:
-            self._pushes[ward] -= 1
+            self._admission.leave(place)
             await asyncio.shield(self._pools.push(incoming.abort))
 
     async def Answer(self, request: uplink_pb2.SearchAnswer, context: Any) -> uplink_pb2.AnswerReply:
@@ -119,16 +115,17 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
     # Push.
 
     async def _receive(
-        self, ward: str, incoming: Incoming, messages: AsyncIterator[uplink_pb2.PushRequest], context: Any
+        self, place: Place, incoming: Incoming, messages: AsyncIterator[uplink_pb2.PushRequest], context: Any
     ) -> None:
         """Reads ahead, takes what was read in batches, and settles one batch while the next is taken."""
         ahead: Ahead = asyncio.Queue(READ_AHEAD)
-        self._ahead.add(ahead)
+        place.wake = partial(_end, ahead)
+        ward = place.ward
         reader = asyncio.create_task(_read_ahead(messages, ahead))
         settling: list[asyncio.Task[None]] = []
         try:
             ended = False
-            while not ended and not self._stopping:
+            while not ended and not place.given_up:
                 batch, ended = await _batch(ahead)
                 urgent = self._arrivals.is_awaited(names(batch))
                 turn = await self._queue.enter(ward, cost_of(batch), urgent=urgent)
@@ -149,8 +146,9 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
                     await asyncio.gather(*settling)
                     await status.abort(context, taken.error)
             await asyncio.gather(*settling)
+            if place.given_up and not reader.done():  # in words: gRPC would call it an internal error
+                await status.abort(context, Unavailable("this stream's place is wanted; come again"))
         finally:
-            self._ahead.discard(ahead)
             reader.cancel()
             for task in settling:
                 task.cancel()
@@ -200,6 +198,12 @@ async def _read_ahead(messages: AsyncIterator[uplink_pb2.PushRequest], ahead: Ah
         await ahead.put(None)
     except Exception as error:
         await ahead.put(error)
+
+
+def _end(ahead: Ahead) -> None:
+    """The stream is to end after what was read of it."""
+    if not ahead.full():  # one that is full is looked at soon anyway
+        ahead.put_nowait(None)
 
 
 async def _batch(ahead: Ahead) -> tuple[list[uplink_pb2.PushRequest], bool]:
