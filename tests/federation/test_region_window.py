@@ -78,8 +78,10 @@ def windows(nodes: list[Node], region: Region, audited: list[AuditRow]) -> Itera
 
 
 def attached(node: Node, region: Region) -> bool:
-    """Whether both ends say so."""
-    return node.uplink is not None and node.uplink.status().attached and node.reported(region).attached
+    """Whether both ends say so, and the ward's first report of this disk is kept."""
+    state = node.reported(region)
+    return (node.uplink is not None and node.uplink.status().attached and state.attached
+            and state.seen_us >= state.attached_since_us)
 
 
 def window_of(node: Node, **options: Any) -> RegionWindow:
