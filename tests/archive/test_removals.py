@@ -254,7 +254,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Index, Index
     second.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(facts=st.lists(_facts, max_size=8), chance=st.randoms(use_true_random=False))
 def test_facts_and_records_in_any_order_come_to_one_index(
     two: tuple[Index, Index], facts: list[Fact], chance: object
