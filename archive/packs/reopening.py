@@ -128,11 +128,13 @@ def _open_last(
 
 
 def _settle(storage: Storage, layout: Layout, current: LogFile, tail: Tail) -> None:
-    """Write again what is whole, cut what nobody was promised."""
+    """Write again what is whole, cut what nobody was promised. The file's name too may be known to the page
+    cache alone: its maker may have ended before it synced the directory."""
     for offset in range(max(tail.promised, FILE_HEADER_BYTES), tail.end, _COPY_BYTES):
         length = min(_COPY_BYTES, tail.end - offset)
         current.file.pwritev([current.file.read(offset, length)], offset)
     current.file.fdatasync()
+    storage.sync_directory(layout.folder)
     if tail.bytes_end > tail.end:
         _keep_aside(storage, layout, current, tail.end, tail.bytes_end)
         current.file.truncate(tail.end)

@@ -372,6 +372,28 @@ def test_records_left_by_a_failed_sync_are_written_again_before_they_are_built_u
         assert set(after) == {*found, "1.2.3.2"}
 
 
+def test_a_file_whose_maker_ended_before_it_synced_the_directory_is_named_for_good() -> None:
+    """kill -9 between the header's sync and the directory's, then a restart, then the power: the file that
+    was found by its name alone has to be there again with what was acknowledged in it."""
+    class Killed(BaseException):
+        pass
+
+    class Dying(FaultyStorage):
+        def sync_directory(self, folder: str) -> None:
+            raise Killed
+
+    dying = Dying()
+    with pytest.raises(Killed):
+        Packs.open(dying, limits=LIMITS)
+    site = Site(FaultyStorage.kill(dying))
+    site.append(3000)
+    site.acknowledge()
+    for seed in range(20):
+        after = Site(site.storage.power_loss(random.Random(seed)))
+        found, damages = after.holdings()
+        assert not damages and set(found) == {"1.2.3.1"}
+
+
 def test_a_full_disk_refuses_and_recovers_by_itself() -> None:
     site = Site()
     site.append(4000)
