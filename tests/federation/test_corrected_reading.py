@@ -100,8 +100,9 @@ def test_another_ward_s_device_gets_it_as_corrected_in_any_syntax(
     wait_for(lambda: holder.pending == 0, "the region has it")
     correct(hub)
     looker.start()
-    wait_for(lambda: looker.reported(region).attached, "attached")
     assert looker.uplink is not None
+    uplink = looker.uplink
+    wait_for(lambda: uplink.status().attached and looker.reported(region).attached, "attached")
     window = RegionWindow(looker.uplink, looker.folder, WindowSettings(), free_bytes=looker.store.free_bytes)
     payloads = Payloads(looker.store, window)
     try:
