@@ -28,7 +28,17 @@ from certs.certificate import key_pem, new_key
 from certs.credentials import channel_sync
 from certs.identity import Assignment, Identity, Issued
 from certs.profiles import Member, Profile, hub_dns_name
-from protos import common_pb2, delivery_pb2, region_pb2, uplink_pb2, uplink_pb2_grpc, window_pb2
+from protos import (
+    common_pb2,
+    delivery_pb2,
+    facts_pb2,
+    inventory_pb2,
+    region_pb2,
+    restore_pb2,
+    uplink_pb2,
+    uplink_pb2_grpc,
+    window_pb2,
+)
 from tests.certs.region import RunningHub, code_of, offer, wards
 from tests.certs.test_authority import sign_outside
 from tests.waiting import wait_for
@@ -44,7 +54,9 @@ def node(hub: RunningHub) -> Identity:
 
 def every_rpc() -> set[str]:
     """Every call of every service in the .proto files."""
-    modules = (common_pb2, uplink_pb2, region_pb2, delivery_pb2, window_pb2)
+    modules = (
+        common_pb2, uplink_pb2, region_pb2, delivery_pb2, window_pb2, facts_pb2, inventory_pb2, restore_pb2,
+    )  # fmt: skip
     files: list[FileDescriptor] = [module.DESCRIPTOR for module in modules]
     protos = {path.stem for path in (ROOT / "protos").glob("*.proto")}
     assert {Path(str(file.name)).stem for file in files} == protos, "a .proto file that is new here"
