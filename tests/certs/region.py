@@ -32,8 +32,11 @@ from certs.settings import EnrolmentSettings
 from protos import (
     delivery_pb2,
     delivery_pb2_grpc,
+    facts_pb2_grpc,
+    inventory_pb2_grpc,
     region_pb2,
     region_pb2_grpc,
+    restore_pb2_grpc,
     uplink_pb2,
     uplink_pb2_grpc,
     window_pb2,
@@ -90,6 +93,24 @@ class Deliveries(delivery_pb2_grpc.DeliveriesServicer):
 
     async def Standing(self, request: Any, context: Any) -> delivery_pb2.DeliveryStandingReply:
         return delivery_pb2.DeliveryStandingReply()
+
+
+async def _no_answer(self: object, request: object, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+
+class Facts(facts_pb2_grpc.FactsServicer):
+    """Behind the gate there is nothing: the gate alone is tried. So with the next two."""
+
+    Tell = Next = _no_answer  # type: ignore[assignment]
+
+
+class Restore(restore_pb2_grpc.RestoreServicer):
+    Fetch = _no_answer  # type: ignore[assignment]
+
+
+class Inventory(inventory_pb2_grpc.InventoryServicer):
+    Compare = Look = Describe = Note = _no_answer  # type: ignore[assignment]
 
 
 class Window(window_pb2_grpc.WindowServicer):
@@ -187,6 +208,16 @@ class RunningHub:
         region_pb2_grpc.add_RegionServicer_to_server(Region(), self.server)
         window_pb2_grpc.add_WindowServicer_to_server(Window(), self.server)
         delivery_pb2_grpc.add_DeliveriesServicer_to_server(Deliveries(), self.server)
+        # Who is let in hears that these are not there.
+        restore_pb2_grpc.add_RestoreServicer_to_server(
+            restore_pb2_grpc.RestoreServicer(), self.server)  # type: ignore[abstract]
+        facts_pb2_grpc.add_FactsServicer_to_server(
+            facts_pb2_grpc.FactsServicer(), self.server)  # type: ignore[abstract]
+        inventory_pb2_grpc.add_InventoryServicer_to_server(
+            inventory_pb2_grpc.InventoryServicer(), self.server)  # type: ignore[abstract]
+        facts_pb2_grpc.add_FactsServicer_to_server(Facts(), self.server)
+        restore_pb2_grpc.add_RestoreServicer_to_server(Restore(), self.server)
+        inventory_pb2_grpc.add_InventoryServicer_to_server(Inventory(), self.server)
         uplink_pb2_grpc.add_CertificatesServicer_to_server(
             CertificatesServicer(self.authority, self.ledger, life_s=self.life_s, clock=self.clock),
             self.server)
