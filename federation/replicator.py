@@ -21,7 +21,7 @@ fits nothing that was sent is ignored, so no receipt can be noted for other byte
 offered. What a person accepted at the ward is offered again, with the time of the decision; a receipt notes
 of which decision the region knew, and settles no later one.
 
-**Order.** What a reader waits for first (urgent), then the newest: after an outage of a day the patient who
+**Order.** What a reader waits for (urgent), as it came, then the newest: after an outage of a day the patient who
 is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may be
 told to take nothing else: it is kept free for that.
 
@@ -141,7 +141,9 @@ class _Item:
 
     @property
     def order(self) -> Order:
-        return not self.row.urgent, self.breaks, -self.row.head.provenance.received_at_us
+        at_us = self.row.head.provenance.received_at_us
+        # A reader reads what it waits for from its beginning.
+        return not self.row.urgent, self.breaks, at_us if self.row.urgent else -at_us
 
 
 class Replicator:

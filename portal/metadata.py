@@ -76,7 +76,7 @@ class Metadata:
             media_type, body = DICOM_JSON, array if is_awaited(found) else multipart.gather(array)
             if accepts_gzip(request):
                 headers["Content-Encoding"] = "gzip"
-                body = gzipped(body)
+                body = gzipped(body, at_once=is_awaited(found))
         else:
             mark = multipart.boundary()
             media_type = multipart.content_type(DICOM_XML, mark)
@@ -157,10 +157,11 @@ def json_array(datasets: Iterator[dict[str, Any]]) -> Iterator[bytes]:
     yield b"]" if start == b"," else b"[]"
 
 
-def gzipped(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def gzipped(chunks: Iterator[bytes], *, at_once: bool = False) -> Iterator[bytes]:
+    """Smaller; `at_once`, nothing of a chunk waits for the next one."""
     stream = zlib.compressobj(LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     for chunk in chunks:
-        if smaller := stream.compress(chunk):
+        if smaller := stream.compress(chunk) + (stream.flush(zlib.Z_SYNC_FLUSH) if at_once else b""):
             yield smaller
     yield stream.flush()
 

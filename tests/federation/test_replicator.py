@@ -82,10 +82,10 @@ def recorded(replicator: Replicator, now_s: float = 0.0) -> Record:
     return step
 
 
-def test_urgent_first_then_newest() -> None:
+def test_urgent_first_in_the_order_of_reading_then_newest() -> None:
     replicator = filled([pending(5, urgent=True), pending(9), pending(7), pending(2, urgent=True)])
-    assert offered(replicator) == [5, 2, 9, 7]
-    assert taken(replicator) == [5, 2, 9, 7]
+    assert offered(replicator) == [2, 5, 9, 7]
+    assert taken(replicator) == [2, 5, 9, 7]
 
 
 def test_what_becomes_urgent_overtakes_what_waits() -> None:
