@@ -21,8 +21,8 @@ fits nothing that was sent is ignored, so no receipt can be noted for other byte
 offered. What a person accepted at the ward is offered again, with the time of the decision; a receipt notes
 of which decision the region knew, and settles no later one.
 
-**Order.** What a reader waits for (urgent), as it came, then the newest: after an outage of a day the patient who
-is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may be
+**Order.** What a reader waits for (urgent), as it came, then the newest: after an outage of a day the patient
+who is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may be
 told to take nothing else: it is kept free for that.
 
 **Failures.** A line that fails (offer or stream broken) backs off exponentially, with jitter, so that a
