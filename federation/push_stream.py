@@ -42,7 +42,10 @@ T = TypeVar("T")
 
 GROUP_OBJECTS_MAX = 128
 STREAM_IDLE_S = 10.0  # then a push stream with nothing to do is closed
+TURNED_AWAY_S = 1.0  # what a stream waits for which the hub had no place
 STALL_S = 120.0  # then a hub that neither takes nor answers is given up
+# What a region answers that has no place for a stream, and what gRPC makes of that in the midst of a write.
+TURNED_AWAY = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL})
 # What a region answers that has a fault of its own, or a line between; the rest blames what was sent.
 LINE_CODES = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -108,6 +111,7 @@ class PushStream:
         self._urgent_only = urgent_only
         self._heard_s = 0.0
         self._full_s = 0.0  # that the next message waited because enough was on its way
+        self._was_turned_away = False  # meanwhile the streams that have a place take what there is
         self.changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -121,6 +125,8 @@ class PushStream:
                 await until(self.changed, self._rest_s(now_s))
                 continue
             await self._push(stub, batch)
+            if self._was_turned_away:
+                await asyncio.sleep(TURNED_AWAY_S)
 
     @property
     def _may_run(self) -> bool:
@@ -131,6 +137,7 @@ class PushStream:
         return 1.0 if wait_s is None and self._pushing.turns.is_shut else wait_s
 
     async def _push(self, stub: UplinkAsyncStub, batch: list[PendingInstance]) -> None:
+        self._was_turned_away = False
         try:
             call = stub.Push()
         except grpc.aio.UsageError:  # its channel was closed a moment ago
@@ -158,6 +165,8 @@ class PushStream:
         blame = ""
         if isinstance(failure, grpc.aio.AioRpcError) and _is_of_what_was_sent(failure):
             blame = str(status.restored(failure))
+        elif isinstance(failure, grpc.aio.AioRpcError):
+            self._was_turned_away = failure.code() in TURNED_AWAY
         if failure is not None:
             say("a push stream broke", failure)
         now_s = time.monotonic()
