@@ -22,8 +22,8 @@ offered. What a person accepted at the ward is offered again, with the time of t
 of which decision the region knew, and settles no later one.
 
 **Order.** What a reader waits for (urgent), as it came, then the newest: after an outage of a day the patient
-who is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may be
-told to take nothing else: it is kept free for that.
+who is in the scanner now does not queue behind yesterday. With `hold` only the urgent travels. A stream may
+be told to take nothing else: it is kept free for that.
 
 **Failures.** A line that fails (offer or stream broken) backs off exponentially, with jitter, so that a
 region that comes back is not met by every ward at once; any receipt ends that. An instance that the region
