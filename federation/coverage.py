@@ -4,8 +4,9 @@ ledger, and `coverage_of` reads it, in the hub or, when the hub is dead, in whoe
 guesses: a ward that did not answer is named as such, and a lost disk stays on the page until a person clears
 it.
 
-`complete_to` is the hub's time of the last report at which everything that the ward had acknowledged had a
-receipt. A ward that is away is covered as of then exactly when that report was its last.
+`complete_to` is the hub's time at which the node began to look for the last report that said that everything
+the ward had acknowledged had a receipt: a report that a bad line brought late says nothing of the time that it
+was on the way. A ward that is away is covered as of then exactly when that report was its last.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class WardCoverage:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of itself, at least every `REPORT_INTERVAL_S`. `clock_us` is the node's own."""
+    """What a node says of itself, at least every `REPORT_INTERVAL_S`. `clock_us` is the node's own; `as_of_us`
+    the hub's as the node knows it, never later than the hub's own, 0 from a node of an earlier release."""
 
     pending: int
     pending_bytes: int = 0
@@ -80,6 +82,7 @@ class Report:
     damaged: int = 0
     bytes: int = 0
     wire_ratio: float = 0.0
+    as_of_us: int = 0
 
 
 _REPORT_FIELDS = frozenset(field.name for field in fields(Report))
@@ -124,9 +127,10 @@ def greeted(state: WardState | None, ward: str, *, epoch: bytes, version: str, n
 
 def reported(state: WardState, report: Report, now_us: int) -> WardState:
     """A report came. Only one with nothing pending moves `complete_to`."""
+    as_of_us = min(report.as_of_us or now_us, now_us)
     return replace(
         state,
-        complete_to_us=now_us if report.pending == 0 else state.complete_to_us,
+        complete_to_us=as_of_us if report.pending == 0 else state.complete_to_us,
         pending=report.pending,
         pending_bytes=report.pending_bytes,
         oldest_pending_us=report.oldest_pending_us or 0,

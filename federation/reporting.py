@@ -20,15 +20,15 @@ RATE_OVER_S = 0.5
 
 @dataclass(slots=True)
 class Sent:
-    """What went over the line so far: bytes of data sets, and how many each byte of it carried of late."""
+    """What went over the line so far: bytes of data sets, and what they took on it."""
 
     bytes: int = 0
-    wire_ratio: float = 0.0
+    wire_bytes: int = 0
 
 
 class Reporter:
     """Makes reports; blocking, one thread at a time. `identity` is the one in use now, `sent` how much was
-    sent since the start."""
+    sent since the start, `hub_clock` the region's time as it is known here."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Reporter:
         identity: Callable[[], Identity],
         sent: Callable[[], Sent],
         clock: Callable[[], int],
+        hub_clock: Callable[[], int],
         *,
         ae_title: str,
         hold: bool,
@@ -44,6 +45,7 @@ class Reporter:
         self._identity = identity
         self._sent = sent
         self._clock = clock
+        self._hub_clock = hub_clock
         self._ae_title = ae_title
         self._hold = hold
         self._rate = Rate()
@@ -55,11 +57,11 @@ class Reporter:
         return self._rate.bytes_per_s
 
     def make(self) -> Report:
-        archive = self._archive
+        archive, as_of_us = self._archive, self._hub_clock()
         archive.wait_indexed()
         summary, totals = archive.index.pending_summary(), archive.index.totals()
         sent = self._sent()
-        self._rate.measure(sent.bytes)
+        self._rate.measure(sent)
         copies = self._count()
         return Report(
             pending=summary.count - summary.set_aside,
@@ -77,7 +79,8 @@ class Reporter:
             evicted=copies.evicted,
             damaged=copies.damaged,
             bytes=totals.bytes,
-            wire_ratio=sent.wire_ratio,
+            wire_ratio=self._rate.wire_ratio,
+            as_of_us=as_of_us,
         )
 
     def _count(self) -> Copies:
@@ -88,15 +91,21 @@ class Reporter:
 
 
 class Rate:
-    """Bytes a second since the last measure."""
+    """Bytes of data sets a second since the last measure, and how many each byte on the line carried the last
+    time that any went."""
 
     def __init__(self) -> None:
         self._at_s = time.monotonic()
-        self._sent = 0
+        self._sent = Sent()
         self.bytes_per_s = 0.0
+        self.wire_ratio = 0.0
 
-    def measure(self, sent: int) -> None:
+    def measure(self, sent: Sent) -> None:
         now_s = time.monotonic()
-        if now_s - self._at_s >= RATE_OVER_S:
-            self.bytes_per_s = (sent - self._sent) / (now_s - self._at_s)
-            self._at_s, self._sent = now_s, sent
+        if now_s - self._at_s < RATE_OVER_S:
+            return
+        data, wire = sent.bytes - self._sent.bytes, sent.wire_bytes - self._sent.wire_bytes
+        self.bytes_per_s = max(data, 0) / (now_s - self._at_s)
+        if data > 0 and wire > 0:
+            self.wire_ratio = data / wire
+        self._at_s, self._sent = now_s, sent

@@ -240,13 +240,15 @@ def report_to(report: Report) -> uplink_pb2.WardReport:
         damaged=report.damaged,
         bytes=report.bytes,
         wire_ratio=report.wire_ratio,
+        as_of_us=report.as_of_us,
     )
 
 
 def report_from(message: uplink_pb2.WardReport) -> Report:
     if min(message.pending, message.pending_bytes, message.set_aside) < 0:
         raise InvalidInput("a report with a negative count")
-    if not 0 <= message.clock_us <= CLOCK_US_MAX:  # or its skew would fit no message and no column
+    # Or its skew would fit no message and no column.
+    if not 0 <= message.clock_us <= CLOCK_US_MAX or not 0 <= message.as_of_us <= CLOCK_US_MAX:
         raise InvalidInput("a report with an impossible clock")
     return Report(
         pending=message.pending,
@@ -265,6 +267,7 @@ def report_from(message: uplink_pb2.WardReport) -> Report:
         damaged=message.damaged,
         bytes=message.bytes,
         wire_ratio=message.wire_ratio if 0 <= message.wire_ratio < float("inf") else 0.0,
+        as_of_us=message.as_of_us,
     )
 
 

@@ -99,7 +99,7 @@ class Uplink:
         self._leading = self._new_leading()
         self._hubs: dict[str, tuple[Attaching, asyncio.Task[None]]] = {}
         self._reporter = Reporter(
-            archive, lambda: self._identity, self._sent, lambda: self._clock(),
+            archive, lambda: self._identity, self.sent, lambda: self._clock(), self.hub_clock_us,
             ae_title=ae_title, hold=settings.hold,
         )
         self._delivery: Delivery | None = None
@@ -193,6 +193,23 @@ class Uplink:
         if self._leading.any_standing:
             return "the hub that answers stands by, and the one that writes is away"
         return "; ".join(dict.fromkeys(hub.reason for hub in hubs if hub.reason)) or NOT_YET
+
+    def responds(self, timeout_s: float) -> bool:
+        """Whether its event loop comes to what it is given. Any thread may ask."""
+        loop = self._loop
+        if loop is None or self._thread is None:
+            return False
+        came = threading.Event()
+        try:
+            loop.call_soon_threadsafe(came.set)
+        except RuntimeError:  # the loop has ended
+            return False
+        return came.wait(timeout_s)
+
+    def sent(self) -> Sent:
+        """What went over the line since the start. Any thread may ask."""
+        delivery = self._delivery
+        return Sent() if delivery is None else Sent(delivery.bytes_sent, delivery.wire_bytes)
 
     @property
     def identity(self) -> Identity:
@@ -348,10 +365,6 @@ class Uplink:
 
     async def _make_report(self) -> Report:
         return await self._in_pool(self._reporter.make)
-
-    def _sent(self) -> Sent:
-        delivery = self._delivery
-        return Sent() if delivery is None else Sent(delivery.bytes_sent, delivery.wire_bytes)
 
     # What makes it look.
 

@@ -104,6 +104,7 @@ class WardReport(_message.Message):
     DAMAGED_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     WIRE_RATIO_FIELD_NUMBER: _builtins.int
+    AS_OF_US_FIELD_NUMBER: _builtins.int
     pending: _builtins.int
     pending_bytes: _builtins.int
     oldest_pending_us: _builtins.int
@@ -126,6 +127,8 @@ class WardReport(_message.Message):
     """of everything that is listed here"""
     wire_ratio: _builtins.float
     """bytes of data sets for each byte on the line, of late; 0: unknown"""
+    as_of_us: _builtins.int
+    """the hub's time, as the node knows it, when it began to look; 0: not said"""
     def __init__(
         self,
         *,
@@ -145,10 +148,11 @@ class WardReport(_message.Message):
         damaged: _builtins.int = ...,
         bytes: _builtins.int = ...,
         wire_ratio: _builtins.float = ...,
+        as_of_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "bytes", b"bytes", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "damaged", b"damaged", "evicted", b"evicted", "free_bytes", b"free_bytes", "hold", b"hold", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside", "wire_ratio", b"wire_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ae_title", b"ae_title", "as_of_us", b"as_of_us", "bytes", b"bytes", "certificate_not_after_us", b"certificate_not_after_us", "clock_us", b"clock_us", "conflicts", b"conflicts", "damaged", b"damaged", "evicted", b"evicted", "free_bytes", b"free_bytes", "hold", b"hold", "instances", b"instances", "oldest_pending_us", b"oldest_pending_us", "pending", b"pending", "pending_bytes", b"pending_bytes", "rate_bytes_per_s", b"rate_bytes_per_s", "set_aside", b"set_aside", "wire_ratio", b"wire_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,6 +115,13 @@ def test_a_restart_on_the_same_disk_loses_nothing() -> None:
     assert state.pending == 12
 
 
+def test_a_report_that_came_late_counts_for_when_the_node_looked() -> None:
+    looked, came = MORNING, MORNING + 14 * SECOND
+    assert cov.reported(attached(), Report(0, as_of_us=looked), came).complete_to_us == looked
+    assert cov.reported(attached(), Report(0), came).complete_to_us == came  # of a node that does not say
+    assert cov.reported(attached(), Report(0, as_of_us=came + SECOND), came).complete_to_us == came
+
+
 def test_the_report_is_kept_whole_with_the_skew_of_its_clock() -> None:
     report = Report(1, 2, 3, 4, 5, 6, 7, MORNING + 90 * SECOND, 9, 1.5, "SMRAD", True)
     state = cov.reported(attached(), report, MORNING)
