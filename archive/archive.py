@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -403,6 +404,35 @@ class Archive:
 
     def free_bytes(self) -> int:
         return self._storage.free_bytes()
+
+    # How it stands, for those who watch over it
+
+    @property
+    def partials(self) -> Partials:
+        """What is kept of objects whose sender was cut off."""
+        return self._writer().partials
+
+    def index_lag(self) -> tuple[int, float]:
+        """How many records wait for the index, and for how long the oldest does, in seconds."""
+        recent = self._writer().recent
+        return len(recent), recent.oldest_age_s()
+
+    def check_alive(self) -> None:
+        """Raises Unavailable when the thread is gone that brings records into the index."""
+        if not self._writer().indexer.alive:
+            raise Unavailable("the indexer has ended")
+
+    def check_takes(self) -> None:
+        """Raises OutOfResources, Unavailable or OSError when instances would not be taken now: the disk is
+        full, or can't be written, or the index is behind its bound."""
+        writing = self._writer()
+        writing.intake.require_space(0)
+        with tempfile.TemporaryFile(dir=self.settings.state) as file:
+            file.write(b"0")
+        if writing.intake.is_pressed():
+            raise Unavailable("the index is behind its bound")
+        if writing.indexer.failing:
+            raise Unavailable("the index takes nothing")
 
 
 def read_acknowledged(state: Path) -> Position:

@@ -32,6 +32,7 @@ _GATHER_S = (0.08, 0.17)
 # The least between two batches: 2.3 ms of each are its transaction's, however few it brings, and fifty
 # searches a second beside a busy modality would make fifty.
 _GAP_S = 0.06
+_GAP_BEFORE_RECEIPTS_S = 0.01  # in the region, whose receipts wait for it
 _MANY = 100
 _IDLE_S = 0.2
 _NOTES_AT_ONCE = 5_000
@@ -58,6 +59,7 @@ class Indexer:
         self._facts = facts
         self._recent = recent
         self._outbox = outbox
+        self._gap_s = _GAP_S if outbox else _GAP_BEFORE_RECEIPTS_S
         self._on_idle = on_idle
         self._notes = notes  # what records say of others, as facts: recorded before they are indexed
         self._writing = threading.Lock()  # of the index: records and facts keep one order
@@ -77,6 +79,11 @@ class Indexer:
     def position(self) -> Position:
         """Everything below is in the index."""
         return self._position
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     @property
     def failing(self) -> bool:
@@ -203,7 +210,7 @@ class Indexer:
             entries = self._recent.durable(BATCH_RECORDS_MAX)
             if len(entries) < _MANY:
                 break
-        left_s = self._batched_s + _GAP_S - time.monotonic()
+        left_s = self._batched_s + self._gap_s - time.monotonic()
         if left_s > 0 and len(entries) < BATCH_RECORDS_MAX and not self._closing:
             time.sleep(left_s)
             entries = self._recent.durable(BATCH_RECORDS_MAX)

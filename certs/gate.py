@@ -171,7 +171,7 @@ class Gate(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        make, behaviour = _shape(handler)
+        make, behaviour = shape(handler)
 
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             return await self._guard(method, behaviour, request, context)
@@ -282,7 +282,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
-def _shape(handler: Any) -> tuple[Callable[..., Any], Callable[[Any, Any], Awaitable[Any]]]:
+def shape(handler: Any) -> tuple[Callable[..., Any], Callable[[Any, Any], Awaitable[Any]]]:
     """The maker of a handler of the same kind, and the handler's behaviour as one coroutine."""
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler, _writing(handler.stream_stream)

@@ -20,6 +20,7 @@ from federation.coverage import Asked, WardCoverage, coverage_of, is_worth_askin
 from federation.leash import Leash
 from federation.pools import Pools
 from federation.settings import HubSettings
+from monitoring.tracing import traceparent
 from protos import common_pb2, uplink_pb2
 
 TRUNCATED = "it listed only 1,000 of the pending instances that match"
@@ -60,13 +61,17 @@ class WardAsking:
         asking = Asking()
         most_s = self._settings.ask_deadline_s
         wait_s = min(deadline_s or most_s, most_s)
-        message = serde.query_to(query)
+        message, trace = serde.query_to(query), traceparent()
 
         async def one(ward: str) -> None:
             def ask(ask_id: str) -> uplink_pb2.HubMessage:
                 return uplink_pb2.HubMessage(
                     search=uplink_pb2.SearchAsk(
-                        ask_id=ask_id, query=message, assertion=assertion, deadline_s=wait_s
+                        ask_id=ask_id,
+                        query=message,
+                        assertion=assertion,
+                        deadline_s=wait_s,
+                        traceparent=trace,
                     )
                 )
 

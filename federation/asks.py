@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import grpc.aio
+from opentelemetry.trace import SpanKind
 
 from archive.archive import Archive
 from archive.errors import Forbidden, MissError, OutOfResources
@@ -29,6 +30,7 @@ from federation.fanout import PENDING_UIDS_MAX
 from federation.gathering import LISTED_MAX
 from federation.policy import Act, decide, narrowed
 from federation.serde_gathering import listed_to, pages_of
+from monitoring.tracing import carried, metadata, span
 from protos import common_pb2, uplink_pb2
 
 if TYPE_CHECKING:
@@ -74,11 +76,11 @@ class Asks:
 
     def search(self, ask: uplink_pb2.SearchAsk, stub: UplinkAsyncStub, fail: Fail) -> None:
         """Begins to answer; `fail` is told the ask's id and why when it can't be."""
-        self._begin(ask.ask_id, lambda: self._answer_search(ask, stub), fail)
+        self._begin(ask.ask_id, "search", ask.traceparent, lambda: self._answer_search(ask, stub), fail)
 
     def promote(self, ask: uplink_pb2.PromoteAsk, stub: UplinkAsyncStub, fail: Fail) -> None:
         """Marks the study (or the one instance) urgent, and answers with what of it is pending."""
-        self._begin(ask.ask_id, lambda: self._answer_promote(ask, stub), fail)
+        self._begin(ask.ask_id, "promote", ask.traceparent, lambda: self._answer_promote(ask, stub), fail)
 
     def cancel(self, ask_id: str) -> None:
         """Nobody waits for this answer any more."""
@@ -89,21 +91,24 @@ class Asks:
         for task in self._open.values():
             task.cancel()
 
-    def _begin(self, ask_id: str, answer: Callable[[], Awaitable[None]], fail: Fail) -> None:
+    def _begin(
+        self, ask_id: str, name: str, parent: str, answer: Callable[[], Awaitable[None]], fail: Fail
+    ) -> None:
         async def run() -> None:
-            try:
-                if len(self._open) > ASKS_MAX:
-                    raise OutOfResources("the ward has too many questions open")
-                await answer()
-            except MissError as error:
-                fail(ask_id, str(error))
-            except grpc.aio.AioRpcError as error:
-                log.info("an answer was not taken: %s %s", error.code().name, error.details())
-            except Exception:
-                log.exception("a question could not be answered")
-                fail(ask_id, "an unexpected error at the ward")
-            finally:
-                self._open.pop(ask_id, None)
+            with span(name, parent, kind=SpanKind.SERVER, ward=self._identity.ward):
+                try:
+                    if len(self._open) > ASKS_MAX:
+                        raise OutOfResources("the ward has too many questions open")
+                    await answer()
+                except MissError as error:
+                    fail(ask_id, str(error))
+                except grpc.aio.AioRpcError as error:
+                    log.info("an answer was not taken: %s %s", error.code().name, error.details())
+                except Exception:
+                    log.exception("a question could not be answered")
+                    fail(ask_id, "an unexpected error at the ward")
+                finally:
+                    self._open.pop(ask_id, None)
 
         self._open[ask_id] = asyncio.create_task(run())
 
@@ -162,7 +167,8 @@ class Asks:
                     last=last,
                     truncated=last and len(found) > LISTED_MAX,
                     report=report if last else None,
-                )
+                ),
+                metadata=metadata(),
             )
 
     def _scope(self, assertion: common_pb2.Assertion, act: Act, subject: Mapping[str, str]) -> Scope:
@@ -205,12 +211,13 @@ class Asks:
                     last=last,
                     truncated=truncated and last,
                     report=report if last else None,
-                )
+                ),
+                metadata=metadata(),
             )
 
     def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        return loop.run_in_executor(self._pool, carried(function, *args, **kwargs))
 
 
 def cut_to(matches: Sequence[Match], most: int) -> Sequence[Match]:

@@ -27,6 +27,7 @@ from federation.gathering import Held
 from federation.passing import Passing, Wanted
 from federation.pools import Pools
 from federation.settings import HubSettings
+from monitoring.tracing import traceparent
 from protos import common_pb2, uplink_pb2
 
 ROUNDS_MAX = 1_000  # of 1,000 instances each, of a ward that does not list: no study is larger
@@ -85,7 +86,7 @@ class Bringing:
         its deadline has passed."""
         most_s = self._settings.promote_deadline_s
         until_s = time.monotonic() + min(deadline_s or most_s, most_s)
-        listing = Listing()
+        listing, trace = Listing(), traceparent()
 
         def ask(ask_id: str) -> uplink_pb2.HubMessage:
             return uplink_pb2.HubMessage(
@@ -94,6 +95,7 @@ class Bringing:
                     study_uid=study_uid,
                     sop_instance_uid=sop_instance_uid,
                     assertion=assertion,
+                    traceparent=trace,
                     listing=True,
                 )
             )

@@ -36,6 +36,7 @@ from certs.renewal import RenewalThread
 from federation.attach_service import ATTACH, AttachService, attach_handler
 from federation.attachments import Attachments
 from federation.coverage import departed
+from federation.hub_metrics import HubMetrics, HubWatched
 from federation.hub_writer import HubWriter, Standing
 from federation.laying_down import Rules, tell_for_ever
 from federation.methods import STANDS_BY, Methods
@@ -43,6 +44,9 @@ from federation.pools import Pools
 from federation.protection import Protection
 from federation.settings import HubSettings
 from federation.version import software_version
+from federation.watched_calls import WatchedCalls
+from monitoring import tracing
+from monitoring.server import MonitoringServer
 from protos import uplink_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,7 @@ class Hub:
         self._grace_s = settings.stop_grace_s
         self.port = 0
         self.enrolment_port = 0
+        self.monitoring_port = 0
 
     @property
     def address(self) -> str:
@@ -100,11 +105,15 @@ class Hub:
         ended = SimpleQueue[None]()  # no Event: the thread that a handler interrupts may hold its lock
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.put(None))
-        self.start()
+        tracing.start(self.settings.tracing, "miss-hub")
         try:
-            ended.get()
+            self.start()
+            try:
+                ended.get()
+            finally:
+                self.stop()
         finally:
-            self.stop()
+            tracing.stop()
 
     def __enter__(self) -> Hub:
         self.start()
@@ -130,7 +139,7 @@ class Hub:
         settings = self.settings
         settings.state.mkdir(parents=True, exist_ok=True)
         authority = Authority.open(settings.ca, clock=self._clock)
-        identity = self._identity()
+        identity = self._identity_now = self._identity()
         self._ledger = await asyncio.to_thread(Ledger.open, settings.ledger)
         self._pools = Pools(settings.workers, self._clock)
         try:
@@ -161,7 +170,8 @@ class Hub:
         )
         uplink_pb2_grpc.add_CertificatesServicer_to_server(certificates, self._methods.server)
         gate = Gate(ledger, clock=self._clock)
-        server = grpc.aio.server(interceptors=[gate], options=SERVER_OPTIONS)
+        watched = WatchedCalls()
+        server = grpc.aio.server(interceptors=[gate, watched], options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self._methods,))
         if archive is not None:
             await self._write(archive)
@@ -179,18 +189,37 @@ class Hub:
             enrolment = EnrolmentServer(authority, ledger, identity, settings.enrolment, clock=self._clock)
             await enrolment.start()
             parts.push_async_callback(enrolment.stop)
-            renewal = RenewalThread(identity, renew=lambda _: self._identity(), clock=self._clock)
+            renewal = RenewalThread(identity, renew=lambda _: self._renewed(), clock=self._clock)
             renewal.start()
             parts.push_async_callback(asyncio.to_thread, renewal.stop)
             self.enrolment_port = enrolment.port
             region, ports = authority.region, (self.port, self.enrolment_port)
             log.info("the hub of %s takes calls on port %d, invites on %d", region, *ports)
+            if settings.monitoring.enabled:
+                await self._show(parts, watched, gate, identity)
             if archive is None:
                 log.warning("%s; it waits for the store of %s", STANDS_BY, region)
                 taking_over = asyncio.create_task(self._take_over())
                 parts.push_async_callback(self._end_waiting, taking_over)
             self._ready.set()
             await self._stopping_event.wait()
+
+    async def _show(
+        self, parts: AsyncExitStack, watched: WatchedCalls, gate: Gate, identity: Identity
+    ) -> None:
+        """Metrics, health and readiness, from a thread of their own."""
+        monitoring = self.settings.monitoring
+        seen = HubMetrics(
+            HubWatched(
+                asyncio.get_running_loop(), self._ledger, lambda: self._writer, watched, gate,
+                certificate_until_us=lambda: self._identity_now.not_after_us, clock=self._clock,
+            ),
+            monitoring.read_every_s,
+        )  # fmt: skip
+        server = await asyncio.to_thread(MonitoringServer, monitoring, seen)
+        server.start()
+        self.monitoring_port = server.port
+        parts.push_async_callback(asyncio.to_thread, server.stop)
 
     # Who writes the region's store.
 
@@ -265,6 +294,10 @@ class Hub:
             return server.add_secure_port(place, server_credentials(identity))
         except RuntimeError:  # gRPC's only word for it
             raise SettingsError(f"host, port: {place} can't be had") from None
+
+    def _renewed(self) -> Identity:
+        self._identity_now = self._identity()
+        return self._identity_now
 
     def _identity(self) -> Identity:
         settings = self.settings

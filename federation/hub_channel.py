@@ -30,6 +30,7 @@ from federation.gathering import Coming, Held
 from federation.policy import Principal
 from federation.serde_gathering import coming_from
 from federation.source import WardsSaid
+from monitoring import tracing
 from protos import region_pb2
 from protos.region_pb2_grpc import RegionStub
 
@@ -123,7 +124,11 @@ class HubChannel:
             deadline_s=deadline_s,
         )
         with errors_restored():
-            reply = self.ask(lambda stub: stub.Search(request, timeout=deadline_s + HUB_MARGIN_S))
+            reply = self.ask(
+                lambda stub: stub.Search(
+                    request, timeout=deadline_s + HUB_MARGIN_S, metadata=tracing.metadata()
+                )
+            )
         by_ward: dict[str, list[Match]] = {}
         for match in map(serde.match_from, reply.matches):
             by_ward.setdefault("".join(match.wards[:1]), []).append(match)
@@ -154,7 +159,7 @@ class HubChannel:
             digest=instance.digest,
             assertion=serde.assertion_to(sign(principal, self.identity, self._clock())),
         )
-        call = self.stub.Fetch(request, timeout=GATHER_S_MAX)
+        call = self.stub.Fetch(request, timeout=GATHER_S_MAX, metadata=tracing.metadata())
         try:
             with errors_restored():
                 for chunk in call:
@@ -183,7 +188,7 @@ def _is_away(error: Exception) -> bool:
 
 
 def _gather(stub: RegionStub, request: region_pb2.PromoteRequest, deadline_s: float) -> Coming:
-    call = stub.Gather(request, timeout=GATHER_S_MAX)
+    call = stub.Gather(request, timeout=GATHER_S_MAX, metadata=tracing.metadata())
     overdue = threading.Timer(deadline_s + HUB_MARGIN_S, call.cancel)
     overdue.daemon = True
     overdue.start()
@@ -192,7 +197,9 @@ def _gather(stub: RegionStub, request: region_pb2.PromoteRequest, deadline_s: fl
     except grpc.RpcError as error:
         if not _is_unknown(error):
             raise
-        reply = stub.Promote(request, timeout=deadline_s + HUB_MARGIN_S)
+        reply = stub.Promote(
+            request, timeout=deadline_s + HUB_MARGIN_S, metadata=tracing.metadata()
+        )
         return Coming(
             complete=reply.complete, coverage=[serde.coverage_from(one) for one in reply.coverage]
         )
@@ -201,7 +208,8 @@ def _gather(stub: RegionStub, request: region_pb2.PromoteRequest, deadline_s: fl
     if coming.over:
         call.cancel()
     else:
-        threading.Thread(target=_listen, args=(call, coming), name="coming", daemon=True).start()
+        listen = tracing.carried(_listen, call, coming)
+        threading.Thread(target=listen, name="coming", daemon=True).start()
     return coming
 
 

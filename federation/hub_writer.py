@@ -73,17 +73,19 @@ class HubWriter:
         asking = WardAsking(settings, attachments, pools)
         bringing = Bringing(settings, asking, attachments, arrivals, archive, pools)
         receiver = Receiver(archive, standing.clock)
+        self.pushes = receiver.measures
+        self.notes = Notes(settings.state)
         passing = Passing(archive, receiver.taps, arrivals, pools, settings.promote_deadline_s)
         desk = DeliveryDesk(archive, ledger, DeliveryGrants.of(settings.deliveries), standing.clock)
         orders = handlers_of(archive) | ward_orders.handlers_at(attachments, asyncio.get_running_loop())
-        self._scrubber = Scrubber(
+        self.scrubber = Scrubber(
             archive, interval_s=settings.scrub.interval_days * 86_400.0,
             bytes_per_s_max=settings.scrub.bytes_per_s_max,
             found=reconcile_orders.asks_wards(archive, attachments, asyncio.get_running_loop()),
         )  # fmt: skip
         self._scrubs = settings.scrub.enabled
         orders |= reconcile_orders.handlers_at_hub(
-            ledger, attachments, self._scrubber, asyncio.get_running_loop()
+            ledger, attachments, self.scrubber, asyncio.get_running_loop()
         )
         self._orders = OrderDesk(ledger, orders)
         self._uplinks = UplinkService(
@@ -97,7 +99,7 @@ class HubWriter:
         )
         self._deliveries = DeliveriesService(desk, attachments, arrivals, pools)
         self._restores = RestoreService(archive, pools)
-        self._inventories = InventoryService(archive, pools, Notes(settings.state))
+        self._inventories = InventoryService(archive, pools, self.notes)
         self._facts = FactsService(archive, attachments, arrivals, pools)
 
     def add_to(self, methods: Methods) -> None:
@@ -115,7 +117,7 @@ class HubWriter:
     def start(self) -> None:
         self._orders.start()
         if self._scrubs:
-            self._scrubber.start()
+            self.scrubber.start()
         self._deliveries.start()
         self._facts.start()
 
@@ -131,5 +133,5 @@ class HubWriter:
     async def close(self) -> None:
         """Lets go of the store; the lock is free afterwards."""
         await asyncio.to_thread(self._orders.stop)
-        await asyncio.to_thread(self._scrubber.stop)
+        await asyncio.to_thread(self.scrubber.stop)
         await asyncio.to_thread(self.archive.close)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from archive.errors import Unavailable
+from monitoring.tracing import carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class Pools:
         self, pool: ThreadPoolExecutor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         try:
-            work = asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
+            work = asyncio.get_running_loop().run_in_executor(pool, carried(function, *args, **kwargs))
         except RuntimeError:  # a call that outlived the pool's shutdown
             raise Unavailable("the hub stops") from None
         return await work

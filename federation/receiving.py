@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ from federation import serde
 from federation.codec import CHUNK_BYTES_MAX, Inflating
 from federation.replicator import Received, Refused, Verdict
 from federation.tapping import Taps
+from monitoring.measures import Distribution, Tally
 from protos import uplink_pb2
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,23 @@ class Pushed:
     digest: bytes
     ticket: Ticket
     accepted_us: int = 0
+    begun_s: float = 0.0
+    bytes: int = 0
+
+
+class PushMeasures:
+    """How long pushed objects took from their first byte here to what the receipt says, and how much came by
+    ward."""
+
+    def __init__(self) -> None:
+        self.seconds = Distribution()
+        self.instances = Tally()
+        self.bytes = Tally()
+
+    def took(self, ward: str, pushed: Pushed) -> None:
+        self.seconds.observe(time.perf_counter() - pushed.begun_s)
+        self.instances.add(ward)
+        self.bytes.add(ward, pushed.bytes)
 
 
 @dataclass(slots=True)
@@ -62,6 +81,7 @@ class Receiver:
         self._archive = archive
         self._clock = clock
         self.taps = Taps()
+        self.measures = PushMeasures()
         self._resumable: dict[PartialKey, Incoming] = {}
 
     def verdicts(self, ward: str, items: Sequence[uplink_pb2.OfferItem]) -> list[Verdict]:
@@ -96,6 +116,7 @@ class Receiver:
             if one.accepted_us > 0:
                 self._accept(ward, one.uid, one.digest, one.accepted_us)
             receipts.append(Received(one.uid, one.digest, self._clock(), one.ticket.outcome))
+            self.measures.took(ward, one)
         self._note_copies(ward, [one for one in receipts if one.outcome is Outcome.DUPLICATE])
         return receipts
 
@@ -170,6 +191,8 @@ class Incoming:
         self._head: InstanceHead | None = None
         self._reception: Reception | None = None
         self._left = 0
+        self._begun_s = 0.0
+        self._bytes = 0
         self._accepted_us = 0
         self._refusal: MissError | None = None
         self._taking = threading.Lock()
@@ -238,6 +261,7 @@ class Incoming:
         key = self._key_of(begin)
         if not 0 <= begin.offset <= begin.size or (begin.offset and key is None):
             raise InvalidInput("an object that goes on where it can't")
+        self._begun_s, self._bytes = time.perf_counter(), begin.size
         self._head = serde.head_from(begin.head, ward=self._ward)
         self._left, self._refusal, self._accepted_us = begin.size - begin.offset, None, begin.accepted_us
         with self._refusing():
@@ -283,7 +307,9 @@ class Incoming:
                 if self._left:
                     raise Corrupt("an object shorter than it was said to be")
                 ticket = self._reception.commit(expected_digest=digest)
-                taken.pushed.append(Pushed(uid, digest, ticket, self._accepted_us))
+                taken.pushed.append(
+                    Pushed(uid, digest, ticket, self._accepted_us, self._begun_s, self._bytes)
+                )
         if self._refusal is not None:
             permanent = not isinstance(self._refusal, Corrupt)
             taken.refused.append(Refused(uid, digest, str(self._refusal), permanent))

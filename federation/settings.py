@@ -14,6 +14,7 @@ from archive.settings import setting
 from archive.space.scrubber import ScrubSettings
 from certs.settings import EnrolmentSettings
 from federation.budget import BudgetEntry, parse_days
+from monitoring.settings import MonitoringSettings, TracingSettings
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -137,6 +138,8 @@ class HubSettings:
     scrub: ScrubSettings = setting(ScrubSettings)
     retention: RetentionSettings = setting(RetentionSettings)
     removal: RemovalSettings = setting(RemovalSettings)
+    monitoring: MonitoringSettings = setting(MonitoringSettings)
+    tracing: TracingSettings = setting(TracingSettings)
 
     @property
     def ledger(self) -> str:

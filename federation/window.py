@@ -39,6 +39,7 @@ from federation.settings import WindowSettings
 from federation.source import Answer
 from federation.spooling import Spool, Spools
 from federation.uplink import Uplink
+from monitoring import tracing
 from protos import common_pb2, window_pb2
 from protos.window_pb2_grpc import WindowStub
 
@@ -119,7 +120,9 @@ class RegionWindow:
                     query=serde.query_to(asked), assertion=question.assertion
                 )
                 with errors_restored():
-                    answer = _answer(question.stub.Search(request, timeout=SEARCH_S_MAX))
+                    answer = _answer(
+                        question.stub.Search(request, timeout=SEARCH_S_MAX, metadata=tracing.metadata())
+                    )
         except MissError as error:
             log.warning("the region does not answer a device's search: %s", error)
             return Answer([], self._without_region())
@@ -154,7 +157,9 @@ class RegionWindow:
                 assertion=question.assertion,
             )
             with errors_restored():
-                pages = question.stub.Instances(request, timeout=INSTANCES_S_MAX)
+                pages = question.stub.Instances(
+                    request, timeout=INSTANCES_S_MAX, metadata=tracing.metadata()
+                )
                 return [_instance(one) for page in pages for one in page.instances]
 
     def fetch(self, principal: Principal, instance: StoredInstance) -> Spool:
@@ -207,7 +212,8 @@ class RegionWindow:
                 start=spool.received,
             )
             with errors_restored():
-                call = question.stub.Fetch(request, timeout=FETCH_S_MIN + spool.size / BYTES_PER_S_MIN)
+                timeout_s = FETCH_S_MIN + spool.size / BYTES_PER_S_MIN
+                call = question.stub.Fetch(request, timeout=timeout_s, metadata=tracing.metadata())
                 try:
                     skip: int | None = None
                     for chunk in call:
@@ -329,7 +335,8 @@ class _Line:
 
 
 def _correlation() -> str:
-    return secrets.token_hex(8)
+    """The trace's id, so that logs, spans and audit logs know a question by one name."""
+    return tracing.trace_id() or secrets.token_hex(8)
 
 
 def _answer(

@@ -57,6 +57,7 @@ from federation.region_source import RegionSource
 from federation.serde_facts import put_corrections
 from federation.settings import HubSettings
 from federation.source import WardsSaid
+from monitoring.tracing import carried
 from protos import common_pb2, window_pb2, window_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ class WindowService(window_pb2_grpc.WindowServicer):
         that still wait for wards would be more than turns."""
         loop = asyncio.get_running_loop()
         try:
-            work = loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+            work = loop.run_in_executor(self._threads, carried(function, *args, **kwargs))
         except RuntimeError:
             raise Unavailable("the hub stops") from None
         try:

@@ -31,7 +31,8 @@ _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 1
 
 
 class OneLine(logging.Formatter):
-    """One event, one line: time in UTC, level, logger, message; a traceback is folded into the line."""
+    """One event, one line: time in UTC, level, logger, the trace of the request that it is about if it is
+    about one, message; a traceback is folded into the line."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -39,13 +40,18 @@ class OneLine(logging.Formatter):
         if record.exc_info:
             text += " | " + self.formatException(record.exc_info)
         text = text.translate(_CONTROLS)
-        return f"{at.removesuffix('+00:00')}Z {record.levelname} {record.name} {text}"
+        trace = getattr(record, "trace", "")
+        about = f"trace={trace} " if trace else ""
+        return f"{at.removesuffix('+00:00')}Z {record.levelname} {record.name} {about}{text}"
 
 
 def set_up_logging(level: str = "INFO") -> None:
     """Every logger of the process, one line per event, on stderr. Called once, by the command that runs."""
+    from monitoring.tracing import TraceFilter
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine())
+    handler.addFilter(TraceFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

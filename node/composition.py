@@ -24,6 +24,8 @@ from federation.reconciling import Reconciling
 from federation.restoring import Restoring
 from federation.uplink import Uplink
 from federation.window import RegionWindow
+from monitoring.measures import Distribution
+from monitoring.server import MonitoringServer
 from node.admission import Admission
 from node.availability import AvailabilityScu
 from node.cache import Cache
@@ -43,11 +45,12 @@ from node.dimse.services.get import Get
 from node.dimse.services.move import Move
 from node.dimse.services.mpps import PerformedSteps
 from node.dimse.services.retrieval import Selection
-from node.dimse.services.store import Store
+from node.dimse.services.store import Store, StoreMeasures
 from node.dimse.services.suboperations import Turns
 from node.dimse.services.worklist import WorklistFind
 from node.dimse.tls import ClientCertificates, Listener, TlsFiles
 from node.forwarding import Forwarder
+from node.metrics import NodeMetrics, Watched
 from node.routing.orders import RouteOrders
 from node.routing.senders import Senders
 from node.routing.service import Routing
@@ -104,6 +107,9 @@ def running(settings: NodeSettings, identity: Identity) -> Iterator[Parts]:
         if uplink is not None:
             starts(uplink.start, uplink.stop)
         starts(server.start, lambda: server.stop(settings.dimse.stop_grace_s))
+        if settings.monitoring.enabled:
+            monitoring = making.monitoring(server)
+            starts(monitoring.start, monitoring.stop)
         yield Parts(ledger, archive, uplink, server)
 
 
@@ -120,6 +126,7 @@ class _Making:
         held.callback(self.ledger.close)
         self.archive = Archive.open(settings.archive_settings(), outbox=True)
         held.callback(self.archive.close)
+        self._stores, self._finds = StoreMeasures(), Distribution()
         self.restoring = Restoring(self.archive, identity.ward, bytes_per_s=settings.cache.bring_bytes_per_s)
         self.reconciling = Reconciling(
             self.archive, identity.ward, settings.reconcile, restoring=self.restoring,
@@ -203,15 +210,29 @@ class _Making:
         self._held.callback(server.stop, 0.0)  # it listens already, and something may fail before it starts
         return server
 
+    def monitoring(self, server: DimseServer) -> MonitoringServer:
+        settings = self._settings.monitoring
+        watched = Watched(
+            self.archive, self.ledger, self.uplink, server, self.scrubber, self.reconciling,
+            stores=self._stores, finds=self._finds,
+            certificate_until_us=self._certificate_until_us)
+        return MonitoringServer(settings, NodeMetrics(watched, settings.read_every_s))
+
+    def _certificate_until_us(self) -> int:
+        """Of the one in use: an uplink renews it."""
+        identity = self._identity if self.uplink is None else self.uplink.identity
+        return identity.not_after_us
+
     def _archive_services(self) -> Table:
         dimse, retrieve = self._settings.dimse, self._settings.retrieve
         ward, issuer = self._identity.ward, self._identity.issuer
         selection = Selection(self.archive, ward, issuer, self._window)
         turns = Turns(retrieve.at_once_max, retrieve.per_device_max, retrieve.wait_s)
-        find = Find(self.archive, ward, self._ae_title, dimse.find_responses_max, self._window)
+        find = Find(self.archive, ward, self._ae_title, dimse.find_responses_max, self._window,
+                    seconds=self._finds)
         return {
             (ServiceName.ECHO, Field.C_ECHO): Echo(),
-            (ServiceName.STORE, Field.C_STORE): Store(self.archive.intake, ward, issuer),
+            (ServiceName.STORE, Field.C_STORE): Store(self.archive.intake, ward, issuer, self._stores),
             (ServiceName.FIND, Field.C_FIND): find,
             (ServiceName.RETRIEVE, Field.C_MOVE): Move(selection, self._forwarder, turns),
             (ServiceName.RETRIEVE, Field.C_GET): Get(selection, self._payloads, turns),

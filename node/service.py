@@ -20,6 +20,7 @@ from certs import identity as identities
 from certs.identity import Identity
 from certs.profiles import Profile
 from federation.uplink import Uplink
+from monitoring import tracing
 from node.composition import Parts, running
 from node.settings import NodeSettings
 
@@ -99,6 +100,7 @@ class Node:
 
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            tracing.start(self.settings.tracing, "miss-node")
             with self:
                 # What was made so far stays: looking at it for cycles again and again, as often as small
                 # objects come and go here, seemed to cost 5 to 8 % of the rate of small instances.
@@ -109,6 +111,7 @@ class Node:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            tracing.stop()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -20,6 +20,7 @@ from federation.settings import (
     UplinkSettings,
     WindowSettings,
 )
+from monitoring.settings import MonitoringSettings, TracingSettings
 from node.dimse.association import Limits
 
 KIB = 1 << 10
@@ -274,6 +275,8 @@ class NodeSettings:
     cache: CacheSettings = setting(CacheSettings)
     retention: RetentionSettings = setting(RetentionSettings)
     removal: RemovalSettings = setting(RemovalSettings)
+    monitoring: MonitoringSettings = setting(MonitoringSettings)
+    tracing: TracingSettings = setting(TracingSettings)
 
     @property
     def routes_path(self) -> Path:

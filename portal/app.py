@@ -27,6 +27,7 @@ from archive.errors import MissError, SettingsError
 from archive.ledger import Ledger
 from federation.policy import Act
 from federation.source import Source
+from monitoring import tracing
 from portal import problems
 from portal.access import Gate, is_dicomweb, is_public
 from portal.assets import ASSETS
@@ -46,6 +47,7 @@ from portal.retrieve import Retrieve
 from portal.security import SecurityHeaders
 from portal.settings import ListenSettings, PortalSettings
 from portal.signin import SignIn
+from portal.traced import Traced
 from portal.viewer import Viewer
 from portal.workers import DECODING_AT_ONCE, Workers
 
@@ -111,6 +113,7 @@ def create_app(
     app = Starlette(
         routes=[*pages.routes(), *viewer.routes(), *dicomweb_routes(context)],
         middleware=[
+            Middleware(Traced),
             Middleware(SecurityHeaders, https=settings.listen.https),
             Middleware(Room, requests_max=settings.listen.requests_at_once_max),
             Middleware(Gate, settings=settings, sign_in=sign_in),
@@ -153,7 +156,9 @@ async def store(request: Request) -> Response:
 
 def run(settings: PortalSettings) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tracing.start(settings.tracing, "miss-portal")
     with contextlib.ExitStack() as stack:
+        stack.callback(tracing.stop)
         opened = open_source(settings, stack)
         app = create_app(settings, opened.source, opened.ledger, site=opened.site)
         serve(app, settings)

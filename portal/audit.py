@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from archive.errors import MissError, Unavailable
 from archive.ledger import AuditRow, Ledger
+from monitoring.tracing import trace_id
 from portal.signin import Visitor
 from portal.workers import Workers
 
@@ -42,7 +43,7 @@ class Audit:
             subject=json.dumps(subject, ensure_ascii=True, default=str)[:SUBJECT_CHARS_MAX],
             outcome=outcome,
             address=address,
-            correlation=secrets.token_hex(8),
+            correlation=trace_id() or secrets.token_hex(8),
         )
         try:
             await self._workers.run(self._ledger.audit, row)

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from archive.settings import setting
+from monitoring.settings import TracingSettings
 
 LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
 
@@ -128,6 +129,7 @@ class PortalSettings:
     dicomweb: DicomWebSettings = setting(DicomWebSettings)
     region: RegionSettings = setting(RegionSettings)
     node: NodeSettings = setting(NodeSettings)
+    tracing: TracingSettings = setting(TracingSettings)
 
     def __post_init__(self) -> None:
         if self.region.state is not None and self.node.state is not None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from archive.errors import OutOfResources
+from monitoring.tracing import carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,14 +35,14 @@ class Workers:
             if self._busy >= self._room:
                 raise OutOfResources(f"more than {self._room} requests at once ({self._name})")
             self._busy += 1
-        future = self._pool.submit(call, *args, **kwargs)
+        future = self._pool.submit(carried(call, *args, **kwargs))
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)
 
     async def later(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The call's result, for an answer that has begun: it waits for a thread, and is not refused for lack
         of room."""
-        return await asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+        return await asyncio.wrap_future(self._pool.submit(carried(call, *args, **kwargs)))
 
     def _left(self, _: Future[T]) -> None:
         with self._lock:
@@ -62,7 +63,7 @@ class Workers:
                 getattr(chunks, "close", lambda: None)()
 
         try:
-            while (chunk := await asyncio.wrap_future(self._pool.submit(step))) is not None:
+            while (chunk := await asyncio.wrap_future(self._pool.submit(carried(step)))) is not None:
                 yield chunk
         finally:
             self._pool.submit(close)

@@ -38,11 +38,11 @@ class Cluster:
 
     def __init__(self, state: Path, wards: Sequence[WardPlan] = (RADIOLOGY, GALLIERA), *, portal: bool = True,
                  ward_portal: bool = False, hold: bool = False,
-                 devices_see_region: Sequence[str] = ()) -> None:
+                 devices_see_region: Sequence[str] = (), log_level: str = "INFO") -> None:
         self.region = LocalRegion(
             state, "trial", wards, Ports.free(len(wards)), basic_auth=True, portal=portal,
             ward_portal=ward_portal, node_overrides=["uplink.hold=true"] if hold else [],
-            devices_see_region=devices_see_region)
+            devices_see_region=devices_see_region, log_level=log_level)
         self.portal_wanted = portal
 
     def __enter__(self) -> Cluster:

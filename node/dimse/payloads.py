@@ -20,6 +20,7 @@ from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
 from federation.policy import Principal
 from federation.spooling import Spool
+from monitoring.tracing import carried
 from node.dimse.acceptor import log_unexpected
 from node.dimse.outbox import Source
 from node.dimse.status import PROCESSING_FAILURE, status_of
@@ -170,7 +171,8 @@ class Supply:
             raise Evicted(EVICTED)
         spool = window.begin(instance)
         try:
-            return spool, self._payloads.fetching.submit(window.fill, self._principal, instance, spool)
+            return spool, self._payloads.fetching.submit(
+                carried(window.fill, self._principal, instance, spool))
         except BaseException:
             spool.close()
             raise

@@ -4,6 +4,7 @@ archive does, with the engine that QIDO-RS uses too."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from archive.errors import CannotUnderstand, InvalidQuery, OutOfResources
 from archive.model import Query, Rules
 from archive.offsets import is_offset
 from federation.policy import Act, Principal, Reach, require
+from monitoring.measures import Distribution
+from monitoring.tracing import traced
 from node.dimse.association import Context
 from node.dimse.contexts import (
     EXPLICIT_BIG,
@@ -118,10 +121,12 @@ class Find:
     receiving: ByteBudget = field(default_factory=room)
     searching: Turns = field(
         default_factory=lambda: Turns(SEARCHES_MAX, SEARCHES_PER_DEVICE_MAX, SEARCH_WAIT_S))
+    seconds: Distribution = field(default_factory=Distribution)  # until the matches were found
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
 
+    @traced("C-FIND")
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         association = exchange.association
         if not command.has_dataset:
@@ -156,6 +161,7 @@ class Find:
     def _matches(self, query: Query, principal: Principal, caller: Caller,
                  given_up: Callable[[], bool]) -> Iterator[Widened]:
         """The matches, held while they are sent: peers that ask and do not read must not fill the memory."""
+        begun_s = time.perf_counter()
         self.archive.wait_indexed()  # before its turn: all that come meanwhile wait for the same batch
         with self.searching.of(caller.ae_title, given_up) as turn:
             if not turn:
@@ -163,6 +169,7 @@ class Find:
             found = Widened(self.archive.index.search(query))
         if self.window is not None and principal.reach is Reach.REGION:
             found = widened(self.window, principal, caller, query, found.matches)
+        self.seconds.observe(time.perf_counter() - begun_s)
         held = len(found.matches)
         if not self.held.take(caller.ae_title, held):
             raise OutOfResources("too many matches are on their way already")

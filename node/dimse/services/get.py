@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from archive.budget import ByteBudget
 from archive.errors import CannotUnderstand
 from archive.model import StoredInstance
+from monitoring.tracing import traced
 from node.dimse.association import Context
 from node.dimse.errors import AssociationEnded, Stopping, Violation
 from node.dimse.exchange import Caller, Exchange
@@ -42,6 +43,7 @@ class Get:
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
 
+    @traced("C-GET")
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         if not command.has_dataset:
             raise CannotUnderstand("a C-GET without an identifier")

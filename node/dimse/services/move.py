@@ -17,6 +17,7 @@ from archive.budget import ByteBudget
 from archive.errors import CannotUnderstand, NotFound
 from archive.model import StoredInstance
 from federation.policy import Principal
+from monitoring.tracing import carried, traced
 from node.dimse.acceptor import log_unexpected
 from node.dimse.association import Context
 from node.dimse.errors import AssociationEnded, Stopping
@@ -64,6 +65,7 @@ class Move:
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         return False
 
+    @traced("C-MOVE")
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
         if not command.has_dataset:
             raise CannotUnderstand("a C-MOVE without an identifier")
@@ -126,7 +128,7 @@ class _Moving:
         self._without_outcome = {each.head.sop_instance_uid: None for each in instances}
         self._forwarding: Forwarding = forwarder.forwarding(peer, instances, self._note, principal=principal,
                                                             originator=originator)
-        self._thread = threading.Thread(target=self._run, name="move", daemon=True)
+        self._thread = threading.Thread(target=carried(self._run), name="move", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

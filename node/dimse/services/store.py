@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from archive.errors import DatasetMismatch, Forbidden, InvalidInput, MissError, UnsupportedClass
-from archive.intake import Intake
-from archive.model import ConflictPolicy, InstanceHead, Provenance, require_uid
+from archive.intake import Intake, Ticket
+from archive.model import ConflictPolicy, InstanceHead, Outcome, Provenance, require_uid
+from monitoring.measures import Distribution
 from node.dimse.association import Context
 from node.dimse.contexts import STORAGE_CLASSES
 from node.dimse.exchange import Caller, Exchange
@@ -48,9 +49,10 @@ class Store:
     intake: Intake
     ward: str
     issuer: str
+    measures: StoreMeasures = field(default_factory=lambda: StoreMeasures())
 
     def serve(self, exchange: Exchange, context: Context, command: Command) -> None:
-        association = exchange.association
+        association, begun_s = exchange.association, time.perf_counter()
         policy = ConflictPolicy(exchange.caller.on_conflict)
         reception = self.intake.begin(self._head(exchange, context, command), policy=policy)
         try:
@@ -61,7 +63,7 @@ class Store:
             raise
         # A conflict is answered 0000 as well (ST8): the first copy stays, this one is kept and shown. Devices
         # whose conflicts are refused have met OtherContent: 0111.
-        exchange.answer(context, command, SUCCESS, stored=ticket)
+        exchange.answer(context, command, SUCCESS, stored=_Timed(ticket, begun_s, self.measures))
 
     def is_prompt(self, caller: Caller, command: Command) -> bool:
         """What is refused or proposed is a fact before the answer goes, and facts wait for disk and index."""
@@ -80,6 +82,26 @@ class Store:
         provenance = Provenance(self.ward, issuer, caller.name or caller.ae_title, caller.ae_title,
                                 int(time.time() * 1e6))
         return InstanceHead(sop_class, instance, context.transfer_syntax, provenance)
+
+
+class StoreMeasures:
+    """How long C-STOREs took, from the command to the disk, by what became of them."""
+
+    def __init__(self) -> None:
+        self.seconds = {outcome: Distribution() for outcome in Outcome}
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """What is stored, and the moment when its command was there."""
+
+    ticket: Ticket
+    begun_s: float
+    measures: StoreMeasures
+
+    def wait_durable(self, timeout_s: float) -> None:
+        self.ticket.wait_durable(timeout_s)
+        self.measures.seconds[self.ticket.outcome].observe(time.perf_counter() - self.begun_s)
 
 
 def _other_class(sop_class: str, caller: Caller) -> MissError:
