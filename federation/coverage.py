@@ -5,8 +5,8 @@ guesses: a ward that did not answer is named as such, and a lost disk stays on t
 it.
 
 `complete_to` is the hub's time at which the node began to look for the last report that said that everything
-the ward had acknowledged had a receipt: a report that a bad line brought late says nothing of the time that it
-was on the way. A ward that is away is covered as of then exactly when that report was its last.
+the ward had acknowledged had a receipt: a report that a bad line brought late says nothing of the time that
+it was on the way. A ward that is away is covered as of then exactly when that report was its last.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class WardCoverage:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of itself, at least every `REPORT_INTERVAL_S`. `clock_us` is the node's own; `as_of_us`
-    the hub's as the node knows it, never later than the hub's own, 0 from a node of an earlier release."""
+    """What a node says of itself, at least every `REPORT_INTERVAL_S`. `clock_us` is the node's own,
+    `as_of_us` the hub's as the node knows it, never later; 0 from a node of an earlier release."""
 
     pending: int
     pending_bytes: int = 0
