@@ -263,16 +263,16 @@ class Trial:
             self.watch = Watch(self)
             self.watch.start()
         except BaseException:
-            self._stop()
+            self.stop_all()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self.watch.stop()
-        self._stop()
+        self.stop_all()
 
-    def _stop(self) -> None:
+    def stop_all(self) -> None:
         for child in (self.node, *self.hubs):
             child.ask_to_stop()
         for child in (self.node, *self.hubs):
@@ -385,8 +385,8 @@ class Trial:
         from archive.rebuild import rebuild
 
         self.watch.stop()
-        self._stop()
-        sent = self._expected()
+        self.stop_all()
+        sent = self.expected()
         assert read_whole(self.hub_archive, outbox=False) == sent
         assert read_whole(self.node_archive, outbox=True) == sent
         receipts = self._receipts()
@@ -399,7 +399,8 @@ class Trial:
                 rebuild(settings, outbox=outbox)
                 assert dump(settings, outbox=outbox) == before
 
-    def _expected(self) -> dict[str, bytes]:
+    def expected(self) -> dict[str, bytes]:
+        """UID and digest of everything that was acknowledged."""
         found = {}
         for number in self.load.acknowledged:
             instance = self.load.instance(number)
