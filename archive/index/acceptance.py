@@ -128,7 +128,7 @@ def _requeue(connection: Connection, found: Any, before: Any, accepted_us: int) 
         old = and_(outbox.c.sop_instance_uid == before.sop_instance_uid, outbox.c.digest == before.digest)
         if before.receipt_us:
             connection.execute(delete(outbox).where(old))  # the region has it, and knew it as the live one
-        connection.execute(update(outbox).where(old).values(conflict=True, accepted_us=0))
+        connection.execute(update(outbox).where(old).values(conflict=True, accepted_us=0, hidden=False))
     _queue(connection, found, accepted_us)
 
 
@@ -138,12 +138,13 @@ def tell_again(connection: Connection, uid: str, digest: bytes) -> None:
     decided_us = connection.execute(select(conflict.c.decided_us).where(mine)).scalar()
     live = _served(connection, uid)
     if decided_us and live is not None:
-        _queue(connection, live, decided_us)
+        _queue(connection, live, decided_us, hidden="removal_id" in live._mapping)
 
 
-def _queue(connection: Connection, found: Any, accepted_us: int) -> None:
+def _queue(connection: Connection, found: Any, accepted_us: int, *, hidden: bool = False) -> None:
+    """`hidden` where its UID is removed; what is about to be hidden is not yet."""
     new = and_(outbox.c.sop_instance_uid == found.sop_instance_uid, outbox.c.digest == found.digest)
-    values = {"conflict": False, "accepted_us": accepted_us, "tries": 0}
+    values = {"conflict": False, "accepted_us": accepted_us, "tries": 0, "hidden": hidden}
     if connection.execute(update(outbox).where(new).values(values)).rowcount or not accepted_us:
         return
     connection.execute(insert(outbox).values(

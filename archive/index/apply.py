@@ -41,12 +41,16 @@ def apply_entries(
     overlays = Overlays(connection)
     entries = overlays.over([entry for entry in entries if entry.record.kind is not RecordKind.MARK])
     read = overlays.reader(read)
-    if entries:
+    while entries:
         batch = _Batch(connection, entries, into_outbox, removals)
+        count = batch.until_decided()
+        if count < len(entries):  # what comes behind it meets the decision
+            batch = _Batch(connection, entries[:count], into_outbox, removals)
         batch.sort_out()
         batch.write()
         for fact in batch.accepted:
             accept(connection, fact, into_outbox=into_outbox, read=read)
+        entries = entries[count:]
 
 
 @dataclass(slots=True)
@@ -113,6 +117,15 @@ class _Batch:
         self._again: list[IndexEntry] = []  # of contents that are here
         self._levels = Levels(connection)
         self.accepted: list[Fact] = []  # of conflicts that came after it
+
+    def until_decided(self) -> int:
+        """How many there are up to the first that a person accepted before it came, with it. A record behind
+        it is brought in by itself, so that a batch ends as its records one by one do."""
+        for count, entry in enumerate(self._entries, 1):
+            waiting = self._waiting.get((entry.record.head.sop_instance_uid, entry.record.digest), _NO_FACTS)
+            if FactKind.ACCEPTED.value in waiting.verdicts:
+                return count
+        return len(self._entries)
 
     def sort_out(self) -> None:
         fresh: list[IndexEntry] = []

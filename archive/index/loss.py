@@ -31,4 +31,5 @@ def lose(connection: Connection, fact: Fact, *, into_outbox: bool) -> None:
                 series_instance_uid=row.series_instance_uid, ward=row.ward,
                 received_at_us=row.received_at_us, bytes=row.payload_length - row.dataset_offset,
                 conflict=table is conflict, urgent=False, tries=0, set_aside=False, detail="",
+                hidden=table is removed,
             ))  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, select, text
 
@@ -222,6 +222,21 @@ def test_a_decision_that_came_before_its_content_waits_for_it(index: Index) -> N
     assert consistent(index) == []
 
 
+def test_what_comes_behind_a_content_that_was_accepted_early_meets_the_decision(index: Index) -> None:
+    second = entry("1.1", content="x", kind=RecordKind.CONFLICT, at_us=1)
+    first = entry("1.1", at_us=2)
+    dumps = []
+    for groups in ([[second], [first]], [[second, first]]):
+        empty(index)
+        index.apply_facts([fact_about(FactKind.ACCEPTED, second, at_us=77)], END, outbox=True)
+        for group in groups:
+            put(index, *group)
+        assert index.lookup("1.1").digest == second.record.digest  # type: ignore[union-attr]
+        assert index.kept_state("1.1", first.record.digest) is ConflictState.OPEN, "nobody saw this one"
+        dumps.append(index.dump())
+    assert dumps[0] == dumps[1]
+
+
 # Any history, in batches of any size, gives one index that agrees with itself.
 
 UIDS, CONTENTS = ("1.1", "1.2", "1.3"), ("", "x", "y")
@@ -261,6 +276,11 @@ def emptied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
 
 
 @settings(deadline=None, max_examples=150)
+@example(
+    [fact_about(FactKind.ACCEPTED, made("1.1", "x", RecordKind.INSTANCE)),
+     made("1.1", "x", RecordKind.CONFLICT), made("1.1", "", RecordKind.INSTANCE)],
+    True,
+)  # fmt: skip
 @given(st.lists(st.one_of(RECORDS, FACTS), max_size=20), st.booleans())
 def test_any_history_of_decisions_gives_one_index_that_agrees_with_itself(
     emptied: Index, events: list[IndexEntry | Fact], queued: bool

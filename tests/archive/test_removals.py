@@ -163,6 +163,47 @@ def test_what_waits_for_the_region_goes_on_and_is_told_to_nobody(index: Index) -
     assert index.standings(["1.1"])["1.1"].receipt_us == 400
 
 
+def test_what_the_region_lost_goes_there_again_while_it_is_removed(index: Index) -> None:
+    fill(index)
+    tell(index, *(Fact(FactKind.RECEIPT, one.record.head.sop_instance_uid, one.record.digest, "a/one", 400)
+                  for one in ALL))  # fmt: skip
+    tell(index, removed("1.1"))
+    tell(index, Fact(FactKind.LOST, "1.1", ONE.record.digest, "a/one", 500))
+    assert [one.head.sop_instance_uid for one in index.pending(10)] == ["1.1"]
+    assert consistent(index) == []
+    tell(index, restored("1.1"))
+    assert [one.head.sop_instance_uid for one in index.pending(10)] == ["1.1"]
+    assert consistent(index) == []
+
+
+def test_what_was_decided_while_its_uid_was_removed_goes_to_the_region(index: Index) -> None:
+    fill(index)
+    other = entry("1.1", content="x", kind=RecordKind.CONFLICT, at_us=50)
+    fill(index, [other])
+    tell(index, removed("1.1"))
+    tell(index, Fact(FactKind.ACCEPTED, "1.1", other.record.digest, "a/one", 600, "anna"))
+    tell(index, restored("1.1"))
+    tell(index, Fact(FactKind.ACCEPTED, "1.1", ONE.record.digest, "a/one", 700, "anna"))
+    offered = {(one.head.sop_instance_uid, one.digest) for one in index.pending(10)}
+    assert len(offered) == 5 and index.pending_summary().count == 5 and consistent(index) == []
+
+
+def test_the_region_is_told_again_which_content_of_a_removed_instance_counts(index: Index) -> None:
+    fill(index)
+    other = entry("1.1", content="x", kind=RecordKind.CONFLICT, at_us=50)
+    fill(index, [other])
+    receipts = [Fact(FactKind.RECEIPT, "1.1", one.record.digest, "a/one", 400) for one in (ONE, other)]
+    tell(index, removed("1.1"), *receipts)
+    for one, at_us in ((other, 600), (ONE, 700)):
+        tell(index, Fact(FactKind.ACCEPTED, "1.1", one.record.digest, "a/one", at_us, "anna"))
+    tell(index, Fact(FactKind.RECEIPT, "1.1", ONE.record.digest, "a/one", 800, "accepted 700"))
+    assert "1.1" not in {one.head.sop_instance_uid for one in index.pending(10)}
+    tell(index, Fact(FactKind.RECEIPT, "1.1", other.record.digest, "a/one", 900, "accepted 600"))
+    assert ("1.1", ONE.record.digest) in {
+        (one.head.sop_instance_uid, one.digest) for one in index.pending(10)}  # fmt: skip
+    assert consistent(index) == []
+
+
 def test_nothing_that_comes_later_or_again_resurrects_it(index: Index) -> None:
     tell(index, removed("1.1"), removed("1.2.3.2", Level.SERIES, at_us=50))
     fill(index)
