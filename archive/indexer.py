@@ -32,7 +32,7 @@ _GATHER_S = (0.08, 0.17)
 # The least between two batches: 2.3 ms of each are its transaction's, however few it brings, and fifty
 # searches a second beside a busy modality would make fifty.
 _GAP_S = 0.06
-_GAP_BEFORE_RECEIPTS_S = 0.01  # in the region, whose receipts wait for it
+_GAP_BEFORE_RECEIPTS_S = 0.03  # in the region, whose receipts wait for it
 _MANY = 100
 _IDLE_S = 0.2
 _NOTES_AT_ONCE = 5_000

@@ -17,6 +17,7 @@ class Flows:
     def __init__(self, most: int) -> None:
         self._most = most
         self.running = min(FIRST, most)
+        self.is_fast = False  # as of the last period
         self._begun_s: float | None = None
         self._bytes = 0
         self._waited_s = self._worked_s = 0.0
@@ -24,6 +25,7 @@ class Flows:
     def begin(self) -> None:
         """Another line: what was learnt of the last does not count."""
         self.running = min(FIRST, self._most)
+        self.is_fast = False
         self._begun_s = None
 
     def wrote(self, size: int, waited_s: float, worked_s: float, now_s: float) -> bool:
@@ -39,8 +41,9 @@ class Flows:
         if took_s < PERIOD_S:
             return False
         self._begun_s = None
+        self.is_fast = self._bytes / took_s >= THIN_BYTES_PER_S
         busy = self._waited_s >= WAIT_SHARE * (self._waited_s + self._worked_s)
-        if not busy or self._bytes / took_s >= THIN_BYTES_PER_S or self.running >= self._most:
+        if not busy or self.is_fast or self.running >= self._most:
             return False
         self.running += 1
         return True

@@ -22,6 +22,7 @@ import grpc.aio
 from archive.errors import Corrupt, Evicted, NotFound, Unavailable
 from archive.model import PendingInstance
 from federation import abilities, serde, status
+from federation.budget import MESSAGE_BYTES_MAX
 from federation.calls import raise_if_ours, say, until
 from federation.compression import Compression
 from federation.flows import Flows
@@ -41,6 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 GROUP_OBJECTS_MAX = 128
+FAST_GROUP_BYTES_MAX = 2 << 20  # of whole objects in one message, where the line takes that in a moment
 STREAM_IDLE_S = 10.0  # then a push stream with nothing to do is closed
 TURNED_AWAY_S = 1.0  # what a stream waits for which the hub had no place
 STALL_S = 120.0  # then a hub that neither takes nor answers is given up
@@ -93,6 +95,13 @@ class Pushing:
     @property
     def may_compress(self) -> bool:
         return self.zstd and abilities.ZSTD in self.abilities
+
+    @property
+    def group_bytes_max(self) -> int:
+        """How much a message of whole objects may hold: each message costs both sides the same, however much
+        is in it, and a long one would hold up a thin line."""
+        most = self.turns.message_bytes_max
+        return FAST_GROUP_BYTES_MAX if self.flows.is_fast and most >= MESSAGE_BYTES_MAX else most
 
     def probes(self) -> bool:
         return self.may_compress and self.compression.wants_probe(time.monotonic())
@@ -209,16 +218,19 @@ class PushStream:
     def _next_batch(self, now_s: float) -> list[PendingInstance] | None:
         """The next objects for one message: several small ones, or a large one alone."""
         batch: list[PendingInstance] = []
-        pushing, size, most = self._pushing, 0, self._pushing.turns.message_bytes_max
+        pushing, size, most = self._pushing, 0, self._pushing.group_bytes_max
+        piece = pushing.turns.message_bytes_max
         urgent_only = self._urgent_only or pushing.turns.is_shut
         while len(batch) < GROUP_OBJECTS_MAX and size < most:
             row = pushing.replicator.take(
-                self._number, now_s, most - size if batch else None, urgent_only=urgent_only
+                self._number, now_s, min(most - size, piece) if batch else None, urgent_only=urgent_only
             )
             if row is None:
                 break
             batch.append(row)
             size += row.dataset_bytes
+            if size > piece and len(batch) == 1:  # it travels in chunks
+                break
         return batch or None
 
     async def _write(self, line: _Line, batch: list[PendingInstance]) -> None:

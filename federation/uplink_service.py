@@ -2,7 +2,7 @@
 It moves messages between calls and the classes that know what to do with them; who calls is the certificate's
 word, by `certs/gate.py`, and no field's.
 
-Bounds: push streams in all and for each ward, four messages of about 1 MiB read ahead on each, two batches
+Bounds: push streams in all and for each ward, two messages of about 2 MiB read ahead on each, six batches
 of objects on their way to the disk on each. Past them a node is told to come later.
 """
 
@@ -31,9 +31,9 @@ from protos import uplink_pb2, uplink_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD = 4
+READ_AHEAD = 2
 BATCH_MESSAGES_MAX = 4
-SETTLING_MAX = 2
+SETTLING_MAX = 6
 
 # What was read of a push stream; None is its end.
 Ahead = asyncio.Queue[uplink_pb2.PushRequest | Exception | None]

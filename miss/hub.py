@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from miss import configuration
+from miss.allocator import keep_buffers
 from miss.configuration import Overrides, Process, SettingsFile
 from miss.console import set_up_logging
 
@@ -24,6 +25,7 @@ def run(settings: SettingsFile = None, overrides: Overrides = None, log_level: L
       miss hub run --settings region/hub.toml
       miss hub run --settings region/hub.toml --set port=8443 --log-level DEBUG
     """
+    keep_buffers()
     from federation.hub import Hub
 
     effective = configuration.hub(configuration.found(settings, Process.HUB), overrides)

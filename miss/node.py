@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from miss import configuration
+from miss.allocator import keep_buffers
 from miss.configuration import Overrides, Process, SettingsFile, State
 from miss.console import err, out, program, set_up_logging, size, table, when
 from miss.hub import LogLevel
@@ -66,6 +67,7 @@ def run(settings: SettingsFile = None, overrides: Overrides = None, log_level: L
       miss node run --settings /srv/miss/node.toml
       miss node run --settings node.toml --set uplink.hold=true
     """
+    keep_buffers()
     from node.service import Node
 
     effective = configuration.node(configuration.found(settings, Process.NODE), overrides)
