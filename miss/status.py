@@ -16,7 +16,7 @@ from archive.errors import MissError, SettingsError
 from archive.model import Totals
 from miss import configuration
 from miss.configuration import Process, State
-from miss.console import err, out, size, table, when
+from miss.console import err, out, plain, size, table
 from miss.ledgers import open_ledger
 from miss.processes import listening
 
@@ -70,8 +70,11 @@ class Report:
     """What `miss status` knows of a region."""
 
     def __init__(self, region: Path) -> None:
+        from archive.space.scrubber import read_note
         from certs.invites import split_address
         from federation.coverage import status_of
+        from federation.reconcile_notes import Notes
+        from federation.troubles import troubles
         from miss.region import hub_address
 
         settings = configuration.hub(region / Process.HUB.file)
@@ -83,12 +86,16 @@ class Report:
             self.wards = [status_of(ward, states.get(ward.id), self.now_us) for ward in ledger.wards()]
             rows = [row for row in ledger.certificates() if row.ward]
             self.deliveries = ledger.delivery_standings(self.now_us)
+        self.reconciled = Notes(settings.state).now.wards
+        self.scrub = read_note(settings.state)
+        self.wards.sort(key=lambda ward: (not troubles(ward, self.now_us), ward.coverage.ward))
         active = {row.ward for row in rows if row.state == "active"}
         self.revoked = {row.ward for row in rows if row.state == "revoked"} - active
         self.totals = _totals(settings.archive_settings())
 
     def as_dict(self) -> dict[str, Any]:
         from federation.coverage import plain_words
+        from federation.troubles import certificate_days, eta_s, oldest_s, troubles
 
         return {
             "hub": {"address": self.hub, "answers": self.hub_answers},
@@ -103,7 +110,14 @@ class Report:
                 "words": plain_words(ward.coverage, self.now_us), "pending": ward.coverage.pending,
                 "set_aside": ward.coverage.set_aside, "complete_to_us": ward.coverage.complete_to_us,
                 "seen_at_us": ward.coverage.seen_at_us, "version": ward.version,
+                "attached_since_us": ward.attached_since_us if self._attached(ward) else None,
+                "clock_skew_us": ward.skew_us, "last_receipt_us": ward.last_receipt_us,
+                "oldest_pending_s": oldest_s(ward, self.now_us), "eta_s": eta_s(ward),
+                "certificate_days": certificate_days(ward, self.now_us),
+                "report": None if ward.report is None else asdict(ward.report),
+                "reconciled": self._reconciled(ward), "troubles": troubles(ward, self.now_us),
             } for ward in self.wards],
+            "scrub": asdict(self.scrub),
             "deliveries": [asdict(pair) for pair in self.deliveries],
         }
 
@@ -117,24 +131,90 @@ class Report:
             held = self.totals
             out.print(f"the region holds {held.instances} instances of {held.studies} studies of "
                       f"{held.patients} patients, {size(held.bytes)}, {held.conflicts} conflicts\n")
-        grid = table("ward", "link", "in the region", ">pending", ">set aside", "last seen", "version")
+        if self.scrub.ever:
+            out.print(f"scrubbing found {self.scrub.ever} damaged instances here\n", style="red")
+        self._show_troubles()
         for ward in self.wards:
-            coverage = ward.coverage
-            grid.add_row(coverage.ward,
-                         self._link(ward),
-                         plain_words(coverage, self.now_us, _zone()), str(coverage.pending),
-                         str(coverage.set_aside), when(coverage.seen_at_us or 0), ward.version or "-")
-        out.print(grid)
+            words = plain_words(ward.coverage, self.now_us, _zone())
+            out.print(Text(plain(words), "" if ward.coverage.covered else "yellow"))
+        if self.wards:
+            self._show_lines()
+            self._show_nodes()
         if not self.wards:
             err.print("no ward was invited yet: miss ca invite --help")
         if self.deliveries:
             out.print(standing_table(self.deliveries, title="\ndeliveries from ward to ward"))
 
+    def _show_troubles(self) -> None:
+        from federation.troubles import troubles
+
+        for ward in self.wards:
+            for words in troubles(ward, self.now_us):
+                out.print(Text(plain(f"{ward.coverage.ward}: {words}"), "yellow"))
+            last = self.reconciled.get(ward.coverage.ward)
+            if last is not None and (last.alarms or last.failure):
+                out.print(Text(plain(f"{ward.coverage.ward}: comparison: {last.words()}"), "yellow"))
+
+    def _show_lines(self) -> None:
+        """Who is attached, and what is on its way. Narrow enough for 80 columns, as what follows is."""
+        from federation.troubles import duration_words, eta_s, oldest_s
+
+        grid = table("ward", "link", ">pending", ">bytes", ">oldest", ">rate", ">ETA",
+                     title="\nthe line: since when, and what waits")
+        for ward in self.wards:
+            report, waited_s, left_s = ward.report, oldest_s(ward, self.now_us), eta_s(ward)
+            rate = report.rate_bytes_per_s if report is not None else 0
+            grid.add_row(
+                ward.coverage.ward, self._link(ward), str(ward.coverage.pending),
+                size(report.pending_bytes) if report is not None and ward.coverage.pending else "-",
+                "-" if waited_s is None else duration_words(waited_s), f"{size(rate)}/s" if rate else "-",
+                "-" if left_s is None else duration_words(left_s))
+        out.print(grid)
+
+    def _show_nodes(self) -> None:
+        """What each node said of itself last."""
+        from federation.coverage import clock_words
+        from federation.troubles import certificate_days
+
+        held = table("ward", "last receipt", ">set aside", ">conflicts", ">holds", ">evicted",
+                     title="\nwhat each has")
+        node = table("ward", "version", ">clock", ">disk free", ">cert.", ">zstd", "compared",
+                     title="\nthe nodes, as each said last")
+        for ward in self.wards:
+            report, coverage = ward.report, ward.coverage
+            receipt = clock_words(ward.last_receipt_us, self.now_us, _zone())
+            if report is None:
+                held.add_row(coverage.ward, receipt, str(coverage.set_aside), "-", "-", "-")
+                continue
+            held.add_row(coverage.ward, receipt, str(coverage.set_aside), str(report.conflicts),
+                         str(report.instances), str(report.evicted))
+            days, last = certificate_days(ward, self.now_us), self.reconciled.get(coverage.ward)
+            node.add_row(
+                coverage.ward, ward.version or "-", f"{ward.skew_us / 1e6:+.1f} s", size(report.free_bytes),
+                "-" if days is None else f"{days:.0f} d",
+                f"{report.wire_ratio:.1f}x" if report.wire_ratio else "-",
+                "never" if last is None else clock_words(last.ended_us, self.now_us, _zone()))
+        out.print(held)
+        if node.row_count:
+            out.print(node)
+
+    def _reconciled(self, ward: WardStatus) -> dict[str, Any] | None:
+        last = self.reconciled.get(ward.coverage.ward)
+        if last is None:
+            return None
+        return {"ended_us": last.ended_us, "differing": last.differing, "alarms": last.alarms,
+                "failure": last.failure}
+
     def _link(self, ward: WardStatus) -> Text:
-        words = "attached" if self._attached(ward) else "away"
+        from federation.coverage import clock_words
+
+        attached = self._attached(ward)
+        words = "away"
+        if attached:
+            words = "attached " + clock_words(ward.attached_since_us, self.now_us, _zone())
         if ward.coverage.ward in self.revoked:
             return Text(f"{words}, revoked", "red")
-        return Text(words, "green" if self._attached(ward) else "yellow")
+        return Text(words, "green" if attached else "yellow")
 
     def _attached(self, ward: WardStatus) -> bool:
         return ward.attached and self.hub_answers

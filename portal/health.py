@@ -8,15 +8,26 @@ from datetime import datetime, tzinfo
 
 from archive.ledger import CertificateRow, Ledger, WardState
 from archive.model import ConflictRow, ConflictState, Ward
-from federation.coverage import CoverageState, Report, WardCoverage, clock_words, is_present, report_in
+from federation.coverage import (
+    CoverageState,
+    Report,
+    WardCoverage,
+    clock_words,
+    is_present,
+    report_in,
+    status_of,
+)
 from federation.source import Source
+from federation.troubles import (
+    CERTIFICATE_DAYS_MIN,
+    DAY_US,
+    FREE_BYTES_MIN,
+    OLDEST_S_MAX,
+    SKEW_S_MAX,
+    duration_words,
+    eta_s,
+)
 from portal.studies import ward_line
-
-DAY_US = 86_400 * 1_000_000
-CERTIFICATE_DAYS_MIN = 3  # renewal is due at two thirds of life: fewer days left mean that it fails
-SKEW_S_MAX = 30
-OLDEST_S_MAX = 900
-FREE_BYTES_MIN = 5 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +64,13 @@ class HealthRow:
     words: str
     tone: str
     backlog: str
+    draining: str
     oldest: str
+    receipt: str
     set_aside: str
+    conflicts: str
     held: str
+    elsewhere: str
     free: str
     certificate: str
     certificate_tone: str
@@ -99,10 +114,11 @@ def gather(source: Source, ledger: Ledger, now_us: int, zone: tzinfo) -> Health:
     coverage = source.coverage()
     states, wards = ledger.ward_states(), {ward.id: ward for ward in ledger.wards()}
     certificates = newest_certificates(ledger.certificates())
-    rows = tuple(
+    found = (
         _row(ward, wards.get(ward.ward), states.get(ward.ward), certificates.get(ward.ward), now_us, zone)
         for ward in coverage
     )
+    rows = tuple(sorted(found, key=lambda row: (not row.warnings, row.hospital, row.name)))
     here = sum(is_here(ward, states.get(ward.ward), now_us) for ward in coverage)
     return Health(
         rows,
@@ -141,18 +157,24 @@ def _row(
     report = report_in(state) if state is not None else None
     present = is_here(ward, state, now_us)
     words, tone = certificate_words(certificate, report, now_us)
+    status = status_of(named, state, now_us) if named is not None and state is not None else None
+    left_s = eta_s(status) if status is not None else None
     oldest_s = (now_us - state.oldest_pending_us) / 1e6 if state and state.oldest_pending_us else 0.0
     return HealthRow(
         name=named.name if named else ward.name,
         hospital=ward.hospital,
-        link=_link(ward, state, present, clock_words(ward.seen_at_us, now_us, zone)),
+        link=_link(ward, state, present, now_us, zone),
         link_tone="good" if present else "bad",
         words=line.words,
         tone=line.tone,
         backlog=_backlog(ward, state),
+        draining=_draining(report, left_s) if ward.pending else "",
         oldest=duration_words(oldest_s) if oldest_s > 0 else "–",
+        receipt=clock_words(state.last_receipt_us, now_us, zone) if state and state.last_receipt_us else "–",
         set_aside=f"{ward.set_aside:,}",
+        conflicts=f"{report.conflicts:,}" if report else "–",
         held=f"{report.instances:,}" if report else "–",
+        elsewhere=f"{report.evicted:,} in the region alone" if report and report.evicted else "",
         free=size_words(report.free_bytes) if report else "–",
         certificate=words,
         certificate_tone=tone,
@@ -167,9 +189,13 @@ def is_here(ward: WardCoverage, state: WardState | None, now_us: int) -> bool:
     return ward.state is CoverageState.ANSWERED if state is None else is_present(state, now_us)
 
 
-def _link(ward: WardCoverage, state: WardState | None, present: bool, seen: str) -> str:
+def _link(ward: WardCoverage, state: WardState | None, present: bool, now_us: int, zone: tzinfo) -> str:
+    if present and state is not None:
+        since = clock_words(state.attached_since_us, now_us, zone) if state.attached_since_us else ""
+        return f"connected since {since}" if since else "connected"
     if present:
-        return "connected" if state is not None else "this node"
+        return "this node"
+    seen = clock_words(ward.seen_at_us, now_us, zone)
     return f"away since {seen}" if ward.seen_at_us else "never connected"
 
 
@@ -177,6 +203,13 @@ def _backlog(ward: WardCoverage, state: WardState | None) -> str:
     if not ward.pending:
         return "none"
     return f"{ward.pending:,} ({size_words(state.pending_bytes)})" if state else f"{ward.pending:,}"
+
+
+def _draining(report: Report | None, left_s: float | None) -> str:
+    """How fast the backlog goes, and when it will be gone."""
+    if report is None or left_s is None:
+        return "held back" if report is not None and report.hold else "not draining"
+    return f"{size_words(int(report.rate_bytes_per_s))}/s, done in {duration_words(left_s)}"
 
 
 def _warnings(
@@ -201,6 +234,8 @@ def _warnings(
         found.append(f"certificate {certificate}")
     if state is not None and abs(state.skew_us) > SKEW_S_MAX * 1e6:
         found.append(f"its clock is {state.skew_us / 1e6:+.0f} s off")
+    if report is not None and report.damaged:
+        found.append(f"{report.damaged:,} instances are damaged there")
     if report is not None and 0 < report.free_bytes < FREE_BYTES_MIN:
         found.append(f"{size_words(report.free_bytes)} left on its disk")
     return found
@@ -233,13 +268,6 @@ def size_words(count: int) -> str:
 def skew_words(skew_us: int) -> str:
     """How far a clock is off; a tenth of a second is nothing."""
     return f"{skew_us / 1e6:+.1f} s" if abs(skew_us) >= 100_000 else "0 s"
-
-
-def duration_words(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def local_zone() -> tzinfo:
