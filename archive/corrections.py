@@ -88,7 +88,7 @@ def correction_of(fact: Fact) -> Correction:
     """The correction that a fact tells, or that it withdraws. Raises InvalidInput for one that can't be."""
     try:
         body = json.loads(fact.detail) if len(fact.detail) <= DETAIL_CHARS_MAX else None
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict) or not is_uid(fact.sop_instance_uid) or fact.at_us <= 0:
         raise InvalidInput("a fact about a correction can't be read")

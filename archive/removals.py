@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from archive.errors import Corrupt, InvalidInput
-from archive.model import Fact, FactKind, Level, require_uid
+from archive.model import Fact, FactKind, Level, is_uid, require_uid
 
 LEVELS = (Level.STUDY, Level.SERIES, Level.IMAGE)
 REMOVAL_KINDS = frozenset({FactKind.REMOVED, FactKind.RESTORED, FactKind.PURGED})
@@ -34,6 +35,7 @@ DELETES = ("", EXPIRED)  # these mean that the bytes are to go; the others only 
 
 REASON_CHARS_MAX = 200
 BY_CHARS_MAX = 100
+_ID = re.compile(r"[!-~]{1,64}", re.ASCII)  # it is a key of the index: not any text fits there
 ORDER_DIGITS = 16  # of an id: those of one note or one command begin alike
 
 
@@ -114,8 +116,11 @@ def removal_of(fact: Fact) -> Removal:
         level = Level(body["level"])
         if level not in LEVELS:
             raise ValueError(level)
+        study = str(body["study"])
+        if study and not is_uid(study):
+            raise ValueError("no study has such a UID")
         return Removal(
-            str(body["id"]), level, fact.sop_instance_uid, str(body["study"]), str(body["code"]),
+            _named(body), level, fact.sop_instance_uid, study, str(body["code"]),
             str(body["by"]), str(body["reason"]), fact.at_us, fact.ward,
         )  # fmt: skip
     except (KeyError, ValueError) as error:
@@ -154,7 +159,7 @@ def _body(fact: Fact, kind: FactKind) -> Mapping[str, Any]:
         raise Corrupt(f"no fact of the kind {kind.value}")
     try:
         body = json.loads(fact.detail)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt("a fact about a removal can't be read") from error
     if not isinstance(body, dict):
         raise Corrupt("a fact about a removal can't be read")
@@ -163,6 +168,6 @@ def _body(fact: Fact, kind: FactKind) -> Mapping[str, Any]:
 
 def _named(body: Mapping[str, Any]) -> str:
     named = body.get("id")
-    if not isinstance(named, str) or not named:
+    if not isinstance(named, str) or not _ID.fullmatch(named):
         raise Corrupt("a fact about a removal names none")
     return named

@@ -1,16 +1,16 @@
 """What the region lets a ward decide: about what that ward holds, or nobody has yet, and about its own
-decisions. Each fact is judged by itself, so that one that is refused stops none of the others; the reason is
-for the people of the ward."""
+decisions. It removes only what it holds the whole of: what another ward alone holds stays. Each fact is
+judged by itself, so that one that is refused stops none of the others; the reason is for the people of the
+ward."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from archive.archive import Archive
 from archive.corrections import CORRECTIONS_PER_STUDY_MAX, correction_of
-from archive.errors import MissError
 from archive.model import Fact, FactKind
+from archive.removals import purge_of, removal_of, restoration_of
 from federation.facts_pages import is_readable
 
 FUTURE_US_MAX = 86_400 * 1_000_000  # how far a ward's clock may go before the region's
@@ -19,6 +19,7 @@ OTHER_WARD = "it names another ward"
 UNREADABLE = "it can't be read by the region's release"
 FUTURE = "its time lies in the future: is the ward's clock right?"
 NOT_HELD = "the ward holds no part of it"
+OTHERS_HOLD = "another ward holds a part of it: what is this ward's own is removed by series or instance"
 DECIDED_ELSEWHERE = "it was decided in the region or at another ward: it is undone there"
 TOO_MANY = f"a study has at most {CORRECTIONS_PER_STUDY_MAX} corrections"
 
@@ -46,21 +47,22 @@ class FactRules:
     def _of_its_kind(self, ward: str, fact: Fact) -> str:
         if fact.kind is FactKind.CORRECTED:
             told = correction_of(fact)
-            if told.undone is not None and self._corrected_elsewhere(ward, told.id):
+            known = self._archive.index.travel.decided_at(fact.kind, told.id)
+            if known not in (None, ward):
                 return DECIDED_ELSEWHERE
-            if told.undone is None and not self._archive.index.corrections.has_room(told.study_uid):
+            if known is None and not self._archive.index.corrections.has_room(told.study_uid):
                 return TOO_MANY
-        elif fact.kind is not FactKind.REMOVED and self._removed_elsewhere(ward, fact):
+            return ""
+        if self._archive.index.travel.decided_at(fact.kind, _removal_named_by(fact)) not in (None, ward):
             return DECIDED_ELSEWHERE
+        if fact.kind is FactKind.REMOVED and self._archive.index.travel.others_hold(
+            fact.sop_instance_uid, ward
+        ):
+            return OTHERS_HOLD
         return ""
 
-    def _corrected_elsewhere(self, ward: str, correction_id: str) -> bool:
-        try:
-            return self._archive.index.corrections.named(correction_id).ward != ward
-        except MissError:  # it is not known yet
-            return False
 
-    def _removed_elsewhere(self, ward: str, fact: Fact) -> bool:
-        removal = str(json.loads(fact.detail).get("id", ""))
-        found = self._archive.index.removals(1, prefix=removal)
-        return any(one.removal.ward != ward for one in found)
+def _removal_named_by(fact: Fact) -> str:
+    if fact.kind is FactKind.REMOVED:
+        return removal_of(fact).id
+    return restoration_of(fact).removal if fact.kind is FactKind.RESTORED else purge_of(fact).removal

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, exists, insert, select
+from sqlalchemy import ColumnElement, Connection, Table, and_, delete, exists, insert, select
 
 from archive.corrections import Correction
 from archive.database import Database
@@ -20,7 +20,9 @@ from archive.index.schema import (
     instance,
     known_fact,
     removed,
+    series,
     series_ward,
+    tombstone,
 )
 from archive.index.statements import by_uid
 from archive.model import START, Fact, FactKind, Position
@@ -100,12 +102,49 @@ def known_at(connection: Connection, uid: str) -> set[str]:
     when nothing is known of it."""
     found: set[str] = set()
     for table in (instance, removed, holding):
-        for column in (
-            table.c.study_instance_uid, table.c.series_instance_uid, table.c.sop_instance_uid,
-        ):  # fmt: skip
-            query = select(table.c.ward).distinct().where(column == uid)
-            found.update(row.ward for row in connection.execute(query))
+        for below in _below(connection, table, uid):
+            found.update(connection.execute(select(table.c.ward).distinct().where(below)).scalars())
     return found
+
+
+def others_hold(connection: Connection, uid: str, ward: str) -> bool:
+    """Whether something lies under a UID of any level, shown or removed, that this ward holds no copy of."""
+    for table in (instance, removed):
+        copied = exists().where(
+            holding.c.sop_instance_uid == table.c.sop_instance_uid, holding.c.ward == ward
+        )  # fmt: skip
+        for below in _below(connection, table, uid):
+            query = select(table.c.ward).where(below, table.c.ward != ward, ~copied).limit(1)
+            if connection.execute(query).fetchone() is not None:
+                return True
+    return False
+
+
+def _below(connection: Connection, table: Table, uid: str) -> list[ColumnElement[bool]]:
+    """What finds the rows of a table under a UID of each level, by its keys: a series through its study."""
+    studies = {
+        study
+        for held in (series, removed)
+        for study in connection.execute(
+            select(held.c.study_instance_uid).where(held.c.series_instance_uid == uid).distinct()
+        ).scalars()
+    }
+    return [
+        table.c.study_instance_uid == uid,
+        table.c.sop_instance_uid == uid,
+        and_(table.c.study_instance_uid.in_(sorted(studies)), table.c.series_instance_uid == uid),
+    ]
+
+
+def decided_at(connection: Connection, kind: FactKind, decision: str) -> str | None:
+    """The ward that made the removal or the correction of exactly this id, "" for the region; None when that
+    is not known."""
+    if kind is FactKind.CORRECTED:
+        query = select(correction.c.ward).where(correction.c.id == decision, correction.c.changes != "")
+    else:
+        query = select(tombstone.c.ward).where(tombstone.c.removal_id == decision, tombstone.c.level != "")
+    row = connection.execute(query).fetchone()
+    return None if row is None else str(row[0])
 
 
 def corrected_among(connection: Connection, uids: Iterable[str]) -> set[str]:
@@ -157,6 +196,14 @@ class Travel:
     def known_at(self, uid: str) -> set[str]:
         """The wards that hold what lies under a UID of any level; none when nothing is known of it."""
         return self._database.read(lambda connection: known_at(connection, uid))
+
+    def others_hold(self, uid: str, ward: str) -> bool:
+        """Whether something lies under a UID of any level that this ward holds no copy of."""
+        return self._database.read(lambda connection: others_hold(connection, uid, ward))
+
+    def decided_at(self, kind: FactKind, decision: str) -> str | None:
+        """The ward that made the removal or correction of exactly this id; None when it is not known."""
+        return self._database.read(lambda connection: decided_at(connection, kind, decision))
 
     def has_corrections(self) -> bool:
         """Whether anything was ever corrected; microseconds on SQLite."""
