@@ -71,6 +71,8 @@ def apply_space_facts(connection: Connection, facts: Sequence[Fact]) -> None:
             continue
         if place.location != location or not location.pack:
             continue  # written again, overtaken by a person's decision, or it never lay here (`stubs.py`)
+        if not (purged or place.receipt_us):
+            continue  # it was chosen, and before this fact it was found that the region lost it
         marked.append({"b_uid": fact.sop_instance_uid, "b_digest": fact.digest})
         rows[(location.pack, location.offset)] = _reclaim_row(
             location, fact.at_us, fact.sop_instance_uid, fact.digest

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -63,6 +63,30 @@ def study(number: int, count: int = 6, *, padding: int = 40_000) -> list[Instanc
 def evict(archive: Archive, **request: object) -> EvictionReport:
     asked = EvictionRequest(**{"protected_to_us": NOW_US, **request})  # type: ignore[arg-type]
     return archive.upkeep.evict(asked).result(WAIT_S)
+
+
+def test_what_the_region_lost_after_it_was_chosen_stays(settings: ArchiveSettings) -> None:
+    (instance, *_) = study(1)
+    with Archive.open(settings, outbox=True) as archive:
+        assert store(archive, instance) is Outcome.STORED
+        archive.wait_indexed()
+        receive(archive, [instance])
+        archive.packs.log.seal()
+        eviction = archive.upkeep.eviction
+        record = eviction._record_facts
+
+        def lose_it_first(facts: Sequence[Fact]) -> None:
+            record([Fact(FactKind.LOST, instance.sop_instance_uid, instance.digest, "", 2_000)])
+            record(facts)
+
+        eviction._record_facts = lose_it_first  # between its choice and the fact
+        evict(archive, study_uid=instance.study_uid)
+        assert [one.head.sop_instance_uid for one in archive.index.pending(10)] == [instance.sop_instance_uid]
+        (kept,) = archive.instances(instance.study_uid)
+        assert not kept.evicted and not archive.index.has_due(1 << 60)
+        with archive.open_payload(kept.location) as payload:
+            assert payload.read().endswith(instance.dataset)
+    assert rebuilt_equals(settings)
 
 
 def filled(archive: Archive, studies: int = 2) -> list[list[Instance]]:
