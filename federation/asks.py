@@ -28,8 +28,9 @@ from federation.assertion import verify
 from federation.coverage import Report
 from federation.fanout import PENDING_UIDS_MAX
 from federation.gathering import LISTED_MAX
+from federation.paging import pages_of
 from federation.policy import Act, decide, narrowed
-from federation.serde_gathering import listed_to, pages_of
+from federation.serde_gathering import listed_to
 from monitoring.tracing import carried, metadata, span
 from protos import common_pb2, uplink_pb2
 
@@ -43,7 +44,6 @@ T = TypeVar("T")
 
 ASKS_MAX = 16
 SUBJECT_CHARS_MAX = 2_000
-PAGE_BYTES = 256 << 10
 
 MakeReport = Callable[[], Awaitable[Report]]
 Fail = Callable[[str, str], None]
@@ -155,7 +155,7 @@ class Asks:
             self._archive.index.pending_of, ask.study_uid, ask.sop_instance_uid or None, LISTED_MAX + 1
         )
         report = serde.report_to(await self._report())
-        pages = list(pages_of(map(listed_to, found[:LISTED_MAX]), PAGE_BYTES)) or [[]]
+        pages = list(pages_of(map(listed_to, found[:LISTED_MAX]))) or [[]]
         for number, page in enumerate(pages, 1):
             last = number == len(pages)
             await stub.Answer(
@@ -201,7 +201,7 @@ class Asks:
         matches = cut_to(matches, PENDING_UIDS_MAX)
         listed = sum(len(holding.sop_instance_uids) for match in matches for holding in match.holdings)
         truncated = listed < pending or len(matches) >= PENDING_UIDS_MAX
-        pages = _pages(matches)
+        pages = list(pages_of(map(serde.match_to, matches))) or [[]]
         for number, page in enumerate(pages, 1):
             last = number == len(pages)
             await stub.Answer(
@@ -236,16 +236,3 @@ def cut_to(matches: Sequence[Match], most: int) -> Sequence[Match]:
         is_cut = kept < sum(len(holding.sop_instance_uids) for holding in match.holdings)
         cut.append(replace(match, holdings=tuple(holdings), truncated=match.truncated or is_cut))
     return cut
-
-
-def _pages(matches: Sequence[Match]) -> list[list[common_pb2.Match]]:
-    """The matches in messages of a bounded size; one, be it empty, when there are none."""
-    pages: list[list[common_pb2.Match]] = [[]]
-    size = 0
-    for match in map(serde.match_to, matches):
-        if pages[-1] and size + match.ByteSize() > PAGE_BYTES:
-            pages.append([])
-            size = 0
-        pages[-1].append(match)
-        size += match.ByteSize()
-    return pages

@@ -14,7 +14,7 @@ from typing import Any
 
 from archive.errors import InvalidQuery
 from archive.ledger import Ledger
-from archive.model import Level, Scope, require_uid
+from archive.model import Level, Scope, Ward, require_uid
 from certs.credentials import MESSAGE_BYTES_MAX
 from certs.gate import peer
 from federation import serde, status
@@ -23,16 +23,16 @@ from federation.assertion import verify
 from federation.attachments import Attachments
 from federation.bringing import Bringing, require_readable
 from federation.coverage import Asked, status_of
+from federation.paging import pages_of
 from federation.passing import Passing, Wanted
 from federation.policy import Act, narrowed, require
 from federation.pools import Pools
-from federation.serde_gathering import coming_to, pages_of
+from federation.serde_gathering import coming_to
 from protos import common_pb2, region_pb2, region_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 REPLY_BYTES_MAX = MESSAGE_BYTES_MAX - (1 << 20)  # of matches in one reply; the rest is for the coverage
-PAGE_BYTES = 256 << 10  # of what is listed
 MATCH_OVERHEAD = 8  # the tag and the length of one in the message
 TOO_MUCH = "what the wards hold back does not fit in one answer: search for less"
 
@@ -86,11 +86,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
 
     async def Promote(self, request: region_pb2.PromoteRequest, context: Any) -> region_pb2.PromoteReply:
         try:
-            scope = await self._scope(request.assertion, Act.READ, context)
-            require_uid(request.study_uid, "a Study Instance UID")
-            if request.sop_instance_uid:
-                require_uid(request.sop_instance_uid, "a SOP Instance UID")
-            wards = await self._pools.ledger(self._ledger.wards)
+            wards, scope = await self._to_promote(request, context)
             asked = await self._bringing.promote(
                 wards,
                 scope,
@@ -110,11 +106,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
         self, request: region_pb2.PromoteRequest, context: Any
     ) -> AsyncIterator[region_pb2.Gathered]:
         try:
-            scope = await self._scope(request.assertion, Act.READ, context)
-            require_uid(request.study_uid, "a Study Instance UID")
-            if request.sop_instance_uid:
-                require_uid(request.sop_instance_uid, "a SOP Instance UID")
-            wards = await self._pools.ledger(self._ledger.wards)
+            wards, scope = await self._to_promote(request, context)
             listing = await self._bringing.listing(
                 wards,
                 scope,
@@ -125,7 +117,7 @@ class RegionService(region_pb2_grpc.RegionServicer):
             )
         except Exception as error:
             await status.abort(context, error)
-        for page in pages_of(map(coming_to, listing.held), PAGE_BYTES):
+        for page in pages_of(map(coming_to, listing.held)):
             yield region_pb2.Gathered(coming=page)
         coverage = [serde.coverage_to(one) for one in self._asking.coverage(wards, listing.asked)]
         yield region_pb2.Gathered(listed=True, complete=listing.complete, coverage=coverage)
@@ -166,6 +158,16 @@ class RegionService(region_pb2_grpc.RegionServicer):
             clock_us=now_us,
             version=self._version,
         )
+
+    async def _to_promote(
+        self, request: region_pb2.PromoteRequest, context: Any
+    ) -> tuple[list[Ward], Scope]:
+        """Every ward, and which of them may be asked for what is named."""
+        scope = await self._scope(request.assertion, Act.READ, context)
+        require_uid(request.study_uid, "a Study Instance UID")
+        if request.sop_instance_uid:
+            require_uid(request.sop_instance_uid, "a SOP Instance UID")
+        return await self._pools.ledger(self._ledger.wards), scope
 
     async def _scope(self, assertion: common_pb2.Assertion, act: Act, context: Any) -> Scope:
         """What the person who asks may see, by an assertion that holds."""

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
-
 from archive.errors import InvalidInput
 from archive.model import Location, StoredInstance, require_uid
 from archive.packs.records import part10_prefix
 from federation import serde
 from federation.gathering import Held
 from protos import region_pb2, uplink_pb2
-
-
-class Message(Protocol):
-    def ByteSize(self) -> int: ...
-
-
-M = TypeVar("M", bound=Message)
 
 
 def listed_to(instance: StoredInstance) -> uplink_pb2.Listed:
@@ -54,17 +44,3 @@ def coming_to(held: Held) -> region_pb2.Coming:
 
 def coming_from(message: region_pb2.Coming) -> Held:
     return Held(message.ward, listed_from(message.listed, message.ward))
-
-
-def pages_of(messages: Iterable[M], bytes_max: int) -> Iterator[list[M]]:
-    """The messages in groups of a bounded size; none when there are none."""
-    page: list[M] = []
-    size = 0
-    for message in messages:
-        if page and size + message.ByteSize() > bytes_max:
-            yield page
-            page, size = [], 0
-        page.append(message)
-        size += message.ByteSize()
-    if page:
-        yield page

@@ -20,11 +20,7 @@ from collections import Counter, OrderedDict
 from collections.abc import (
     AsyncIterator,
     Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -40,7 +36,7 @@ from archive.errors import (
     Unavailable,
 )
 from archive.ledger import AuditRow, Ledger
-from archive.model import Query, Scope, StoredInstance, Ward, require_uid
+from archive.model import Query, Scope, StoredInstance, require_uid
 from certs import identity as identities
 from certs.gate import peer
 from certs.identity import Identity
@@ -48,15 +44,14 @@ from federation import serde, status
 from federation.asking import WardAsking
 from federation.assertion import Assertion, countersign, verify
 from federation.bringing import Bringing, require_readable
-from federation.fanout import WardMatches
-from federation.gathering import Coming
+from federation.own_wards import OwnWards
+from federation.paging import pages_of
 from federation.passing import Passing, Wanted
 from federation.policy import Act, Principal, Reach, Role, granted, narrowed, reach_named, require
 from federation.pools import Pools
 from federation.region_source import RegionSource
 from federation.serde_facts import put_corrections
 from federation.settings import HubSettings
-from federation.source import WardsSaid
 from monitoring.tracing import carried
 from protos import common_pb2, window_pb2, window_pb2_grpc
 
@@ -65,9 +60,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-PAGE_BYTES = 256 << 10
 MATCHES_MAX = 100_001  # of one search
-HUB_WAIT_S = 5.0  # for the hub's own loop, beyond the wards' deadline
 SAME_ACT_US = 300 * 1_000_000  # fetches of one study are one act for as long
 REMEMBERED_MAX = 20_000
 SUBJECT_CHARS_MAX = 2_000
@@ -127,7 +120,7 @@ class WindowService(window_pb2_grpc.WindowServicer):
                 answer = await self._in_thread(source.search, asker.principal, query)
         except Exception as error:
             await status.abort(context, error)
-        for page in _pages(map(serde.match_to, answer.matches)):
+        for page in pages_of(map(serde.match_to, answer.matches)):
             yield window_pb2.WindowSearchPage(matches=page)
         yield window_pb2.WindowSearchPage(
             coverage=[serde.coverage_to(one) for one in answer.coverage],
@@ -151,7 +144,7 @@ class WindowService(window_pb2_grpc.WindowServicer):
         except Exception as error:
             await status.abort(context, error)
         self._remember(asker, study)
-        for page in _pages(map(_instance_to, found)):
+        for page in pages_of(map(_instance_to, found)):
             yield window_pb2.WindowInstancesPage(instances=page)
 
     async def Fetch(
@@ -202,7 +195,7 @@ class WindowService(window_pb2_grpc.WindowServicer):
 
     def _source(self, asker: Asker, *, besides: str) -> RegionSource:
         wards = OwnWards(
-            self._asking, self._bringing, self._ledger, asker, besides, asyncio.get_running_loop()
+            self._asking, self._bringing, self._ledger, asker.assertion, besides, asyncio.get_running_loop(),
         )
         return RegionSource(
             self._archive,
@@ -288,67 +281,6 @@ class WindowService(window_pb2_grpc.WindowServicer):
             raise
 
 
-class OwnWards:
-    """The wards' part of an answer as the hub itself asks for it, from a thread beside its loop: a
-    `WardsPart`. `besides` is a ward that reads its own archive and is not asked to push."""
-
-    def __init__(
-        self,
-        asking: WardAsking,
-        bringing: Bringing,
-        ledger: Ledger,
-        asker: Asker,
-        besides: str,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self._asking = asking
-        self._bringing = bringing
-        self._ledger = ledger
-        self._asker = asker
-        self._besides = besides
-        self._loop = loop
-
-    def search(self, principal: Principal, query: Query, deadline_s: float) -> WardsSaid:
-        wards = self._ledger.wards()
-        question = replace(query, pending_only=True, limit=None, offset=0)
-        assertion = serde.assertion_to(self._asker.assertion)
-        asking = self._wait(self._asking.search(wards, question, assertion, deadline_s), deadline_s)
-        return WardsSaid(
-            [WardMatches(ward, tuple(matches)) for ward, matches in asking.matches.items()],
-            self._asking.coverage(wards, asking.asked),
-        )
-
-    def gather(
-        self, principal: Principal, study_uid: str, sop_instance_uid: str | None, deadline_s: float
-    ) -> Coming:
-        """What is listed comes because the wards were asked: whoever fetches it waits for it."""
-        wards = self._ledger.wards()
-        scope = _without(require(principal, Act.READ), self._besides, wards)
-        assertion = serde.assertion_to(self._asker.assertion)
-        listing = self._wait(
-            self._bringing.listing(wards, scope, study_uid, sop_instance_uid or "", assertion, deadline_s),
-            deadline_s,
-        )
-        coverage = self._asking.coverage(wards, listing.asked)
-        return Coming(listing.held, complete=listing.complete, coverage=coverage)
-
-    def passing(self, principal: Principal, instance: StoredInstance) -> Iterator[bytes]:
-        raise NotImplementedError("a window fetches what it was given")
-
-    def _wait(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(deadline_s + HUB_WAIT_S)
-        except TimeoutError:
-            future.cancel()
-            raise Unavailable("the hub did not ask its wards in time") from None
-
-
-def _without(scope: Scope, ward: str, wards: Sequence[Ward]) -> Scope:
-    allowed = frozenset(one.id for one in wards) if scope.wards is None else scope.wards
-    return Scope(allowed - {ward})
-
-
 def _instance_to(instance: StoredInstance) -> window_pb2.WindowInstance:
     location = instance.location
     message = window_pb2.WindowInstance(
@@ -382,20 +314,3 @@ def _of(study_uid: str, series_uid: str = "", sop_instance_uid: str = "") -> Map
 
 def _act(asker: Asker, study_uid: str) -> tuple[str, str, str]:
     return asker.principal.ward or "", asker.principal.user, study_uid
-
-
-M = TypeVar("M", common_pb2.Match, window_pb2.WindowInstance)
-
-
-def _pages(messages: Iterable[M]) -> Iterator[list[M]]:
-    """The messages in groups of a bounded size; none when there are none."""
-    page: list[M] = []
-    size = 0
-    for message in messages:
-        if page and size + message.ByteSize() > PAGE_BYTES:
-            yield page
-            page, size = [], 0
-        page.append(message)
-        size += message.ByteSize()
-    if page:
-        yield page
