@@ -43,7 +43,7 @@ START_S_MAX = 60.0
 POLL_S = 0.02
 CEILING_BYTES = 1_500_000_000
 MESSAGE_BYTES = 1 << 20
-PLAIN = ("uplink.compression=never",)
+PLAIN = ("uplink.zstd=false",)
 
 
 @dataclass(frozen=True, slots=True)
