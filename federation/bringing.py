@@ -70,7 +70,8 @@ class Bringing:
         self._arrivals = arrivals
         self._archive = archive
         self._pools = pools
-        self._promised: OrderedDict[tuple[str, str, bytes], float] = OrderedDict()  # ward, UID, digest
+        # By ward, UID and digest: when it was listed last, of which study and series.
+        self._promised: OrderedDict[tuple[str, str, bytes], tuple[float, str, str]] = OrderedDict()
 
     async def listing(
         self,
@@ -141,20 +142,25 @@ class Bringing:
             return {ward.id: Asked("what it holds did not arrive in time") for ward in late}
         return asked
 
-    def is_promised(self, uid: str, digest: bytes, scope: Scope) -> bool:
-        """Whether a ward in the scope listed this content of late, so that it is on its way."""
+    def is_promised(self, wanted: Wanted, scope: Scope) -> bool:
+        """Whether a ward in the scope listed this content of late, of this study and series, so that it is on
+        its way."""
         oldest_s = time.monotonic() - PROMISE_S
-        return any(
-            self._promised.get((ward, uid, digest), oldest_s) > oldest_s
-            for ward in self._attachments.states
-            if scope.allows(ward)
-        )
+        for ward in self._attachments.states:
+            if scope.allows(ward) and (
+                found := self._promised.get((ward, wanted.uid, wanted.digest))
+            ):
+                listed_s, study_uid, series_uid = found
+                of_it = study_uid == wanted.study_uid and wanted.series_uid in ("", series_uid)
+                if of_it and listed_s > oldest_s:
+                    return True
+        return False
 
     def _promise(self, held: Iterable[Held]) -> None:
         now_s = time.monotonic()
         for one in held:
             key = one.ward, one.instance.head.sop_instance_uid, one.instance.digest
-            self._promised[key] = now_s
+            self._promised[key] = now_s, one.instance.study_uid, one.instance.series_uid
             self._promised.move_to_end(key)
         while len(self._promised) > PROMISED_MAX:
             self._promised.popitem(last=False)
@@ -258,7 +264,7 @@ async def require_readable(
 ) -> None:
     """NotFound unless the instance is here or was promised: what is hidden looks like what does not exist,
     and what nobody promised is not waited for."""
-    if bringing.is_promised(wanted.uid, wanted.digest, scope):
+    if bringing.is_promised(wanted, scope):
         return
     if await pools.work(passing.find, wanted, scope) is None:
         raise NotFound("no such instance, or none with this digest")

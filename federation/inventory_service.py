@@ -2,7 +2,8 @@
 certificate says. It reads, and mends nothing: a node decides what follows, and pushes or fetches.
 
 Bounds: four comparisons at once, each with the sums of its tree (40 MB at most) and the contents of the
-leaves that were asked for last; a page of the index at a time.
+leaves that were asked for last; a page of the index at a time. One takes an hour at most, so that a ward that
+asks slowly does not keep a place for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from archive.archive import Archive
-from archive.errors import InvalidInput, OutOfResources
+from archive.errors import InvalidInput, OutOfResources, Unavailable
 from archive.index.inventory import Standing
 from certs.gate import peer
 from federation import serde_inventory as serde
@@ -23,6 +24,7 @@ from federation.reconcile_notes import Notes, outcome_from
 from federation.reconcile_tree import (
     ASK_NODES_MAX,
     FAN_OUT,
+    HASH_BYTES,
     SALT_BYTES,
     Content,
     Tree,
@@ -38,6 +40,7 @@ LEAVES_MAX = 4_096     # in one question: some 200,000 contents
 HASHES_MAX = 1 << 19
 PAGE_KEYS = 500
 QUESTION_WAIT_S = 120.0
+COMPARISON_S_MAX = 3_600.0
 _STATES = inventory_pb2.ContentStates
 
 
@@ -58,7 +61,10 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
             await status.abort(context, OutOfResources("too many comparisons at once"))
         self._comparing.add(ward)
         try:
-            await self._compare(ward, aiter(request_iterator), context)
+            async with asyncio.timeout(COMPARISON_S_MAX):
+                await self._compare(ward, aiter(request_iterator), context)
+        except TimeoutError:
+            await status.abort(context, Unavailable("the comparison took too long"))
         except Exception as error:
             await status.abort(context, error)
         finally:
@@ -96,7 +102,7 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
         except Exception as error:
             await status.abort(context, error)
         if outcome.alarms:
-            log.error("the comparison with %s: %s", ward, outcome.words())
+            log.error("the comparison with %s: %d contents need a person", ward, outcome.alarms)
         return inventory_pb2.InventoryNoted()
 
     async def _compare(
@@ -114,17 +120,19 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
             if kind == "split":
                 await context.write(inventory_pb2.InventoryAnswer(sums=_sums(tree, question.split)))
             elif kind == "leaves":
-                leaves, hashes, last = set(question.leaves.leaves), set[int](), question.leaves.last
-                hashes.update(serde.sums_from(question.leaves.hashes))
-                while not last:
+                leaves, hashes, part = set[int](), set[int](), question.leaves
+                while True:
+                    told = len(part.hashes) // HASH_BYTES
+                    if len(leaves) + len(part.leaves) > LEAVES_MAX or len(hashes) + told > HASHES_MAX:
+                        raise InvalidInput("a question about too many leaves")
+                    leaves.update(part.leaves)
+                    hashes.update(await self._pools.work(serde.sums_from, part.hashes))
+                    if part.last:
+                        break
                     more = await _next(questions)
                     if more is None or more.WhichOneof("question") != "leaves":
                         raise InvalidInput("a question about leaves did not end")
-                    leaves.update(more.leaves.leaves)
-                    hashes.update(serde.sums_from(more.leaves.hashes))
-                    last = more.leaves.last
-                    if len(leaves) > LEAVES_MAX or len(hashes) > HASHES_MAX:
-                        raise InvalidInput("a question about too many leaves")
+                    part = more.leaves
                 found = await self._pools.work(self._in_leaves, ward, tree, frozenset(leaves))
                 await _tell(context, found, hashes)
             else:
@@ -136,6 +144,7 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
         tree = Tree(salt, depth_for(max(count, inventories.count(ward))))
         for page in inventories.of_ward(ward):
             tree.add(page)
+        _ = tree.root  # its sums are made here, in the thread
         return tree
 
     def _in_leaves(self, ward: str, tree: Tree, leaves: frozenset[int]) -> dict[int, Content]:

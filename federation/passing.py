@@ -30,6 +30,7 @@ PASSED_MAX = 128      # instances at once
 NOT_ITS_DIGEST = "a stored instance does not match its digest"
 LOOK_S = 0.03         # between two looks at what has come
 LOOK_AGAIN_S = 1.0    # at the index, should nobody have told
+REMOVALS_MAX = 100    # of one UID, that are looked through
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Passing:
     async def _arriving(self, wanted: Wanted, scope: Scope) -> AsyncIterator[bytes]:
         """What can be read of it before it is stored; ends when it is stored."""
         growing: Growing | None = None
-        at, heard_s, looked_s = 0, time.monotonic(), 0.0
+        at, heard_s, looked_s, hidden = 0, time.monotonic(), 0.0, True
         came = self._arrivals.expect(wanted.uid)
         try:
             while True:
@@ -105,7 +106,8 @@ class Passing:
                         came = self._arrivals.expect(wanted.uid)
                     if await self._pools.work(self.find, wanted, scope) is not None:
                         return
-                is_open = self._taps.is_open(wanted.uid, scope)
+                    hidden = await self._pools.work(self._is_removed, wanted)
+                is_open = self._taps.is_open(wanted.uid, scope) and not hidden
                 if growing is None and is_open:
                     growing = await self._pools.work(self._taps.read_beside, wanted.uid, scope)
                 piece = b""
@@ -126,6 +128,14 @@ class Passing:
             self._arrivals.forget(wanted.uid, came)
             if growing is not None:
                 growing.close()
+
+    def _is_removed(self, wanted: Wanted) -> bool:
+        """Whether a removal may cover it, so that nothing of it is passed on before intake has decided."""
+        index = self._archive.index
+        if not index.has_removals():
+            return False
+        uids = (wanted.study_uid, wanted.series_uid, wanted.uid)
+        return not all(uids) or any(index.removals(REMOVALS_MAX, uid=uid, in_force=True) for uid in uids)
 
     def find(self, wanted: Wanted, scope: Scope) -> Location | None:
         """Where the region has it, for readers with this scope. Evicted where only its row is here."""

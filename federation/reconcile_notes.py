@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from archive.errors import InvalidInput
-from archive.model import START, Position
+from archive.model import START, Position, is_uid
 
 FILE = "reconciliation.json"
 ALARMS_MAX = 100  # listed; all are counted
 OUTCOME_BYTES_MAX = 32 << 10
 STORES_MAX = 16
+WORDS_CHARS_MAX = 500
+_COUNT_MAX = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,36 @@ def outcome_from(text: str) -> Outcome:
         raise InvalidInput("an outcome takes at most 32 KiB")
     try:
         body: dict[str, Any] = json.loads(text)
-        alarms = tuple(Alarm(**one) for one in body.pop("listed_alarms", ()))[:ALARMS_MAX]
-        known = {one.name for one in fields(Outcome)}
-        return Outcome(**{name: value for name, value in body.items() if name in known}, listed_alarms=alarms)
-    except (ValueError, TypeError, AttributeError):
+        alarms = tuple(_alarm(**one) for one in body.pop("listed_alarms", ())[:ALARMS_MAX])
+        known = {one.name: one.type for one in fields(Outcome)}
+        values = {name: _checked(known[name], value) for name, value in body.items() if name in known}
+        outcome = Outcome(**values, listed_alarms=alarms)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise InvalidInput("an outcome is not written as outcomes are") from None
+    if len(outcome_to(outcome)) > OUTCOME_BYTES_MAX:  # else what is written here could not be read again
+        raise InvalidInput("an outcome takes at most 32 KiB")
+    return outcome
+
+
+def _checked(kind: object, value: Any) -> Any:
+    """A value as its field has it: it came from another machine, and is shown to people."""
+    if kind == "str" and isinstance(value, str):
+        return _words(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and type(value) is int and 0 <= value < _COUNT_MAX:
+        return value
+    raise ValueError("not of its field's kind")
+
+
+def _alarm(sop_instance_uid: str, digest: str, words: str) -> Alarm:
+    if not is_uid(sop_instance_uid) or not re.fullmatch("[0-9a-f]{0,64}", digest, re.ASCII):
+        raise ValueError("no alarm about a content")
+    return Alarm(sop_instance_uid, digest, _words(words))
+
+
+def _words(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text[:WORDS_CHARS_MAX])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,17 @@ They change nothing of another ward's, and stop nobody else."""
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import pytest
 
 from archive.corrections import Correction, fact_of
+from archive.errors import MissError
 from archive.model import Fact, FactKind, Level
 from archive.removals import Removal, Restoration, fact_of_restoration
 from archive.removals import fact_of as removal_fact
@@ -19,19 +22,26 @@ from certs.credentials import channel_sync
 from federation import serde_facts
 from federation.facts_rules import DECIDED_ELSEWHERE, OTHERS_HOLD, UNREADABLE
 from federation.hub import Hub
-from protos import facts_pb2
+from federation.inventory_service import LEAVES_MAX
+from federation.reconcile_notes import Notes
+from protos import facts_pb2, inventory_pb2, restore_pb2, uplink_pb2
 from protos.facts_pb2_grpc import FactsStub
+from protos.inventory_pb2_grpc import InventoryStub
+from protos.restore_pb2_grpc import RestoreStub
+from protos.uplink_pb2_grpc import UplinkStub
 from tests.datasets import make_instance
 from tests.federation.regions import Region
 from tests.federation.test_facts import GALLIERA, MARTINO, in_region, patient_id, regional, undoing
-from tests.federation.wards import Node, hub_settings, node_of
+from tests.federation.thin import ThinLine
+from tests.federation.wards import EVA, Node, Regional, hub_settings, node_of
+from tests.waiting import wait_for
 
 STUDY, SERIES = "1.2.3", "1.2.3.1"
 
 
 @pytest.fixture
 def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
+    hub = Hub(hub_settings(region, promote_deadline_s=3.0))
     hub.start()
     yield hub
     hub.stop()
@@ -120,3 +130,102 @@ def test_a_decision_that_no_index_can_keep_is_refused_and_the_region_goes_on(
     facts = [Fact(kind, "1.9.9", b"", GALLIERA, 1000, body) for kind in kinds]
     assert tell(channel, *facts, fact_of(ours)) == [UNREADABLE, UNREADABLE, ""]
     in_region(hub, martino, [make_instance(study_uid="1.2.4", sop_uid="1.2.4.1")])
+
+
+def refused(call: Callable[..., Any], request: Any) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        reply = call(request, timeout=20)
+        list(reply if hasattr(reply, "__next__") else ())
+    code: grpc.StatusCode = caught.value.code()
+    return code
+
+
+def test_what_another_ward_gave_is_neither_given_back_nor_described(
+    hub: Hub, martino: Node, channel: Any
+) -> None:
+    theirs = make_instance(study_uid=STUDY, series_uid=SERIES, sop_uid="1.2.3.1.1")
+    keys = [inventory_pb2.ContentKey(sop_instance_uid=theirs.sop_instance_uid, digest=theirs.digest)]
+    wanted = [restore_pb2.RestoreKey(sop_instance_uid=theirs.sop_instance_uid, digest=theirs.digest)]
+    assert not list(RestoreStub(channel).Fetch(restore_pb2.RestoreRequest(keys=wanted), timeout=20))
+    described = InventoryStub(channel).Describe(inventory_pb2.ContentKeys(keys=keys), timeout=20)
+    assert not described.series
+
+
+def test_a_comparison_has_bounds_in_its_first_message_too(hub: Hub, martino: Node, channel: Any) -> None:
+    question = inventory_pb2.InventoryQuestion
+    begin = question(begin=question.Begin(salt=b"s" * 16, count=1))
+    split = question(split=question.Split(level=-1, nodes=[0]))
+    many = question(leaves=question.Leaves(leaves=range(LEAVES_MAX + 1), last=True))
+    odd = question(leaves=question.Leaves(leaves=[0], hashes=b"12345", last=True))
+    for asked in ([split], [begin, begin], [begin, split], [begin, many], [begin, odd], [question()]):
+        code = refused(InventoryStub(channel).Compare, iter(asked))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_outcome_of_a_comparison_says_counts_and_nothing_else_in_the_log(
+    hub: Hub, martino: Node, channel: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = InventoryStub(channel).Note
+    good: dict[str, Any] = {"reason": "r", "began_us": 1, "alarms": 2, "failure": "Rossi^Mario\n\x1b[2J"}
+    alarm = {"sop_instance_uid": "1.2", "digest": "", "words": "w" * 400}
+    for bad in (
+        {"alarms": "Rossi"}, {"here": -1}, {"here": [1]}, {"dry_run": "x"}, {"began_us": 1 << 80},
+        {"listed_alarms": [{**alarm, "sop_instance_uid": "../x"}]}, {"listed_alarms": [{"words": 1}]},
+        {"listed_alarms": [{**alarm, "words": "\u00e9" * 200}] * 100},
+    ):  # fmt: skip
+        outcome = inventory_pb2.InventoryOutcome(json=json.dumps({**good, **bad}, ensure_ascii=False))
+        code = refused(note, outcome)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, bad
+    with caplog.at_level(logging.INFO):
+        note(inventory_pb2.InventoryOutcome(json=json.dumps(good)), timeout=20)
+    assert "2 contents need a person" in caplog.text and "Rossi" not in caplog.text
+    kept = Notes(hub.settings.state).now.wards[GALLIERA]  # as a hub that starts again reads it
+    assert kept.alarms == 2 and kept.failure == "Rossi^Mario  [2J"
+
+
+def test_hostile_pushes_are_refused_and_the_next_one_is_taken(hub: Hub, martino: Node, channel: Any) -> None:
+    head = make_instance(study_uid="1.9", sop_uid="1.9.1")
+    begin = uplink_pb2.PushBegin(size=20 << 20, offset=1 << 20, digest=b"d" * 32)
+    begin.head.sop_instance_uid, begin.head.sop_class_uid = "1.9.1", head.sop_class_uid
+    begin.head.transfer_syntax_uid = head.transfer_syntax_uid
+    request = uplink_pb2.PushRequest
+
+    def changed(**changes: Any) -> uplink_pb2.PushRequest:
+        copy = uplink_pb2.PushBegin()
+        copy.CopyFrom(begin)
+        for name, value in changes.items():
+            setattr(copy, name, value)
+        return request(begin=copy)
+
+    invalid, away = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAVAILABLE
+    for messages, code in (
+        ([changed(offset=-1)], invalid), ([changed(offset=21 << 20)], invalid),
+        ([changed(offset=5, digest=b"")], invalid), ([changed(digest=b"x")], invalid),
+        ([changed(size=-1, offset=0)], invalid),
+        ([changed()], away),  # nothing of it is here to go on with
+        ([request(zstd_group=b"\x28\xb5\x2f\xfd" + b"\xff" * 40)], invalid),
+        ([request(zstd_chunk=b"")], invalid), ([request()], invalid),
+    ):  # fmt: skip
+        assert refused(UplinkStub(channel).Push, iter(messages)) is code
+    in_region(hub, martino, [make_instance(study_uid="1.2.5", sop_uid="1.2.5.1")])
+
+
+def test_what_was_removed_is_not_passed_on_while_it_arrives(region: Region, hub: Hub) -> None:
+    with ThinLine(hub.settings.port, 16 << 20) as line:
+        ward = region.add_ward("Galliera", "Oncology", "GA")
+        folder = region.folder / "nodes" / "far"
+        node = Node(ward, region.node(ward, f"127.0.0.1:{line.port}"), folder)
+        node.take([make_instance(study_uid=STUDY, series_uid=SERIES, sop_uid="1.7", padding=24 << 20)])
+        regional(hub).record_facts([removal_fact(removal("ab" * 16, STUDY, ""))])
+        try:
+            node.start(hold=True)
+            wait_for(lambda: node.reported(region).pending == 1, "the ward has reported")
+            with Regional(region, hub, promote_deadline_s=3.0) as source:
+                (found,) = source.instances(EVA, STUDY)
+                got = 0
+                with pytest.raises(MissError):
+                    for chunk in source.passing(EVA, found):
+                        got += len(chunk)
+                assert got == found.location.dataset_offset  # what the listing said already
+        finally:
+            node.stop()
