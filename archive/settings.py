@@ -151,6 +151,8 @@ def _line(instance: Any, leaf: _Leaf, secrets: bool) -> str:
     for part in leaf.key.split("."):
         value = getattr(value, part, None)
     name = leaf.key.rpartition(".")[2]
+    if value == () == _default(leaf.field) and _table_of(leaf.type) is not None:
+        return f"# [[{leaf.key}]]"  # `name = []` would shut out the tables that a person adds further down
     if leaf.field.metadata.get("secret") and not secrets:
         return f"# {name} is {'set, and secret' if value else 'not set'}"
     return f"# {name} =" if value is None else f"{name} = {_toml(value)}"

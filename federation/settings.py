@@ -222,7 +222,7 @@ class UplinkSettings:
     hold: bool = setting(False, "Keep replication back and push only what a reader in the region asks for.")
     push_streams: int = setting(
         8, "Push streams at once, at most: few, and more while the line is what they wait for. One of them "
-        "is kept for what readers wait for.", minimum=1, maximum=8,
+        "is kept for what is urgent.", minimum=1, maximum=8,
     )
     channels: int = setting(
         8, "TCP connections that the push streams are spread over, beside the one that the node is attached "
@@ -231,7 +231,7 @@ class UplinkSettings:
     budget: tuple[BudgetSettings, ...] = setting(
         (), "What pushes may take of the line, by the hour of the week: tables `[[uplink.budget]]` with "
         '`days` ("mon-fri, sun"; every day when left out), `hours` ("07:00-19:00", local time; the whole day '
-        "when left out) and `bytes_per_s` (0: only what readers wait for). The lowest of those that hold "
+        "when left out) and `bytes_per_s` (0: only what is urgent). The lowest of those that hold "
         "counts; where none holds there is no cap.",
     )
     zstd: bool = setting(

@@ -14,6 +14,7 @@ import typer
 from archive.errors import InvalidInput
 from miss.configuration import Process, State
 from miss.console import EXIT_ERROR, err, out, size, when
+from miss.ledgers import open_ledger, require_known_ward
 
 if TYPE_CHECKING:
     from federation.reconcile_notes import Outcome
@@ -54,6 +55,9 @@ def reconcile(
         detail = {"ward": ward} if ward else {}
         err.print(_order(state, RECONCILE, detail | ({"dry_run": "yes"} if dry_run else {})), markup=False)
         return
+    if ward and not is_node:
+        with open_ledger(state) as ledger:
+            require_known_ward(ledger, ward)
     noted = Notes(settings.state).now
     found = {"": noted.last} if is_node and noted.last is not None else dict(noted.wards)
     if ward:
@@ -106,8 +110,9 @@ def scrub(
     else:
         out.print("not all was read yet", markup=False)
     if note.began_us:
-        out.print(f"being read again since {when(note.began_us)}: up to pack {note.pack}, "
-                  f"{note.found} damaged", markup=False)
+        where = f"pack {note.pack} and those before it are read" if note.pack else "in the first pack"
+        out.print(f"a pass goes on since {when(note.began_us)}: {where}, {note.found} damaged", markup=False,
+                  soft_wrap=True)
     out.print(f"{note.ever} found damaged in all", markup=False)
 
 

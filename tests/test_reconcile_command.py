@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from archive.archive import Archive
+from archive.model import Ward
 from archive.settings import load
-from archive.space.scrubber import Scrubber
+from archive.space.scrubber import Scrubber, ScrubNote
 from federation.reconcile_notes import Alarm, Notes, Outcome
+from miss.ledgers import open_ledger
+from miss.region import create_region
 from node.settings import NodeSettings
 from tests.commands import miss
 from tests.federation.regions import make_region
@@ -47,3 +51,20 @@ def test_what_came_of_it_is_read_without_the_process(node: Path) -> None:
 def test_only_a_process_has_a_line(node: Path) -> None:
     refused = miss("reconcile", "--state", node)
     assert refused.returncode == 1 and "does not run" in refused.stderr
+
+
+def test_a_ward_that_the_region_does_not_know_is_named(tmp_path: Path) -> None:
+    region = tmp_path / "region"
+    create_region(region, "trial", host="localhost", port=7443, enrol_port=7444)
+    with open_ledger(region) as ledger:
+        ledger.add_ward(Ward("san-martino/radiology", "San Martino", "Radiology", "SM"))
+    wrong = miss("reconcile", "--last", "--ward", "san-martino/surgery", "--state", region)
+    assert wrong.returncode == 1 and "there are: san-martino/radiology" in wrong.stderr
+    right = miss("reconcile", "--last", "--ward", "san-martino/radiology", "--state", region)
+    assert right.returncode == 0 and "nothing was compared yet" in right.stderr
+
+
+def test_a_pass_that_has_read_no_pack_yet_names_none(node: Path) -> None:
+    (node / "scrub.json").write_text(json.dumps(asdict(ScrubNote(began_us=1))))
+    told = miss("scrub", "--state", node)
+    assert told.returncode == 0 and "in the first pack" in told.stdout and "pack 0" not in told.stdout

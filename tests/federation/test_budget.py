@@ -7,13 +7,14 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from archive.errors import SettingsError
-from archive.settings import describe, load, render_toml
+from archive.settings import describe, load, render_toml, setting
 from federation.budget import DAYS, Bucket, Budget, parse_days
 from federation.hub import Hub
 from federation.settings import BudgetSettings, UplinkSettings
@@ -26,6 +27,13 @@ from tests.waiting import wait_for
 
 def budget(*entries: tuple[str, str, float]) -> Budget:
     return Budget([BudgetSettings(rate, days, hours).entry() for days, hours, rate in entries], UTC)
+
+
+@dataclass(frozen=True)
+class NodeUplink:
+    """The uplink's settings where a node's file has them."""
+
+    uplink: UplinkSettings = setting(UplinkSettings)
 
 
 def at_us(text: str) -> int:
@@ -171,6 +179,19 @@ def settings_of(tmp_path: Path, text: str) -> UplinkSettings:
     path = tmp_path / "node.toml"
     path.write_text(text)
     return load(UplinkSettings, path)
+
+
+def test_entries_may_be_written_below_a_settings_file_that_was_made(tmp_path: Path) -> None:
+    """As docs/replication.md has them, at the end of the node.toml that `miss node enrol` writes."""
+    path = tmp_path / "node.toml"
+    made = render_toml(NodeUplink())
+    path.write_text(made)
+    assert load(NodeUplink, path) == NodeUplink()
+    path.write_text(f'{made}\n[[uplink.budget]]\ndays = "sun"\nbytes_per_s = 0\n')
+    found = load(NodeUplink, path)
+    assert found.uplink.budget == (BudgetSettings(0.0, "sun"),)
+    path.write_text(render_toml(found))
+    assert load(NodeUplink, path) == found
 
 
 def test_the_budget_is_a_list_of_tables(tmp_path: Path) -> None:
