@@ -20,8 +20,8 @@ from typing import BinaryIO, TypeVar
 from archive.budget import ByteBudget
 from archive.conflicts.sorting import Sorter
 from archive.database import sqlite_url
-from archive.dataset import correcting
-from archive.dataset.correcting import ReadableDataset
+from archive.dataset import corrected
+from archive.dataset.corrected import ReadableDataset
 from archive.errors import EVICTED, Evicted, MissError, NotFound, Unavailable
 from archive.index.index import Index
 from archive.indexer import Indexer
@@ -357,7 +357,7 @@ class Archive:
         if overlay is None:
             return payload
         offset, syntax = instance.location.dataset_offset, instance.head.transfer_syntax_uid
-        return correcting.corrected_file(payload, offset, syntax, overlay)
+        return corrected.corrected_file(payload, offset, syntax, overlay)
 
     def open_dataset(self, instance: StoredInstance) -> ReadableDataset:
         """Its data set alone, to be read into the reader's own memory; corrected, found again and refused as
@@ -368,7 +368,7 @@ class Archive:
             return plain
         offset, syntax = instance.location.dataset_offset, instance.head.transfer_syntax_uid
         with self._open_at(self.packs.open_payload, instance) as payload:
-            return correcting.corrected_dataset(plain, payload, offset, syntax, overlay)
+            return corrected.corrected_dataset(plain, payload, offset, syntax, overlay)
 
     def _open_at(self, opened: Callable[[Location], T], instance: StoredInstance) -> T:
         if instance.evicted:

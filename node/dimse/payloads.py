@@ -14,7 +14,7 @@ from io import BytesIO
 from threading import Semaphore
 from typing import TYPE_CHECKING, Protocol, Self
 
-from archive.dataset import correcting, recoding
+from archive.dataset import corrected, recoding
 from archive.errors import EVICTED, Corrupt, Evicted, MissError, TooLarge
 from archive.model import Location, StoredInstance
 from archive.packs.records import part10_prefix
@@ -256,7 +256,7 @@ def _corrected_source(source: FetchedSource, instance: StoredInstance) -> Source
     try:
         source.confirm()
         syntax = instance.head.transfer_syntax_uid
-        return correcting.corrected_dataset(source, source.spool, 0, syntax, instance.corrections)
+        return corrected.corrected_dataset(source, source.spool, 0, syntax, instance.corrections)
     except BaseException:
         source.close()
         raise
@@ -266,5 +266,5 @@ def _corrected_whole(whole: bytes, dataset_offset: int, instance: StoredInstance
     if instance.corrections is None:
         return whole
     syntax = instance.head.transfer_syntax_uid
-    with correcting.corrected_file(BytesIO(whole), dataset_offset, syntax, instance.corrections) as payload:
+    with corrected.corrected_file(BytesIO(whole), dataset_offset, syntax, instance.corrections) as payload:
         return payload.read()
