@@ -83,6 +83,7 @@ def _work_off(state: Path, settings: ArchiveSettings, outbox: bool, ledger: Ledg
     from archive.archive import Archive
     from archive.handlers import handlers_of
     from archive.orders import OrderDesk
+    from federation.reconcile_notes import Notes
 
     try:
         archive = Archive.open(settings, outbox=outbox)
@@ -91,7 +92,9 @@ def _work_off(state: Path, settings: ArchiveSettings, outbox: bool, ledger: Ledg
             return  # a process began in between: it carries the order out
         raise
     with archive:
-        OrderDesk(ledger, handlers_of(archive, _ward_of(state)) | _handlers_of_node(state, archive, ledger)
+        held = Notes(settings.state).now.held  # as the node's process left it
+        OrderDesk(ledger, handlers_of(archive, _ward_of(state), held=lambda: held)
+                  | _handlers_of_node(state, archive, ledger)
                   | _handlers_of_region(state, ledger)).work_off()
         archive.upkeep.drain()  # what was answered as going on goes on to its end
 

@@ -187,7 +187,8 @@ class _Making:
         routes = RouteOrders(self.archive, self.ledger, self._identity.ward, settings.routes_path,
                              settings.routing.queue_max, routes_changed)
         mending = reconcile_orders.handlers_at_node(self.reconciling, self.scrubber)
-        handlers = (mending | handlers_of(self.archive, self._identity.ward) | routes.handlers()
+        held = (lambda: False) if self.uplink is None else self.reconciling.held
+        handlers = (mending | handlers_of(self.archive, self._identity.ward, held=held) | routes.handlers()
                     | self.cache.handlers()
                     | BacklogOrders(self.archive, self._identity.ward, self._urgent).handlers())
         return OrderDesk(self.ledger, handlers)

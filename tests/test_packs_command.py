@@ -20,6 +20,8 @@ from archive.ledger import Ledger
 from archive.model import Fact, FactKind
 from archive.orders import OrderDesk
 from archive.rereading import read_attributes
+from archive.space.orders import EVICT
+from federation.reconcile_notes import Notes
 from miss import configuration
 from miss.packs import bytes_of, time_us
 from tests.archive.archives import store
@@ -109,6 +111,23 @@ def test_a_disk_of_a_machine_that_is_gone(state: Path, made: list[Instance], tmp
     assert f"name {state}" in packs("ls", "--state", str(rescued)).stderr
     nothing = packs("ls", "--state", str(tmp_path))
     assert nothing.returncode == 1 and "holds no packs" in nothing.stderr
+
+
+def test_nothing_is_evicted_while_the_region_may_lack_what_it_confirmed(
+    state: Path, made: list[Instance]
+) -> None:
+    notes = Notes(configuration.node(state / "node.toml").archive_settings().state)
+    notes.change(held=True)
+    asked = ("evict", "--study", "1.2.0", "--protected-to", "now", "--state", str(state))
+    refused = packs(*asked)
+    assert refused.returncode == 1 and "until the node has been compared" in refused.stderr
+    with opened(state) as archive:
+        assert not any(each.evicted for each in archive.instances("1.2.0"))
+        order = handlers_of(archive, held=lambda: True)[EVICT]
+        with pytest.raises(InvalidInput, match="compared"):
+            order({"study": "1.2.0", "protected_to_us": "10"}, "anna")
+    notes.change(held=False)
+    assert "3 instances" in packs(*asked).stdout
 
 
 def test_evictions_are_asked_of_the_process_that_runs(state: Path, running: Archive) -> None:

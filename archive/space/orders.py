@@ -5,7 +5,7 @@ and what came of it in words. An order that takes long goes on when it is answer
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from archive.archive import Archive
 from archive.errors import InvalidInput
@@ -20,10 +20,12 @@ ANSWER_S = 20.0  # the other orders wait for as long as that
 
 
 class SpaceOrders:
-    """The handlers of one archive's orders."""
+    """The handlers of one archive's orders. `held` says that nothing may be evicted now: the region may lack
+    what it gave receipts for."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, archive: Archive, held: Callable[[], bool] = lambda: False) -> None:
         self._archive = archive
+        self._held = held
 
     def evict(self, detail: Mapping[str, str], by: str) -> str:
         """`protected_to_us`, and one of `study`, `received_before_us`, `free_bytes`; perhaps `dry_run`."""
@@ -31,6 +33,9 @@ class SpaceOrders:
             _number(detail, "protected_to_us"), detail.get("study", ""),
             _number(detail, "received_before_us"), _number(detail, "free_bytes"), "dry_run" in detail,
         )  # fmt: skip
+        if self._held() and not request.dry_run:
+            raise InvalidInput("nothing is evicted until the node has been compared with the region's store: "
+                               "it may lack what it confirmed")  # fmt: skip
         log.info("an eviction was asked by %s", by)
         report = answer_of(self._archive.upkeep.evict(request), ANSWER_S)
         if report is None:
