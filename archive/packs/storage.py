@@ -235,6 +235,7 @@ class FileStorage:
         self._root = root
         self._handles: OrderedDict[str, FileHandle] = OrderedDict()
         self._handles_lock = threading.Lock()
+        self._folders: set[Path] = set()  # whose names are on the disk, as far as this process knows
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -242,9 +243,7 @@ class FileStorage:
 
     def create(self, name: str) -> FileHandle:
         path = self._path(name)
-        if not path.parent.is_dir():
-            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            _sync_directory(self._root)
+        self._make_folder(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         log.debug("created %s", name)
         return FileHandle(name, fd)
@@ -282,7 +281,7 @@ class FileStorage:
 
     def rename(self, name: str, new_name: str) -> None:
         target = self._path(new_name)
-        target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._make_folder(target.parent)
         self._path(name).rename(target)
         self._forget(name)
         log.debug("renamed %s to %s", name, new_name)
@@ -302,6 +301,14 @@ class FileStorage:
     def close(self) -> None:
         with self._handles_lock:
             self._handles.clear()
+
+    def _make_folder(self, folder: Path) -> None:
+        """One that is there is synced as well, once: its maker may have ended before it could."""
+        if folder in self._folders and folder.is_dir():
+            return
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        _sync_directory(self._root)
+        self._folders.add(folder)
 
     def _forget(self, name: str) -> None:
         with self._handles_lock:

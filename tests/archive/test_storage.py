@@ -30,6 +30,23 @@ def test_what_is_written_is_read_back(storage: FileStorage) -> None:
     assert storage.size("packs/00000001.pack") == 12
 
 
+def test_a_folder_that_another_life_made_is_synced_by_the_next(
+    storage: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("archive.packs.storage._sync_directory", synced.append)
+    (tmp_path / "packs").mkdir()  # and killed before it could sync what holds it
+    storage.create("packs/00000001.pack")
+    assert synced == [tmp_path]
+    storage.create("packs/00000002.pack")
+    assert synced == [tmp_path]
+    storage.rename("packs/00000002.pack", "set-aside/2.cut")
+    assert synced == [tmp_path, tmp_path]
+    (tmp_path / "set-aside/2.cut").unlink()
+    (tmp_path / "set-aside").rmdir()
+    storage.create("set-aside/3.cut")
+
+
 def test_more_views_than_one_system_call_takes_are_written_whole(storage: FileStorage) -> None:
     file = storage.create("packs/00000001.pack")
     views = [bytes([number % 256]) * 3 for number in range(2000)]
