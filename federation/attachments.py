@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 OUTBOUND_MAX = 64
 ASKS_MAX = 32
 ANSWER_MATCHES_MAX = 2 * PENDING_UIDS_MAX
+ANSWER_BYTES_MAX = 64 << 20  # of all its pages
 
 KEEP_GAP_S = 0.05  # between two transactions of ward states
 
@@ -46,6 +47,7 @@ class Ask:
     done: asyncio.Future[None]
     matches: list[Match] = field(default_factory=list)
     uids: int = 0
+    bytes: int = 0
     truncated: bool = False
     listed: list[StoredInstance] | None = None  # to a question for a listing, by a ward that knows of it
     left_out: int = 0
@@ -193,6 +195,18 @@ class Attachments:
                     attachment.send(uplink_pb2.HubMessage(cancel=uplink_pb2.CancelAsk(ask_id=ask.id)))
             elif ask.done.exception() is not None:
                 log.info("%s did not answer: %s", ward, ask.done.exception())
+
+    def hears(self, ward: str, ask_id: str, size: int) -> bool:
+        """Whether this question is open, and a page of so many bytes within the bounds of its answer."""
+        attachment = self._attached.get(ward)
+        ask = attachment.asks.get(ask_id) if attachment is not None else None
+        if ask is None or ask.done.done():
+            return False
+        ask.bytes += size
+        if ask.bytes > ANSWER_BYTES_MAX:
+            ask.done.set_exception(OutOfResources("the ward answered past the bounds of an answer"))
+            return False
+        return True
 
     def answered(
         self, ward: str, ask_id: str, matches: Iterable[Match], *, last: bool, truncated: bool

@@ -7,7 +7,8 @@ which may come to hold it later: what arrives of a corrected study has them told
 when a ward asks for the first time after it attached, what it knows of them is compared by a sum.
 
 A ward is told that something waits; one that is not reached asks when it attaches. Bounds: pages as in
-`facts_pages.py`, calls at once in all and for each ward, 10,000 arrivals looked at together.
+`facts_pages.py`, calls at once in all and for each ward, 10,000 arrivals looked at together; a reader that
+takes nothing for five minutes loses its place.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class FactsService(facts_pb2_grpc.FactsServicer):
                 late = frozenset(self._late.get(ward, ()))
                 told = self._pages(ward, cursor, request, late)
                 while (page := await self._pools.work(next, told, None)) is not None:
-                    await context.write(_page_to(page))
+                    await status.write(context, _page_to(page))
                 if ward in self._late:
                     self._late[ward] -= late
         except Exception as error:

@@ -61,14 +61,16 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
             await status.abort(context, OutOfResources("too many comparisons at once"))
         self._comparing.add(ward)
         try:
-            async with asyncio.timeout(COMPARISON_S_MAX):
-                await self._compare(ward, aiter(request_iterator), context)
+            # The place is free before the call is ended: its end waits behind what its reader did not take.
+            try:
+                async with asyncio.timeout(COMPARISON_S_MAX):
+                    await self._compare(ward, aiter(request_iterator), context)
+            finally:
+                self._comparing.discard(ward)
         except TimeoutError:
             await status.abort(context, Unavailable("the comparison took too long"))
         except Exception as error:
             await status.abort(context, error)
-        finally:
-            self._comparing.discard(ward)
 
     async def Look(self, request: inventory_pb2.ContentKeys, context: Any) -> inventory_pb2.ContentStates:
         try:
@@ -112,13 +114,13 @@ class InventoryService(inventory_pb2_grpc.InventoryServicer):
         if first is None or first.WhichOneof("question") != "begin" or len(first.begin.salt) != SALT_BYTES:
             raise InvalidInput("a comparison begins with its salt")
         tree = await self._pools.work(self._tree, ward, first.begin.salt, first.begin.count)
-        await context.write(inventory_pb2.InventoryAnswer(begun=inventory_pb2.InventoryAnswer.Begun(
+        await status.write(context, inventory_pb2.InventoryAnswer(begun=inventory_pb2.InventoryAnswer.Begun(
             depth=tree.depth, count=tree.count, root=serde.sums_to([tree.root])
         )))  # fmt: skip
         while (question := await _next(questions)) is not None:
             kind = question.WhichOneof("question")
             if kind == "split":
-                await context.write(inventory_pb2.InventoryAnswer(sums=_sums(tree, question.split)))
+                await status.write(context, inventory_pb2.InventoryAnswer(sums=_sums(tree, question.split)))
             elif kind == "leaves":
                 leaves, hashes, part = set[int](), set[int](), question.leaves
                 while True:
@@ -184,10 +186,10 @@ async def _tell(context: Any, found: dict[int, Content], hashes: set[int]) -> No
     while there or lacking:
         page, there = there[:PAGE_KEYS], there[PAGE_KEYS:]
         values, lacking = lacking[: 8 * PAGE_KEYS], lacking[8 * PAGE_KEYS :]
-        await context.write(inventory_pb2.InventoryAnswer(
+        await status.write(context, inventory_pb2.InventoryAnswer(
             differing=answer(there=serde.keys_to(page), lacking=serde.sums_to(values))
         ))  # fmt: skip
-    await context.write(inventory_pb2.InventoryAnswer(differing=answer(last=True)))
+    await status.write(context, inventory_pb2.InventoryAnswer(differing=answer(last=True)))
 
 
 def _state(standing: Standing | None) -> Any:

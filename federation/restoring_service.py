@@ -2,7 +2,8 @@
 stream, so that the ward takes them through its own intake. Who calls is the certificate's word, by
 `certs/gate.py`; a ward gets what it gave, or what the region knows it to hold as well, and nothing else.
 
-Bounds: 256 instances in a call, fetches at once in all and for each ward, each with about 1 MiB in memory.
+Bounds: 256 instances in a call, fetches at once in all and for each ward, each with about 1 MiB in memory;
+a ward that takes nothing for five minutes loses its place.
 """
 
 from __future__ import annotations
@@ -44,16 +45,21 @@ class RestoreService(restore_pb2_grpc.RestoreServicer):
             await status.abort(context, OutOfResources("too many fetches at once"))
         self._fetches[ward] += 1
         try:
-            if len(request.keys) > KEYS_MAX:
-                raise InvalidInput(f"more than {KEYS_MAX} instances at once")
-            keys = [(key.sop_instance_uid, serde.digest_from(key.digest)) for key in request.keys]
-            given = given_back(self._archive, ward, keys)
-            while (message := await self._pools.work(next, given, None)) is not None:
-                await context.write(message)
+            # The place is free before the call is ended: its end waits behind what its reader did not take.
+            try:
+                await self._give(ward, request, context)
+            finally:
+                self._fetches[ward] -= 1
         except Exception as error:
             await status.abort(context, error)
-        finally:
-            self._fetches[ward] -= 1
+
+    async def _give(self, ward: str, request: restore_pb2.RestoreRequest, context: Any) -> None:
+        if len(request.keys) > KEYS_MAX:
+            raise InvalidInput(f"more than {KEYS_MAX} instances at once")
+        keys = [(key.sop_instance_uid, serde.digest_from(key.digest)) for key in request.keys]
+        given = given_back(self._archive, ward, keys)
+        while (message := await self._pools.work(next, given, None)) is not None:
+            await status.write(context, message)
 
 
 def given_back(

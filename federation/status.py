@@ -5,9 +5,10 @@ was not raised on purpose is logged in full here and answered blandly, since its
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 METADATA_KEY = "miss-error"
 MESSAGE_LENGTH_MAX = 500
+WRITE_S = 300.0  # for one message of an answer: 1 MiB at 30 kbit/s
 
 CODES: Mapping[type[MissError], grpc.StatusCode] = {
     errors.MissError: grpc.StatusCode.INTERNAL,
@@ -75,6 +77,22 @@ class FailedCall(Protocol):
     def code(self) -> grpc.StatusCode: ...
     def details(self) -> str | None: ...
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+class WritableContext(Protocol):
+    """What is needed of a call to answer it."""
+
+    async def write(self, message: Any) -> None: ...
+
+
+async def write(context: WritableContext, message: Any) -> None:
+    """Writes one message of an answer. Unavailable when its reader takes nothing for so long: it would hold
+    the call's place for ever."""
+    try:
+        async with asyncio.timeout(WRITE_S):
+            await context.write(message)
+    except TimeoutError:
+        raise errors.Unavailable("nobody takes what was asked for") from None
 
 
 async def abort(context: AbortableContext, error: Exception) -> NoReturn:

@@ -98,9 +98,11 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
     async def Answer(self, request: uplink_pb2.SearchAnswer, context: Any) -> uplink_pb2.AnswerReply:
         ward = peer(context).ward
         try:
-            matches = [serde.match_of_ward(match, ward) for match in request.matches]
             if request.HasField("report") and self._attachments.attached(ward) is not None:
                 await self._attachments.report(ward, serde.report_from(request.report))
+            if not self._attachments.hears(ward, request.ask_id, request.ByteSize()):
+                return uplink_pb2.AnswerReply()  # nobody waits for it any more
+            matches = [serde.match_of_ward(match, ward) for match in request.matches]
             if request.lists:
                 listed = [listed_from(one, ward) for one in request.listed]
                 self._attachments.listed(ward, request.ask_id, listed, request.left_out)

@@ -15,7 +15,7 @@ from archive.errors import OutOfResources, Unavailable
 from archive.ledger import WardState
 from archive.model import Level, Match, SeriesHolding
 from federation.arrivals import Arrivals
-from federation.attachments import ASKS_MAX, OUTBOUND_MAX, Attachment, Attachments
+from federation.attachments import ANSWER_BYTES_MAX, ASKS_MAX, OUTBOUND_MAX, Attachment, Attachments
 from federation.coverage import Report
 from protos import uplink_pb2
 
@@ -66,6 +66,20 @@ def test_an_answer_comes_in_pages_to_who_asked() -> None:
             True,
         )
         attachments.answered(WARD, ask_id, [listing(1)], last=True, truncated=False)  # late: dropped
+
+    run(test)
+
+
+def test_an_answer_of_few_rows_and_many_bytes_ends_the_question() -> None:
+    async def test(attachments: Attachments) -> None:
+        attachment = await attachments.attach(WARD, HELLO)
+        asking = asyncio.create_task(attachments.ask(WARD, search, 5))
+        ask_id = await asked(attachment)
+        assert attachments.hears(WARD, ask_id, ANSWER_BYTES_MAX)
+        assert not attachments.hears("another/ward", ask_id, 1)
+        assert not attachments.hears(WARD, ask_id, 1)
+        with pytest.raises(OutOfResources):
+            await asking
 
     run(test)
 

@@ -19,11 +19,12 @@ from archive.model import Fact, FactKind, Level
 from archive.removals import Removal, Restoration, fact_of_restoration
 from archive.removals import fact_of as removal_fact
 from certs.credentials import channel_sync
-from federation import serde_facts
+from federation import serde_facts, status
 from federation.facts_rules import DECIDED_ELSEWHERE, OTHERS_HOLD, UNREADABLE
 from federation.hub import Hub
 from federation.inventory_service import LEAVES_MAX
 from federation.reconcile_notes import Notes
+from federation.restoring_service import FETCHES_PER_WARD_MAX
 from protos import facts_pb2, inventory_pb2, restore_pb2, uplink_pb2
 from protos.facts_pb2_grpc import FactsStub
 from protos.inventory_pb2_grpc import InventoryStub
@@ -229,3 +230,27 @@ def test_what_was_removed_is_not_passed_on_while_it_arrives(region: Region, hub:
                 assert got == found.location.dataset_offset  # what the listing said already
         finally:
             node.stop()
+
+
+def test_who_asks_and_reads_nothing_loses_its_place(
+    hub: Hub, galliera: Node, channel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "WRITE_S", 1.0)
+    galliera.start()
+    own = make_instance(study_uid="1.8", sop_uid="1.8.1", padding=64 << 20)
+    in_region(hub, galliera, [own])
+    key = restore_pb2.RestoreKey(sop_instance_uid=own.sop_instance_uid, digest=own.digest)
+    request = restore_pb2.RestoreRequest(keys=[key])
+    held = [RestoreStub(channel).Fetch(request, timeout=60) for _ in range(FETCHES_PER_WARD_MAX)]
+    assert all(next(one).WhichOneof("message") == "begin" for one in held)
+    assert refused(RestoreStub(channel).Fetch, request) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def whole() -> bool:
+        try:
+            return bool(list(RestoreStub(channel).Fetch(request, timeout=20)))
+        except grpc.RpcError:
+            return False
+
+    wait_for(whole, "there is a place again")
+    for one in held:
+        one.cancel()
