@@ -1,7 +1,7 @@
 """How many push streams run at once. Each has a connection of its own, and on a line that loses packets or is
-long a connection alone carries little, while on a fast one many only cost. So few begin, and one more is
-added for each period in which they mostly waited, for the line or for verdicts, and together stayed below
-what such lines carry. Told what was written, decides, and does nothing else."""
+long a connection alone carries little, while on a fast one many only cost. So few begin, and they double
+after each period in which they mostly waited, for the line or for verdicts, and together stayed below what
+such lines carry. Told what was written, decides, and does nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Flows:
 
     def wrote(self, size: int, waited_s: float, worked_s: float, now_s: float) -> bool:
         """A message went; the line and what was on its way kept it waiting so long, making it and waiting for
-        its turn took so long. Whether one more stream may run."""
+        its turn took so long. Whether more streams may run."""
         if self._begun_s is None:
             self._begun_s, self._bytes = now_s - waited_s - worked_s, 0
             self._waited_s = self._worked_s = 0.0
@@ -45,5 +45,5 @@ class Flows:
         busy = self._waited_s >= WAIT_SHARE * (self._waited_s + self._worked_s)
         if not busy or self.is_fast or self.running >= self._most:
             return False
-        self.running += 1
+        self.running = min(2 * self.running, self._most)
         return True

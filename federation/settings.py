@@ -8,16 +8,19 @@ from typing import Any
 
 from archive.archive import ArchiveSettings
 from archive.database import sqlite_url
+from archive.errors import InvalidInput, SettingsError
 from archive.hours import Hours
 from archive.retention import RemovalSettings, RetentionSettings
 from archive.settings import setting
 from archive.space.scrubber import ScrubSettings
+from certs.invites import split_address
 from certs.settings import EnrolmentSettings
 from federation.budget import BudgetEntry, parse_days
 from monitoring.settings import MonitoringSettings, TracingSettings
 
 MIB = 1 << 20
 GIB = 1 << 30
+ADDRESSES_MAX = 8  # of hubs: a node attaches to each
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ class HubSettings:
     window_per_ward_max: int = setting(
         8, "At most so many of the former, and of the latter, are one ward's.", minimum=1, maximum=256
     )
-    pushes_max: int = setting(32, "Push streams at once, of all wards.", minimum=1, maximum=1024)
-    pushes_per_ward_max: int = setting(8, "Push streams at once, of one ward.", minimum=1, maximum=64)
+    pushes_max: int = setting(64, "Push streams at once, of all wards.", minimum=1, maximum=1024)
+    pushes_per_ward_max: int = setting(12, "Push streams at once, of one ward.", minimum=1, maximum=64)
     workers: int = setting(8, "Threads that work on the archive.", minimum=1, maximum=256)
     stop_grace_s: float = setting(5.0, "What open calls get to end when the hub stops.", "s", minimum=0.0)
     deliveries: tuple[str, ...] = setting(
@@ -145,6 +148,17 @@ class HubSettings:
     def ledger(self) -> str:
         """The URL of the region's ledger."""
         return self.ledger_url or sqlite_url(self.state / "ledger.db")
+
+    def check(self) -> None:
+        """What no single value shows. Raises SettingsError."""
+        self.retention.check()
+        if len(self.addresses) > ADDRESSES_MAX:
+            raise SettingsError(f"addresses: at most {ADDRESSES_MAX}")
+        for address in self.addresses:
+            try:
+                split_address(address)
+            except InvalidInput as error:
+                raise SettingsError(f"addresses: {address!r}: {error}") from error
 
     def archive_settings(self) -> ArchiveSettings:
         """The regional archive's settings."""
@@ -221,12 +235,12 @@ class UplinkSettings:
     hub_address: str = setting("", "The hub to dial, host:port; empty is the one that the invite named.")
     hold: bool = setting(False, "Keep replication back and push only what a reader in the region asks for.")
     push_streams: int = setting(
-        8, "Push streams at once, at most: few, and more while the line is what they wait for. One of them "
-        "is kept for what is urgent.", minimum=1, maximum=8,
+        12, "Push streams at once, at most: few, and more while the line is what they wait for. One of them "
+        "is kept for what is urgent.", minimum=1, maximum=16,
     )
     channels: int = setting(
-        8, "TCP connections that the push streams are spread over, beside the one that the node is attached "
-        "by.", minimum=1, maximum=8,
+        12, "TCP connections that the push streams are spread over, beside the one that the node is attached "
+        "by.", minimum=1, maximum=16,
     )
     budget: tuple[BudgetSettings, ...] = setting(
         (), "What pushes may take of the line, by the hour of the week: tables `[[uplink.budget]]` with "

@@ -20,7 +20,7 @@ def after(flows: Flows, seconds: float, *, rate: float, share: float) -> int:
 @pytest.mark.parametrize(
     ("rate", "share", "seconds", "running"),
     [
-        (0.4e6, 0.98, 3.6, FIRST + 3),
+        (0.4e6, 0.98, 1.6, 2 * FIRST),
         (0.4e6, 0.98, 60, 7),
         (2.5e6, 0.4, 60, FIRST),  # it waits for its own disk
         (300e6, 0.9, 20, FIRST),
