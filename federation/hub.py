@@ -137,6 +137,7 @@ class Hub:
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         settings = self.settings
+        settings.check()
         settings.state.mkdir(parents=True, exist_ok=True)
         authority = Authority.open(settings.ca, clock=self._clock)
         identity = self._identity_now = self._identity()

@@ -113,7 +113,7 @@ def ls(
         return
     grid = table("id", "study", "set", "by", "why", "at", "stands")
     for one, row in zip(found, rows, strict=True):
-        values = "\n".join(f"{keyword}={value}" for keyword, value in one.changes)
+        values = "; ".join(f"{keyword}={value}" for keyword, value in one.changes)
         grid.add_row(one.id[:DIGITS], one.study_uid, plain(values), plain(_who(one.by, one.ward)),
                      plain(one.reason), when(one.at_us), plain(row["stands"]))  # fmt: skip
     out.print(grid)

@@ -43,11 +43,12 @@ def check(process: Which, settings: SettingsFile = None, overrides: Overrides = 
     """
     path = found(settings, process)
     effective = load(settings_class(process), path, os.environ, flags(overrides))
+    if process is not Process.PORTAL:
+        effective.check()
     if process is Process.NODE:
         from node.composition import tls_listener
         from node.service import load_identity
 
-        effective.check()
         if effective.dimse.tls.enabled:
             tls_listener(effective.dimse.tls, load_identity(effective))
     err.print(f"{path}: good", style="green")

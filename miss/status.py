@@ -190,7 +190,9 @@ class Report:
                          str(report.instances), str(report.evicted))
             days, last = certificate_days(ward, self.now_us), self.reconciled.get(coverage.ward)
             node.add_row(
-                coverage.ward, ward.version or "-", f"{ward.skew_us / 1e6:+.1f} s", size(report.free_bytes),
+                coverage.ward, ward.version or "-",
+                f"{round(ward.skew_us / 1e6, 1) + 0.0:+.1f} s",  # a little slow is 0, not -0
+                size(report.free_bytes),
                 "-" if days is None else f"{days:.0f} d",
                 f"{report.wire_ratio:.1f}x" if report.wire_ratio else "-",
                 "never" if last is None else clock_words(last.ended_us, self.now_us, _zone()))

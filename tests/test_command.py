@@ -131,6 +131,18 @@ def test_an_unknown_setting_refuses_to_start_and_is_named(tmp_path: Path) -> Non
         assert wrong.returncode == 2 and "quality" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+@pytest.mark.parametrize(("given", "named"), [
+    ("retention.by_modality=MG", "MODALITY=YEARS"),
+    ("addresses=hub1.example:7443,hub2", "'hub2'"),
+])  # fmt: skip
+def test_a_hub_refuses_settings_that_it_could_not_obey(tmp_path: Path, given: str, named: str) -> None:
+    region = tmp_path / "region"
+    miss("ca", "init", str(region), "--region", "r")
+    for command in (("settings", "check", "hub"), ("hub", "run")):
+        wrong = miss(*command, "--settings", str(region / "hub.toml"), "--set", given)
+        assert wrong.returncode == 2 and named in wrong.stderr and "Traceback" not in wrong.stderr
+
+
 def test_file_environment_and_flags_override_in_this_order(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text("[dimse]\nport = 1001\nae_title = 'FILE'\n")
