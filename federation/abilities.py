@@ -11,7 +11,6 @@ ZSTD = "zstd"            # chunks and groups may be compressed
 FACTS = "facts"          # removals and corrections travel (`protos/facts.proto`)
 INVENTORY = "inventory"  # inventories are compared (`protos/inventory.proto`)
 RESTORE = "restore"      # a ward gets back what it gave (`protos/restore.proto`)
-STREAM = "stream"        # an instance is read while it arrives
 PULSE = "pulse"          # the hub answers each report, so that a node hears when the line is dead one way
 
 OURS: tuple[str, ...] = (RESUME, ZSTD, RESTORE, FACTS, INVENTORY, PULSE)

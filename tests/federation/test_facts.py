@@ -37,7 +37,7 @@ from federation.hub import Hub
 from tests.archive.archives import settings_for, store
 from tests.datasets import PROVENANCE, Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import Node, hub_settings, node_of
+from tests.federation.wards import Node, node_of
 from tests.waiting import wait_for
 
 MARTINO, GALLIERA = "san-martino/radiology", "galliera/oncology"
@@ -48,14 +48,6 @@ EXAMPLES = int(os.environ.get("MISS_FACTS_EXAMPLES", "4"))  # of interleavings: 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_service, "GATHER_S", 0.02)
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
 
 
 def ward_of(region: Region, hub: Hub, hospital: str, name: str, issuer: str) -> Node:

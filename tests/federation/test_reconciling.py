@@ -27,14 +27,6 @@ WAIT_S = 20.0
 
 
 @pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
 def ward(region: Region, hub: Hub) -> Iterator[Reconciled]:
     ward = reconciled(region, hub)
     yield ward

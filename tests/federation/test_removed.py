@@ -18,7 +18,7 @@ from federation.facts_exchange import FactsExchange
 from federation.hub import Hub
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import EVA, Node, Regional, hub_settings, node_of
+from tests.federation.wards import EVA, Node, Regional, node_of
 from tests.rejections import note_about
 from tests.waiting import wait_for
 
@@ -29,14 +29,6 @@ STUDY = "1.2.3"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_service, "GATHER_S", 0.02)
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
 
 
 @pytest.fixture

@@ -17,23 +17,8 @@ from archive.model import ConflictState, Level, Location, Match, Query
 from federation.hub import Hub
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import Node, hub_settings, node_of, open_archive, stored_bytes
+from tests.federation.wards import Node, node_of, open_archive, stored_bytes
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
-def node(region: Region, hub: Hub) -> Iterator[Node]:
-    node = node_of(region, hub, "San Martino", "Radiology", "SM")
-    yield node
-    node.stop()
 
 
 def batch(count: int, **options: Any) -> list[Instance]:

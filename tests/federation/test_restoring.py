@@ -22,18 +22,10 @@ from federation.line import LinePart
 from federation.restoring import Restoring
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import Node, hub_settings, node_of, stored_bytes
+from tests.federation.wards import Node, node_of, stored_bytes
 from tests.waiting import wait_for
 
 WAIT_S = 20.0
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
 
 
 def ward(region: Region, hub: Hub, hospital: str = "San Martino", issuer: str = "SM") -> Node:

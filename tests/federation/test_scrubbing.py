@@ -16,18 +16,10 @@ from tests.datasets import Instance, make_instance
 from tests.federation.reconciled import Reconciled, flip, place_of, reconciled
 from tests.federation.regions import Region
 from tests.federation.test_reconciling import drained, held, region_archive
-from tests.federation.wards import hub_settings, stored_bytes
+from tests.federation.wards import stored_bytes
 from tests.waiting import wait_for as until
 
 DAY_S = 86_400.0
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
 
 
 @pytest.fixture
