@@ -18,25 +18,9 @@ from archive.model import Location
 from federation.hub import Hub
 from federation.settings import BudgetSettings
 from tests.datasets import make_instance
-from tests.federation.regions import Region
 from tests.federation.test_replication import check_region, region_rows
-from tests.federation.wards import Node, hub_settings, node_of
+from tests.federation.wards import Node
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
-def node(region: Region, hub: Hub) -> Iterator[Node]:
-    node = node_of(region, hub, "San Martino", "Radiology", "SM")
-    yield node
-    node.stop()
 
 
 def pending_studies(node: Node) -> set[str]:

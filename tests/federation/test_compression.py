@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -19,10 +19,9 @@ from federation.hub import Hub
 from federation.packing import Packing
 from protos import uplink_pb2
 from tests.datasets import RLE, Instance, make_instance
-from tests.federation.regions import Region
 from tests.federation.relays import Relay
 from tests.federation.test_receiving import group
-from tests.federation.wards import Node, hub_settings, node_of, open_archive, stored_bytes
+from tests.federation.wards import Node, open_archive, stored_bytes
 from tests.waiting import wait_for
 
 MIB = 1 << 20
@@ -160,21 +159,6 @@ def test_what_is_no_group_is_refused(data: bytes) -> None:
 
 
 # A node and a hub.
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
-def node(region: Region, hub: Hub) -> Iterator[Node]:
-    node = node_of(region, hub, "San Martino", "Radiology", "SM")
-    yield node
-    node.stop()
 
 
 def flat(size: int, number: int) -> Instance:

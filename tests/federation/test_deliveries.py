@@ -22,7 +22,7 @@ from federation.hub import Hub
 from federation.settings import DeliverySettings
 from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
-from tests.federation.wards import Node, hub_settings, node_of, open_archive, stored_bytes
+from tests.federation.wards import Node, node_of, open_archive, stored_bytes
 from tests.waiting import wait_for
 
 MARTINO, GALLIERA = "san-martino/radiology", "galliera/oncology"
@@ -33,14 +33,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses that a test need not sit through."""
     monkeypatch.setattr(deliveries_service, "TELL_S", 0.1)
     monkeypatch.setattr(book, "PAUSE_FIRST_US", 100_000)
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
 
 
 @pytest.fixture

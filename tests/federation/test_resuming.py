@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tests.datasets import Instance, make_instance
 from tests.federation.regions import Region
 from tests.federation.relays import Relay
 from tests.federation.test_receiving import WARD, begin
-from tests.federation.wards import Node, hub_settings, node_of, open_archive, stored_bytes
+from tests.federation.wards import Node, open_archive, stored_bytes
 from tests.waiting import wait_for
 
 MEGABYTES = int(os.environ.get("MISS_TEST_RESUME_MB", "20"))
@@ -32,21 +31,6 @@ def large() -> Instance:
     made, padding = make_instance(), os.urandom(MEGABYTES * 1_000_000)
     trailing = struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, len(padding))  # PS3.5 7.1.2
     return replace(made, dataset=made.dataset + trailing + padding)
-
-
-@pytest.fixture
-def hub(region: Region) -> Iterator[Hub]:
-    hub = Hub(hub_settings(region))
-    hub.start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
-def node(region: Region, hub: Hub) -> Iterator[Node]:
-    node = node_of(region, hub, "San Martino", "Radiology", "SM")
-    yield node
-    node.stop()
 
 
 def begun_bytes(hub: Hub) -> int:
