@@ -1,5 +1,5 @@
-"""What is common to those who call a hub: telling a call that its channel ended from a task that was ended, and
-what a line brings with it in the log."""
+"""What is common to those who call a hub: telling a call that its channel ended from a task that was ended,
+and what a line brings with it in the log."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "node": {"archive", "protos", "certs", "monitoring", "federation"},
     "portal": {"archive", "protos", "certs", "monitoring", "federation"},
     "miss": {"archive", "protos", "certs", "monitoring", "federation", "node", "portal"},
-    "bench": {"archive", "protos", "certs", "monitoring", "federation", "node", "portal", "miss"},  # nobody's dependency
+    # nobody's dependency
+    "bench": {"archive", "protos", "certs", "monitoring", "federation", "node", "portal", "miss"},
 }
 
 # What a package must stay free of, whoever wrote it: archive knows no network, federation speaks no DIMSE and

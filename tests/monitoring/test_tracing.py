@@ -19,7 +19,8 @@ GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @pytest.mark.parametrize("text", [
     "", "nonsense", GIVEN.upper(), GIVEN + "-more", "ff" + GIVEN[2:], GIVEN[:-3],
-    f"00-{'0' * 32}-{GIVEN[36:]}", f"{GIVEN[:36]}{'0' * 16}-01", "01" + GIVEN[2:] + "-" + "x" * 200, GIVEN + "\n",
+    f"00-{'0' * 32}-{GIVEN[36:]}", f"{GIVEN[:36]}{'0' * 16}-01", "01" + GIVEN[2:] + "-" + "x" * 200,
+    GIVEN + "\n",
 ])  # fmt: skip
 def test_what_is_no_traceparent_begins_a_new_trace(text: str) -> None:
     assert tracing.parsed(text) is None

@@ -244,7 +244,9 @@ def test_words() -> None:
     assert (dicom_date("20260102"), dicom_date("1.1.26"), dicom_date("")) == ("2026-01-02", "1.1.26", "")
     assert (dicom_time("101530.5"), dicom_time("10"), dicom_time("")) == ("10:15", "10", "")
     assert contains("rossi  maria") == "*rossi*maria*" and contains(" ") == "" and contains("a\\b") == "*a?b*"
-    search = read_search({"name": " x\x00y\n", "modality": "ct;drop", "after": "20260101_10_x", "from": "2026-13-01"})
+    search = read_search(
+        {"name": " x\x00y\n", "modality": "ct;drop", "after": "20260101_10_x", "from": "2026-13-01"}
+    )
     assert (search.name, search.modality, search.after, search.date_from) == ("xy", "", None, "")
     assert search.query().level is Level.STUDY
 
