@@ -147,7 +147,7 @@ class FactsService(facts_pb2_grpc.FactsServicer):
             holders = travel.holders(studies) if studies else {}
             return [
                 fact for fact in facts
-                if (request.own if fact.ward == ward else True)
+                if (request.own if fact.ward == ward else self._is_founded(fact))
                 and (fact.kind is not FactKind.CORRECTED or fact.ward == ward
                      or ward in holders.get(fact.sop_instance_uid, ()))
             ]  # fmt: skip
@@ -161,6 +161,13 @@ class FactsService(facts_pb2_grpc.FactsServicer):
         for piece in cut(wanted):
             yield Page(tuple(piece), None)
         yield from pages(self._archive, cursor, concern)
+
+    def _is_founded(self, fact: Fact) -> bool:
+        """Whether others are told of it: a ward's removal of what it never gave to the region is its own
+        affair, since who only guesses a UID could hide it elsewhere."""
+        if fact.kind is not FactKind.REMOVED or not fact.ward:
+            return True
+        return fact.ward in self._archive.index.travel.known_at(fact.sop_instance_uid)
 
     @contextlib.contextmanager
     def _call(self, ward: str) -> Iterator[None]:

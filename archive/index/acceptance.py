@@ -64,7 +64,7 @@ def accept(connection: Connection, fact: Fact, *, into_outbox: bool, read: Attri
     _forget_early(connection, uid)
     _swap_holders(connection, found, before)
     _requeue(connection, found, before, fact.at_us if into_outbox else 0)
-    cover(connection, [uid])  # what was removed stays so, with another content
+    cover(connection, [uid], of_region=not into_outbox)  # what was removed stays so, with another content
     remake(connection, studies, read)
     return True
 

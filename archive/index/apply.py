@@ -160,9 +160,10 @@ class _Batch:
                 "series_instance_uid": entry.attributes.series_uid,
                 "sop_instance_uid": entry.record.head.sop_instance_uid,
                 "received_at_us": entry.record.head.provenance.received_at_us,
+                "ward": entry.record.head.provenance.ward,
             }
             for entry in entries
-        ])  # fmt: skip
+        ], of_region=not self._into_outbox)  # fmt: skip
 
     def write(self) -> None:
         execute = self._connection.execute

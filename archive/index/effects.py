@@ -68,7 +68,7 @@ def apply_facts(
             _keep_early(connection, [fact])
     _apply_run(connection, before)
     if removals:  # what they cover depends on no fact, so they come last
-        changed = sorted(bring_in(connection, removals))
+        changed = sorted(bring_in(connection, removals, of_region=not into_outbox))
         for start in range(0, len(changed), PARAMETERS_MAX):
             remake(connection, changed[start : start + PARAMETERS_MAX], read)
 

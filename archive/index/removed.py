@@ -81,8 +81,9 @@ class RemovedContent:
     evicted: bool
 
 
-def bring_in(connection: Connection, facts: Sequence[Fact]) -> set[str]:
-    """REMOVED, RESTORED and PURGED facts; the studies whose rows are to be made anew."""
+def bring_in(connection: Connection, facts: Sequence[Fact], *, of_region: bool) -> set[str]:
+    """REMOVED, RESTORED and PURGED facts; the studies whose rows are to be made anew. In the region a ward's
+    removal covers what that ward gave and nothing else: it may name UIDs that it only guessed."""
     named = []
     for fact in facts:
         try:
@@ -110,17 +111,19 @@ def bring_in(connection: Connection, facts: Sequence[Fact]) -> set[str]:
         [{"b_id": row["removal_id"]} for row in written],
     )
     insert_all(connection, tombstone, written)
-    return _settle(connection, [row for row in (*covered, *written) if row["level"]])
+    return _settle(connection, [row for row in (*covered, *written) if row["level"]], of_region)
 
 
-def cover(connection: Connection, uids: Iterable[str]) -> set[str]:
+def cover(connection: Connection, uids: Iterable[str], *, of_region: bool) -> set[str]:
     """Put these instances where they belong, whoever put them where they are; the studies that changed."""
-    return _sort(connection, _found(connection, "sop_instance_uid", set(uids)))
+    return _sort(connection, _found(connection, "sop_instance_uid", set(uids)), of_region)
 
 
-def covering(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[str, Standing]:
+def covering(
+    connection: Connection, rows: Sequence[Mapping[str, Any]], *, of_region: bool
+) -> dict[str, Standing]:
     """What covers these instances, by UID; those that nothing covers are left out. A row has the UIDs of its
-    study, its series and its own, and `received_at_us`."""
+    study, its series and its own, `received_at_us` and `ward`."""
     uids = {row[column] for row in rows for column in _COLUMN.values()}
     covers: dict[tuple[str, str], list[Any]] = {}
     for one in by_uid(connection, select(tombstone), tombstone.c.uid, uids):
@@ -132,7 +135,8 @@ def covering(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[
             one
             for level, column in _COLUMN.items()
             for one in covers.get((level, row[column]), ())
-            if level == Level.IMAGE.value or row["received_at_us"] < one.at_us
+            if (level == Level.IMAGE.value or row["received_at_us"] < one.at_us)
+            and (not of_region or one.ward in ("", row["ward"]))
         ]
         if over:
             best = min(over, key=_rank)
@@ -268,14 +272,14 @@ def _rank(row: Any) -> tuple[bool, int, str]:
     return not _purged(row._mapping), row.at_us, row.removal_id
 
 
-def _settle(connection: Connection, changed: Sequence[Row]) -> set[str]:
+def _settle(connection: Connection, changed: Sequence[Row], of_region: bool) -> set[str]:
     """Whatever these removals may cover, or covered until now, goes where it belongs."""
     rows: dict[str, tuple[Table, Row]] = {}
     for level, name in _COLUMN.items():
         uids = {row["uid"] for row in changed if row["level"] == level}
         if uids:
             rows |= _found(connection, name, uids)
-    return _sort(connection, rows)
+    return _sort(connection, rows, of_region)
 
 
 def _found(connection: Connection, name: str, uids: set[str]) -> dict[str, tuple[Table, Row]]:
@@ -292,9 +296,9 @@ def _found(connection: Connection, name: str, uids: set[str]) -> dict[str, tuple
     return found
 
 
-def _sort(connection: Connection, rows: Mapping[str, tuple[Table, Row]]) -> set[str]:
+def _sort(connection: Connection, rows: Mapping[str, tuple[Table, Row]], of_region: bool) -> set[str]:
     """Move rows to where they belong; the studies that gained or lost an instance."""
-    standings = covering(connection, [row for _, row in rows.values()])
+    standings = covering(connection, [row for _, row in rows.values()], of_region=of_region)
     hidden: list[Row] = []
     shown: list[Row] = []
     other: list[Row] = []

@@ -115,6 +115,23 @@ def test_a_ward_that_puts_one_image_into_another_s_study_removes_none_of_the_oth
     assert shown == [MARTINO]
 
 
+def test_a_removal_of_a_guessed_uid_hides_nothing_that_another_ward_gives_later(
+    hub: Hub, martino: Node, channel: Any
+) -> None:
+    planted = removal("ab" * 16, "1.2.4", GALLIERA)
+    planted = replace(planted, at_us=planted.at_us + 3_600_000_000)
+    assert tell(channel, removal_fact(planted)) == [""]
+    in_region(hub, martino, [make_instance(study_uid="1.2.4", series_uid="1.2.4.1", sop_uid="1.2.4.1.1")])
+    assert len(regional(hub).instances("1.2.4")) == 1
+    # Nor is the ward told of it, whose own images it would cover.
+    decided = removal("ac" * 16, "1.2.9", "")
+    regional(hub).record_facts([removal_fact(decided)])
+    with channel_sync(martino.identity, f"127.0.0.1:{hub.settings.port}") as line:
+        pages = list(FactsStub(line).Next(facts_pb2.NextFacts(), timeout=20))
+    told = [serde_facts.fact_from(fact).sop_instance_uid for page in pages for fact in page.facts]
+    assert told == ["1.2.9"]
+
+
 @pytest.mark.parametrize("detail", [
     {"id": "\ud800", "level": "STUDY", "study": "", "code": "", "by": "", "reason": ""},
     {"id": "a\0b", "level": "STUDY", "study": "", "code": "", "by": "", "reason": ""},
