@@ -410,10 +410,10 @@ def test_a_deflated_bomb_costs_its_bound() -> None:
 def test_the_hostile_set_costs_little() -> None:
     slow = {}
     for path, _ in hostile():
-        started = time.perf_counter()
+        started = time.thread_time()
         with contextlib.suppress(MissError):
             read(path.read_bytes())
-        elapsed = time.perf_counter() - started
+        elapsed = time.thread_time() - started
         if elapsed > (3 if "elements" in path.name else 0.5):
             slow[path.name] = elapsed
     assert not slow

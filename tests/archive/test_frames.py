@@ -402,11 +402,11 @@ def test_frames_of_all_public_files_are_what_pydicom_finds() -> None:
 def test_the_hostile_set_costs_little() -> None:
     slow = {}
     for path, _ in hostile():
-        started = time.perf_counter()
+        started = time.thread_time()
         with path.open("rb") as file, contextlib.suppress(MissError):
             read(file, [1])
-        if time.perf_counter() - started > 0.5:
-            slow[path.name] = time.perf_counter() - started
+        if time.thread_time() - started > 0.5:
+            slow[path.name] = time.thread_time() - started
     assert not slow
 
 

@@ -638,7 +638,7 @@ def test_the_hostile_set_costs_little_and_gets_a_clear_answer() -> None:
     for path, expect in hostile():
         with path.open("rb") as file:
             data = file.read()
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             with path.open("rb") as file:
                 head = read_head(file)
@@ -648,7 +648,7 @@ def test_the_hostile_set_costs_little_and_gets_a_clear_answer() -> None:
         else:
             if expect.startswith("reject") and "pixel" not in path.name and "minus-1" not in path.name:
                 taken.append(path.name)
-        elapsed = time.perf_counter() - started
+        elapsed = time.thread_time() - started
         if elapsed > 0.25:
             slow[path.name] = elapsed
     assert not taken
