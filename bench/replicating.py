@@ -162,9 +162,13 @@ class PushingOrthanc(Orthanc):
         plugin = dicomweb_plugin()
         settings |= {
             "RemoteAccessAllowed": True, "Plugins": [plugin] if plugin else [], "HttpTimeout": 0,
-            "ConcurrentJobs": 4, "JobsHistorySize": 1, "OrthancPeers": {"to": [self.to, "", ""]},
-            "DicomWeb": {"Enable": True, "Servers": {"to": {"Url": f"{self.to}dicom-web/"}}},
+            "ConcurrentJobs": 4, "JobsHistorySize": 1, "DicomWeb": {"Enable": True},
         }
+        if self.to:
+            settings |= {
+                "OrthancPeers": {"to": [self.to, "", ""]},
+                "DicomWeb": {"Enable": True, "Servers": {"to": {"Url": f"{self.to}dicom-web/"}}},
+            }
         Path(file).write_text(json.dumps(settings))
         return [*(self.link.far if self.link is not None else []), program, file]
 

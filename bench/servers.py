@@ -152,7 +152,7 @@ class Peer(Server):
                  destinations: Mapping[str, int] | None = None) -> None:
         super().__init__(folder, tls, nagle=nagle, destinations=destinations)
         self.data = folder / "data"
-        self.data.mkdir(parents=True)
+        self.data.mkdir(parents=True, exist_ok=True)
         [self._port] = free_ports(1, HOST)
         self._process: subprocess.Popen[bytes] | None = None
 

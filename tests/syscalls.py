@@ -22,6 +22,7 @@ WRITING = ("openat,pwrite64,pwritev,pwritev2,write,writev,fdatasync,fsync,sync_f
 _LINE = re.compile(r"(\d+) +(.*)")
 _CALL = re.compile(r"(\w+)\((.*)\) += (-?\d+|\?)(?:<[^>]*(?:->[^>]*)?>)?(?: (E[A-Z]+) \(.*?\))?"
                    r"(?: \(INJECTED\))?")
+_DETACHED = " <detached ...>"  # strace was ended in the middle of it
 _UNFINISHED = re.compile(r"(\w+)\((.*) <unfinished \.\.\.>")
 _RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)")
 _NOTES = ("+++ ", "--- ")
@@ -71,6 +72,8 @@ def parse(text: str) -> list[Call]:
         if rest.startswith(_NOTES):
             continue
         began = place
+        if rest.endswith(_DETACHED):
+            continue
         unfinished, resumed = _UNFINISHED.fullmatch(rest), _RESUMED.fullmatch(rest)
         if unfinished is not None:
             assert thread not in waiting, line
