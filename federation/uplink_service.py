@@ -51,7 +51,6 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         pools: Pools,
         attaching: AttachService,
     ) -> None:
-        self._settings = settings
         self._attachments = attachments
         self._receiver = receiver
         self._arrivals = arrivals
