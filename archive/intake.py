@@ -144,6 +144,10 @@ class Intake:
             self._require_index()
         return Reception(self, head, conflict, size, policy, partial, offset)
 
+    def holds_unindexed(self, uid: str) -> bool:
+        """Whether anything was written under this UID that the index may not show yet."""
+        return bool(self._recent.of(uid))
+
     def is_pressed(self) -> bool:
         """Whether the index is so far behind that intake slows down."""
         recent, limits = self._recent, self.limits

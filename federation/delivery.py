@@ -188,7 +188,7 @@ class Delivery:
 
     async def _refill(self, step: Refill) -> None:
         try:
-            rows = await self._in_pool(self._archive.index.pending, step.limit)
+            rows = await self._in_pool(self._archive.index.pending, step.limit, step.known)
         except Exception as error:
             say("the outbox can't be read", error)
             self._replicator.refill_failed(time.monotonic())

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 from protos import uplink_pb2
 
-WORKED_ON_MAX = 16 << 20  # of cost, at once
+WORKED_ON_MAX = 64 << 20  # of cost, at once
 QUANTUM = 1 << 20
-OBJECT_COST = 16 << 10
+OBJECT_COST = 64 << 10
 PACKED_OBJECTS = 128  # a group that is compressed counts as one of so many
 URGENT_IN_A_ROW = 3
 

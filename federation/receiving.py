@@ -88,7 +88,9 @@ class Receiver:
         """For each offered item the receipt, or how much of it is here."""
         if len(items) > OFFER_ITEMS_MAX:
             raise InvalidInput(f"more than {OFFER_ITEMS_MAX:,} instances in one offer")
-        self._archive.wait_indexed()
+        intake = self._archive.intake
+        if any(intake.holds_unindexed(item.sop_instance_uid) for item in items):
+            self._archive.wait_indexed()
         found = [self._receipt_for(item.sop_instance_uid, serde.digest_from(item.digest)) for item in items]
         for item, receipt in zip(items, found, strict=True):
             if item.accepted_us > 0 and receipt is not None:
@@ -269,7 +271,8 @@ class Incoming:
                 self._head, conflict=begin.conflict, size_hint=begin.size, policy=self._policy,
                 partial=key, offset=begin.offset,
             )  # fmt: skip
-            if self._taps is not None and not begin.conflict:
+            small_max = self._archive.intake.limits.small_object_bytes_max
+            if self._taps is not None and begin.size > small_max and not begin.conflict:
                 self._taps.begin(self._ward, self._head.sop_instance_uid, self._reception)
             if key is not None and self._resumable is not None:
                 self._key = key

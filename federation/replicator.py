@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,9 +86,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Refill:
-    """Read the outbox: this many rows, urgent first, then newest. Answer with `refilled`."""
+    """Read the outbox: this many rows, urgent first, then newest, leaving out what is `known` (and whether as
+    urgent). Answer with `refilled`."""
 
     limit: int
+    known: Mapping[Key, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +122,14 @@ Step = Refill | Offer | Record | Idle
 class Limits:
     """The bounds of a replicator."""
 
-    window: int = 1_000
-    offer_items: int = 500
-    unacknowledged: int = 256  # on one stream
+    window: int = 2_000
+    offer_items: int = 1_000
+    unacknowledged: int = 1_024  # on one stream
     tries_max: int = 5
     backoff_first_s: float = 0.25
     backoff_cap_s: float = 10.0
     record_facts: int = 1_000
+    record_gap_s: float = 0.1
 
 
 @dataclass(slots=True)
@@ -170,6 +173,7 @@ class Replicator:
         self._failures = 0
         self._line_at_s = 0.0  # neither offer nor push before
         self._disk_at_s = 0.0  # neither refill nor record before
+        self._record_at_s = 0.0  # no record before, unless it is a full one
 
     # What to do.
 
@@ -177,11 +181,14 @@ class Replicator:
         """The next thing to start; call again until it says Idle. What was started runs beside the others."""
         self._return_due(now_s)
         if self._record is None and not self._refilling and now_s >= self._disk_at_s:
-            if self._facts or self._tries:
-                return self._start_record()
+            told = max(len(self._facts), len(self._tries))
+            if told and (now_s >= self._record_at_s or told >= self.limits.record_facts):
+                return self._start_record(now_s)
             if self._urgent or (self._more and len(self._items) <= self.limits.window // 2):
                 self._refilling, self._more, self._urgent = True, False, False
-                return Refill(self.limits.window + len(self._items))
+                return Refill(
+                    self.limits.window, {key: item.row.urgent for key, item in self._items.items()}
+                )
         if self._online and self._offer is None and now_s >= self._line_at_s:
             batch = self._pop(self._fresh, "fresh", self.limits.offer_items)
             if batch:
@@ -354,7 +361,8 @@ class Replicator:
 
     # How.
 
-    def _start_record(self) -> Record:
+    def _start_record(self, now_s: float) -> Record:
+        self._record_at_s = now_s + self.limits.record_gap_s
         cut = self.limits.record_facts
         self._record = Record(tuple(self._facts[:cut]), tuple(self._tries[:cut]))
         del self._facts[:cut], self._tries[:cut]
@@ -413,7 +421,10 @@ class Replicator:
 
     def _wakes_at(self, now_s: float) -> float | None:
         times = [self._later[0][0]] if self._later else []
-        times.extend(at_s for at_s in (self._line_at_s, self._disk_at_s) if now_s < at_s)
+        pauses = [self._line_at_s, self._disk_at_s]
+        if self._facts or self._tries:
+            pauses.append(self._record_at_s)
+        times.extend(at_s for at_s in pauses if now_s < at_s)
         return min(times, default=None)
 
 

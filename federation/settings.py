@@ -252,7 +252,7 @@ class UplinkSettings:
         True, "Compress uncompressed images on the way while the line is slower than compressing them."
     )
     window: int = setting(
-        1000, "Instances of the backlog that are looked at together.", minimum=1, maximum=10_000
+        2000, "Instances of the backlog that are looked at together.", minimum=1, maximum=10_000
     )
     offer_items: int = setting(500, "Instances in one offer.", minimum=1, maximum=1000)
     tries_max: int = setting(

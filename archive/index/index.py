@@ -8,7 +8,7 @@ missing is read from the packs again. Several processes may have it open; reader
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -238,9 +238,12 @@ class Index:
         )
         return self.corrections.over(found)
 
-    def pending(self, limit: int) -> list[PendingInstance]:
-        """What to offer to the region next: urgent first, then the newest; not what was set aside."""
-        return self._database.read(lambda connection: backlog.pending(connection, limit))
+    def pending(
+        self, limit: int, known: Mapping[tuple[str, bytes], bool] = backlog.NOTHING
+    ) -> list[PendingInstance]:
+        """What to offer to the region next: urgent first, then the newest; not what was set aside, nor what
+        is `known` by UID and digest, unless it became urgent and is not known as that."""
+        return self._database.read(lambda connection: backlog.pending(connection, limit, known))
 
     def pending_of(
         self, study_uid: str, sop_instance_uid: str | None, limit: int

@@ -7,28 +7,36 @@ nothing: that a reader waits, and how often an instance was tried.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import Connection, Integer, Table, and_, cast, func, select, update
 
+from archive.index.rows import Content
 from archive.index.schema import conflict, instance, outbox, removed
 from archive.index.statements import by_uid
 from archive.index.stored import INSTANCE_COLUMNS, head_of, instance_of, location_of
 from archive.model import PendingInstance, PendingStudy, PendingSummary, StoredInstance
 
 PENDING_MAX = 10_000
+NOTHING: Mapping[Content, bool] = MappingProxyType({})
 
 
-def pending(connection: Connection, limit: int) -> list[PendingInstance]:
-    rows = connection.execute(
+def pending(
+    connection: Connection, limit: int, known: Mapping[Content, bool] = NOTHING
+) -> list[PendingInstance]:
+    """`known` are contents that the caller has, and whether as urgent: they are left out unless they became
+    it."""
+    listed = connection.execute(
         select(outbox)
         .where(outbox.c.set_aside.is_(False))
         .order_by(
             outbox.c.urgent.desc(), outbox.c.received_at_us.desc(), outbox.c.sop_instance_uid, outbox.c.digest
         )
-        .limit(min(limit, PENDING_MAX))
+        .limit(min(limit, PENDING_MAX) + len(known))
     ).fetchall()
+    rows = [row for row in listed if _is_news(row, known)][:limit] if known else listed
     stored = {
         home: _stored(connection, home, {row.sop_instance_uid for row in rows if _home(row) is home})
         for home in (instance, removed, conflict)
@@ -38,6 +46,11 @@ def pending(connection: Connection, limit: int) -> list[PendingInstance]:
         for row in rows
         if (row.sop_instance_uid, bytes(row.digest)) in stored[_home(row)]
     ]
+
+
+def _is_news(row: Any, known: Mapping[Content, bool]) -> bool:
+    as_urgent = known.get((row.sop_instance_uid, bytes(row.digest)))
+    return as_urgent is None or (row.urgent and not as_urgent)
 
 
 def _home(row: Any) -> Table:

@@ -305,6 +305,17 @@ def test_the_newest_is_offered_first_and_the_urgent_before_it(index: Index) -> N
     assert index.pending(1)[0].tries == 3
 
 
+def test_what_is_known_is_left_out_until_it_becomes_urgent(index: Index) -> None:
+    put(index, *(entry(f"1.{n}", study="2.1", series="3", at_us=n) for n in range(4)))
+    known = {(f"1.{n}", digest_of(f"1.{n}")): False for n in (3, 2)}
+    assert [one.head.sop_instance_uid for one in index.pending(1, known)] == ["1.1"]
+    assert [one.head.sop_instance_uid for one in index.pending(9, known)] == ["1.1", "1.0"]
+    index.mark_urgent("2.1", "1.2")
+    assert [one.head.sop_instance_uid for one in index.pending(9, known)] == ["1.2", "1.1", "1.0"]
+    known["1.2", digest_of("1.2")] = True
+    assert [one.head.sop_instance_uid for one in index.pending(9, known)] == ["1.1", "1.0"]
+
+
 def test_a_receipt_takes_it_out_for_good(index: Index) -> None:
     put(index, entry("1.1", at_us=5), entry("1.2", at_us=6), entry("1.2", content="other", at_us=7))
     assert index.pending_summary().count == 3

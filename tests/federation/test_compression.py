@@ -86,6 +86,11 @@ def test_on_a_thin_line_it_is_soon_and_stays(rate: float, gain: float) -> None:
     assert line.data / 120 > gain * rate  # of the 2 that compressing may bring
 
 
+def test_a_hub_that_is_waited_for_on_a_fast_line_is_not_taken_for_the_line() -> None:
+    line = Line(steady(800e6), takes=200e6, speed=500e6).run(60)
+    assert line.share_on(0, 60) == 0.0
+
+
 def test_a_line_that_changes_is_followed() -> None:
     line = Line(lambda at_s: 2.5e6 if (at_s // 100) % 2 else 800e6, speed=300e6).run(400)
     assert line.share_on(20, 100) == 0.0

@@ -237,6 +237,20 @@ def test_facts_are_recorded_while_the_line_is_down() -> None:
     assert [fact.kind for fact in recorded(replicator).facts] == [FactKind.RECEIPT]
 
 
+def test_facts_are_recorded_in_one_go_with_those_that_come_soon_after() -> None:
+    replicator = filled([pending(number) for number in range(1, 9)], record_facts=4, record_gap_s=0.1)
+    offered(replicator)
+    rows = [replicator.take(0, 0.0) for _ in range(8)]
+    told = [receipt(row) for row in rows if row is not None]
+    assert replicator.received(0, told[0]) and len(recorded(replicator).facts) == 1
+    assert replicator.received(0, told[1]) and replicator.received(0, told[2])
+    assert replicator.next(0.05) == Idle(0.1)
+    assert len(recorded(replicator, 0.1).facts) == 2
+    for one in told[3:7]:
+        assert replicator.received(0, one)
+    assert len(recorded(replicator, 0.1).facts) == 4, "a full one waits for nothing"
+
+
 def test_rows_stay_known_until_their_fact_is_synced() -> None:
     row = pending(1)
     replicator = filled([row])
@@ -403,7 +417,9 @@ class Simulation:
             rows = sorted(
                 self.outbox.values(), key=lambda row: (not row.urgent, -row.head.provenance.received_at_us)
             )
-            self.replicator.refilled(rows[: step.limit], step.limit)
+            known = [step.known.get((row.head.sop_instance_uid, row.digest), -1) for row in rows]
+            news = [row for row, as_urgent in zip(rows, known, strict=True) if row.urgent > as_urgent]
+            self.replicator.refilled(news[: step.limit], step.limit)
         elif isinstance(step, Offer):
             if self.fails():
                 self.replicator.line_failed(self.now_s)

@@ -291,7 +291,7 @@ class WardNode:
         while not isinstance(step := self.replicator.next(clock.now_s), Idle):
             if isinstance(step, Refill):
                 try:
-                    rows = self.site.archive.index.pending(step.limit)
+                    rows = self.site.archive.index.pending(step.limit, step.known)
                 except MissError:
                     self.replicator.refill_failed(clock.now_s)
                 else:
