@@ -3,10 +3,13 @@ the bounds of what it stands for, whatever its frame says. When it is worth it, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import zstandard
 from google.protobuf.message import DecodeError
 
 from archive.errors import InvalidInput
+from federation.push_wire import Whole, read_group
 from protos import uplink_pb2
 
 CHUNK_BYTES_MAX = 1 << 20
@@ -31,9 +34,11 @@ class Inflating:
     def chunk(self, frame: bytes) -> bytes:
         return self._inflated(frame, CHUNK_BYTES_MAX)
 
-    def group(self, frame: bytes) -> uplink_pb2.PushGroup:
+    def group(self, frame: bytes) -> Sequence[Whole | uplink_pb2.PushWhole]:
+        data = self._inflated(frame, GROUP_BYTES_MAX)
         try:
-            return uplink_pb2.PushGroup.FromString(self._inflated(frame, GROUP_BYTES_MAX))
+            found = read_group(data)
+            return uplink_pb2.PushGroup.FromString(data).objects if found is None else found
         except DecodeError:
             raise InvalidInput("a compressed group that is none") from None
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import grpc.aio
 
@@ -25,6 +25,7 @@ from federation.flows import Flows
 from federation.line import Line
 from federation.packing import Packing
 from federation.push_stream import Pushing, PushStream
+from federation.push_wire import push_method
 from federation.replicator import Idle, Offer, Record, Refill, Replicator, Step
 from federation.settings import UplinkSettings
 from federation.turns import Turns
@@ -77,7 +78,7 @@ class Delivery:
             turns=Turns(Bucket(Budget([entry.entry() for entry in settings.budget])), clock),
             flows=Flows(ordinary),
             compression=Compression(),
-            stub_of=self._stub_of,
+            method_of=self._method_of,
             changed=self.changed,
             zstd=settings.zstd,
         )
@@ -159,7 +160,7 @@ class Delivery:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    def _stub_of(self, stream: int) -> UplinkAsyncStub | None:
+    def _method_of(self, stream: int) -> Callable[[], Any] | None:
         """Where this stream pushes to; its channel is opened when it is needed."""
         if self._line is None:
             return None
@@ -167,8 +168,7 @@ class Delivery:
         found = self._channels[place]
         if found is None:
             found = self._channels[place] = self._open_channel(self._line.hub)
-        stub: UplinkAsyncStub = UplinkStub(found)
-        return stub
+        return push_method(found)
 
     def _close_channels(self) -> None:
         """In the background: closing waits for the calls, which end by it."""

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from protos import uplink_pb2
+from federation.push_wire import Chunk, Group, PushMessage
 
 WORKED_ON_MAX = 64 << 20  # of cost, at once
 QUANTUM = 1 << 20
@@ -121,22 +121,30 @@ class FairQueue:
         return turn
 
 
-def cost_of(messages: Sequence[uplink_pb2.PushRequest]) -> int:
+def cost_of(messages: Sequence[PushMessage]) -> int:
     """What a batch costs the hub."""
-    return sum(message.ByteSize() + OBJECT_COST * _objects(message) for message in messages)
+    return sum(map(_cost_of, messages))
 
 
-def _objects(message: uplink_pb2.PushRequest) -> int:
+def _cost_of(message: PushMessage) -> int:
+    if isinstance(message, Group):
+        return message.octets + OBJECT_COST * len(message.objects)
+    if isinstance(message, Chunk):
+        return len(message.data)
     kind = message.WhichOneof("message")
-    if kind == "group":
-        return len(message.group.objects)
-    return PACKED_OBJECTS if kind == "zstd_group" else int(kind == "end")
+    objects = {"group": len(message.group.objects), "zstd_group": PACKED_OBJECTS, "end": 1}.get(str(kind), 0)
+    return message.ByteSize() + OBJECT_COST * objects
 
 
-def names(messages: Sequence[uplink_pb2.PushRequest]) -> list[str]:
+def names(messages: Sequence[PushMessage]) -> list[str]:
     """The instances that a batch begins or holds, as far as it shows them without being unpacked."""
-    found = []
+    found: list[str] = []
     for message in messages:
+        if isinstance(message, Group):
+            found.extend(whole.begin.head.sop_instance_uid for whole in message.objects)
+            continue
+        if isinstance(message, Chunk):
+            continue
         kind = message.WhichOneof("message")
         if kind == "begin":
             found.append(message.begin.head.sop_instance_uid)

@@ -29,6 +29,7 @@ from federation.inventory_service import InventoryService
 from federation.methods import Methods
 from federation.passing import Passing
 from federation.pools import Pools
+from federation.push_wire import PUSH, push_handler
 from federation.receiving import Receiver
 from federation.reconcile_notes import Notes
 from federation.region_service import RegionService
@@ -112,6 +113,7 @@ class HubWriter:
         facts_pb2_grpc.add_FactsServicer_to_server(self._facts, server)
         restore_pb2_grpc.add_RestoreServicer_to_server(self._restores, server)
         inventory_pb2_grpc.add_InventoryServicer_to_server(self._inventories, server)
+        methods.add(PUSH, push_handler(self._uplinks.Push))
         methods.standing_by = False
 
     def start(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from archive.archive import Archive
 from archive.errors import MissError
 from archive.model import PendingInstance
-from federation import serde
+from federation import push_wire, serde
 from federation.codec import PLAIN_SYNTAXES, deflated
 from federation.reading import CHUNK_BYTES, raise_if_passing, read_chunks
 from protos import uplink_pb2
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 PROBE_BYTES = 256 << 10
 PROBE_LEVEL = 1
 SMALLER = 0.95  # of itself: else a message goes as it is
+
+_Whole = tuple[uplink_pb2.PushBegin, list[bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,10 @@ class Squeezed:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message, the bytes of data sets in it, and what was learnt of compressing them."""
+    """A message as it goes on the wire, the bytes of data sets in it, and what was learnt of compressing
+    them."""
 
-    message: uplink_pb2.PushRequest
+    message: bytes
     data: int
     squeezed: Squeezed | None = None
 
@@ -59,21 +62,21 @@ class Packing:
 
     def group(self, rows: Sequence[PendingInstance], *, level: int = 0, probe: bool = False) -> Packed:
         """The objects whole. What is compressed in itself travels apart where the others are compressed."""
-        plain, others, unreadable = uplink_pb2.PushGroup(), uplink_pb2.PushGroup(), []
+        plain: list[_Whole] = []
+        others: list[_Whole] = []
+        unreadable = []
         for row in rows:
             try:
-                dataset = b"".join(self._chunks(row, 0, CHUNK_BYTES))
+                pieces = list(self._chunks(row, 0, CHUNK_BYTES))
             except (MissError, OSError) as error:
                 raise_if_passing(error)
                 log.warning("an instance can't be read: %s", error)
                 unreadable.append(row)
                 continue
             group = plain if not level or is_plain(row) else others
-            group.objects.append(
-                uplink_pb2.PushWhole(begin=begin_of(row), dataset=dataset, digest=row.digest)
-            )
-        parcels = [_group(plain, level, probe and all(map(is_plain, rows)))] if plain.objects else []
-        parcels += [_group(others, 0, False)] if others.objects else []
+            group.append((begin_of(row), pieces, row.digest))
+        parcels = [_group(plain, level, probe and all(map(is_plain, rows)))] if plain else []
+        parcels += [_group(others, 0, False)] if others else []
         return Packed(parcels, unreadable)
 
     def chunks(self, row: PendingInstance, offset: int, chunk_bytes: int) -> Iterator[bytes]:
@@ -105,8 +108,8 @@ def next_chunk(chunks: Iterator[bytes], level: int, probe: bool) -> Parcel | Non
         return None
     squeezed, made = _squeeze(chunk, level, probe)
     if made is not None:
-        return Parcel(uplink_pb2.PushRequest(zstd_chunk=made), len(chunk), squeezed)
-    return Parcel(uplink_pb2.PushRequest(chunk=chunk), len(chunk), squeezed)
+        return Parcel(push_wire.other(zstd_chunk=made), len(chunk), squeezed)
+    return Parcel(push_wire.chunk(chunk), len(chunk), squeezed)
 
 
 def is_plain(row: PendingInstance) -> bool:
@@ -121,14 +124,13 @@ def begin_of(row: PendingInstance, *, offset: int = 0, resumable: bool = False) 
     )  # fmt: skip
 
 
-def _group(group: uplink_pb2.PushGroup, level: int, probe: bool) -> Parcel:
-    data = sum(len(whole.dataset) for whole in group.objects)
-    if not level and not probe:
-        return Parcel(uplink_pb2.PushRequest(group=group), data)
-    squeezed, made = _squeeze(group.SerializeToString(), level, probe)
+def _group(wholes: Sequence[_Whole], level: int, probe: bool) -> Parcel:
+    data = sum(sum(map(len, pieces)) for _, pieces, _ in wholes)
+    body = push_wire.group_body(wholes)
+    squeezed, made = _squeeze(body, level, probe)
     if made is not None:
-        return Parcel(uplink_pb2.PushRequest(zstd_group=made), data, squeezed)
-    return Parcel(uplink_pb2.PushRequest(group=group), data, squeezed)
+        return Parcel(push_wire.other(zstd_group=made), data, squeezed)
+    return Parcel(push_wire.group(body), data, squeezed)
 
 
 def _squeeze(data: bytes, level: int, probe: bool) -> tuple[Squeezed | None, bytes | None]:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
 
 from archive.errors import Corrupt, Evicted, NotFound, Unavailable
 from archive.model import PendingInstance
-from federation import abilities, serde, status
+from federation import abilities, push_wire, serde, status
 from federation.budget import MESSAGE_BYTES_MAX
 from federation.calls import raise_if_ours, say, until
 from federation.compression import Compression
@@ -32,9 +32,6 @@ from federation.receiving import RESUMABLE_BYTES_MIN
 from federation.replicator import Replicator
 from federation.turns import Turns
 from protos import uplink_pb2
-
-if TYPE_CHECKING:
-    from protos.uplink_pb2_grpc import UplinkAsyncStub  # a type of the stubs alone
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +78,7 @@ class Pushing:
     turns: Turns
     flows: Flows
     compression: Compression
-    stub_of: Callable[[int], UplinkAsyncStub | None]
+    method_of: Callable[[int], Callable[[], Any] | None]
     changed: Callable[[], None]
     abilities: frozenset[str] = frozenset()
     zstd: bool = True
@@ -129,11 +126,11 @@ class PushStream:
         while True:
             self.changed.clear()
             now_s = time.monotonic()
-            stub = pushing.stub_of(self._number) if self._may_run else None
-            if stub is None or (batch := self._next_batch(now_s)) is None:
+            begin = pushing.method_of(self._number) if self._may_run else None
+            if begin is None or (batch := self._next_batch(now_s)) is None:
                 await until(self.changed, self._rest_s(now_s))
                 continue
-            await self._push(stub, batch)
+            await self._push(begin, batch)
             if self._was_turned_away:
                 await asyncio.sleep(TURNED_AWAY_S)
 
@@ -145,10 +142,10 @@ class PushStream:
         wait_s = self._pushing.replicator.line_wait_s(now_s)
         return 1.0 if wait_s is None and self._pushing.turns.is_shut else wait_s
 
-    async def _push(self, stub: UplinkAsyncStub, batch: list[PendingInstance]) -> None:
+    async def _push(self, begin: Callable[[], Any], batch: list[PendingInstance]) -> None:
         self._was_turned_away = False
         try:
-            call = stub.Push()
+            call = begin()
         except grpc.aio.UsageError:  # its channel was closed a moment ago
             self._ended(Unavailable("the hub is away"))
             return
@@ -252,7 +249,7 @@ class PushStream:
             pushing.replicator.damaged(self._number, row, pushing.clock())
         worked_s = time.monotonic() - begun_s
         urgent = any(row.urgent for row in batch)
-        held = sum(parcel.message.ByteSize() for parcel in packed.parcels)
+        held = sum(len(parcel.message) for parcel in packed.parcels)
         pushing.sent.hold(held)
         try:
             for parcel in packed.parcels:
@@ -267,7 +264,7 @@ class PushStream:
         offset = pushing.replicator.resumes_at(row) if resumable else 0
         plain = is_plain(row)
         begin = begin_of(row, offset=offset, resumable=resumable)
-        await self._send(line, Parcel(uplink_pb2.PushRequest(begin=begin), 0), 0.0, row.urgent)
+        await self._send(line, Parcel(push_wire.other(begin=begin), 0), 0.0, row.urgent)
         chunks = pushing.packing.chunks(row, offset, chunk_bytes)
 
         def read() -> asyncio.Future[Parcel | None]:
@@ -288,11 +285,11 @@ class PushStream:
         finally:
             pushing.sent.hold(-2 * chunk_bytes)
             ahead.cancel()
-        await line.write(uplink_pb2.PushRequest(end=uplink_pb2.PushEnd(digest=row.digest)))
+        await line.write(push_wire.other(end=uplink_pb2.PushEnd(digest=row.digest)))
 
     async def _send(self, line: _Line, parcel: Parcel, worked_s: float, urgent: bool) -> None:
         """Writes one message when it is its turn, and says how long that took."""
-        pushing, size = self._pushing, parcel.message.ByteSize()
+        pushing, size = self._pushing, len(parcel.message)
         begun_s = time.monotonic()
         await line.unless_over(pushing.turns.take(size, urgent=urgent))
         turned_s = time.monotonic()
@@ -343,7 +340,7 @@ class _Line:
     call: Any
     hear: asyncio.Task[None]
 
-    async def write(self, message: uplink_pb2.PushRequest) -> None:
+    async def write(self, message: bytes) -> None:
         """Writes unless the call ends first: gRPC leaves a write to a call that was cancelled before it began
         hanging for ever (grpcio 1.85)."""
         await self.unless_over(self.call.write(message), STALL_S)

@@ -22,10 +22,12 @@ from archive.archive import Archive
 from archive.errors import Corrupt, InvalidInput, MissError, OtherContent, TooLarge, Unavailable
 from archive.intake import Ticket
 from archive.model import ConflictPolicy, ConflictState, Fact, FactKind, InstanceHead, Outcome, Scope
+from archive.packs.storage import Buffer
 from archive.partials import PartialKey
 from archive.reception import Reception
 from federation import serde
 from federation.codec import CHUNK_BYTES_MAX, Inflating
+from federation.push_wire import Chunk, Group, PushMessage, Whole
 from federation.replicator import Received, Refused, Verdict
 from federation.tapping import Taps
 from monitoring.measures import Distribution, Tally
@@ -200,7 +202,7 @@ class Incoming:
         self._taking = threading.Lock()
         self._over = False
 
-    def take(self, messages: Sequence[uplink_pb2.PushRequest]) -> Taken:
+    def take(self, messages: Sequence[PushMessage]) -> Taken:
         """Takes messages in the order they came. Stops at what ends the stream."""
         taken = Taken()
         with self._taking:
@@ -228,15 +230,17 @@ class Incoming:
             reception.suspend()
         self._forget_key()
 
-    def _take_one(self, message: uplink_pb2.PushRequest, taken: Taken) -> None:
+    def _take_one(self, message: PushMessage, taken: Taken) -> None:
+        if isinstance(message, Group):
+            self._take_group(message.objects, taken)
+            return
+        if isinstance(message, Chunk):
+            self._write(message.data)
+            return
         kind = message.WhichOneof("message")
         if kind == "group":
-            if self._head is not None:
-                raise InvalidInput("a group between the begin and the end of an object")
-            self._take_group(message.group, taken)
+            self._take_group(message.group.objects, taken)
         elif kind == "zstd_group":
-            if self._head is not None:
-                raise InvalidInput("a group between the begin and the end of an object")
             self._take_group(self._inflating.group(message.zstd_group), taken)
         elif kind == "begin":
             self._begin(message.begin)
@@ -249,8 +253,10 @@ class Incoming:
         else:
             raise InvalidInput("a push message that this release does not know")
 
-    def _take_group(self, group: uplink_pb2.PushGroup, taken: Taken) -> None:
-        for whole in group.objects:
+    def _take_group(self, objects: Iterable[Whole | uplink_pb2.PushWhole], taken: Taken) -> None:
+        if self._head is not None:
+            raise InvalidInput("a group between the begin and the end of an object")
+        for whole in objects:
             self._begin(whole.begin)
             self._write(whole.dataset)
             self._end(whole.digest, taken)
@@ -288,7 +294,7 @@ class Incoming:
         if key is not None and self._resumable is not None and self._resumable.get(key) is self:
             del self._resumable[key]
 
-    def _write(self, chunk: bytes) -> None:
+    def _write(self, chunk: Buffer) -> None:
         if self._head is None:
             raise InvalidInput("a chunk of no object")
         if len(chunk) > CHUNK_BYTES_MAX:

@@ -23,6 +23,7 @@ from federation.attachments import Attachments
 from federation.fair_queue import FairQueue, cost_of, names
 from federation.pools import Pools
 from federation.push_admission import Place, PushAdmission
+from federation.push_wire import PushMessage
 from federation.receiving import Incoming, Pushed, Receiver
 from federation.replicator import Received, Refused
 from federation.serde_gathering import listed_from
@@ -36,7 +37,7 @@ BATCH_MESSAGES_MAX = 4
 SETTLING_MAX = 6
 
 # What was read of a push stream; None is its end.
-Ahead = asyncio.Queue[uplink_pb2.PushRequest | Exception | None]
+Ahead = asyncio.Queue[PushMessage | Exception | None]
 
 
 class UplinkService(uplink_pb2_grpc.UplinkServicer):
@@ -116,7 +117,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
     # Push.
 
     async def _receive(
-        self, place: Place, incoming: Incoming, messages: AsyncIterator[uplink_pb2.PushRequest], context: Any
+        self, place: Place, incoming: Incoming, messages: AsyncIterator[PushMessage], context: Any
     ) -> None:
         """Reads ahead, takes what was read in batches, and settles one batch while the next is taken."""
         ahead: Ahead = asyncio.Queue(READ_AHEAD)
@@ -192,7 +193,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
         self._arrivals.came(one.sop_instance_uid for one in (*receipts, *(refused or ())))
 
 
-async def _read_ahead(messages: AsyncIterator[uplink_pb2.PushRequest], ahead: Ahead) -> None:
+async def _read_ahead(messages: AsyncIterator[PushMessage], ahead: Ahead) -> None:
     try:
         async for message in messages:
             await ahead.put(message)
@@ -207,9 +208,9 @@ def _end(ahead: Ahead) -> None:
         ahead.put_nowait(None)
 
 
-async def _batch(ahead: Ahead) -> tuple[list[uplink_pb2.PushRequest], bool]:
+async def _batch(ahead: Ahead) -> tuple[list[PushMessage], bool]:
     """What has been read, at least one message, and whether the stream has ended."""
-    batch: list[uplink_pb2.PushRequest] = []
+    batch: list[PushMessage] = []
     while True:
         message = await ahead.get()
         if isinstance(message, Exception):

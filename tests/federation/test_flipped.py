@@ -14,8 +14,10 @@ from dataclasses import replace
 import pytest
 
 from archive.model import START, FactKind, Record
+from archive.packs.storage import Buffer
 from federation.delivery import Delivery
 from federation.hub import Hub
+from federation.push_wire import Chunk, Group, PushMessage
 from federation.receiving import Incoming, Receiver, Taken
 from protos import uplink_pb2
 from tests.datasets import Instance, make_instance
@@ -39,13 +41,18 @@ class Flipping:
         self._lock = threading.Lock()
         take = Incoming.take
 
-        def flipped_take(incoming: Incoming, messages: Sequence[uplink_pb2.PushRequest]) -> Taken:
+        def flipped_take(incoming: Incoming, messages: Sequence[PushMessage]) -> Taken:
             return take(incoming, [self.maybe_flipped(message) for message in messages])
 
         monkeypatch.setattr(Incoming, "take", flipped_take)
 
-    def maybe_flipped(self, message: uplink_pb2.PushRequest) -> uplink_pb2.PushRequest:
-        kind = message.WhichOneof("message")
+    def maybe_flipped(self, message: PushMessage) -> PushMessage:
+        if isinstance(message, Group):
+            kind = "group"
+        elif isinstance(message, Chunk):
+            kind = "chunk"
+        else:
+            kind = str(message.WhichOneof("message"))
         if kind not in ("group", "zstd_group", "chunk", "zstd_chunk"):
             return message
         with self._lock:
@@ -53,16 +60,19 @@ class Flipping:
             if self.seen % self.each or len(self.kinds) >= FLIPS:
                 return message
             self.kinds.append(kind)
+        if isinstance(message, Chunk):
+            return Chunk(self.flipped(message.data))
+        if isinstance(message, Group):
+            wholes = list(message.objects)
+            place = self.chance.randrange(len(wholes))
+            wholes[place] = replace(wholes[place], dataset=self.flipped(wholes[place].dataset))
+            return replace(message, objects=wholes)
         made = uplink_pb2.PushRequest()
         made.CopyFrom(message)
-        if kind == "group":
-            one = self.chance.choice(made.group.objects)
-            one.dataset = self.flipped(one.dataset)
-        else:
-            setattr(made, kind, self.flipped(getattr(made, kind)))
+        setattr(made, kind, self.flipped(getattr(made, kind)))
         return made
 
-    def flipped(self, octets: bytes) -> bytes:
+    def flipped(self, octets: Buffer) -> bytes:
         changed = bytearray(octets)
         changed[self.chance.randrange(len(changed))] ^= 1 << self.chance.randrange(8)
         return bytes(changed)

@@ -14,6 +14,7 @@ from archive.errors import NotFound, Unavailable
 from archive.model import PendingInstance
 from archive.packs.storage import FileHandle, FileStorage
 from federation.packing import Packing
+from protos import uplink_pb2
 from tests.archive.archives import settings_for, store
 from tests.archive.test_compaction import SMALL, compact, evict_study, instance_of, receive
 from tests.datasets import Instance
@@ -67,7 +68,8 @@ def test_an_instance_that_was_moved_since_the_outbox_was_read_is_pushed(archive:
     packed = Packing(archive).group([row])
     (parcel,) = packed.parcels
     assert packed.unreadable == []
-    assert [one.dataset for one in parcel.message.group.objects] == [waits.dataset]
+    message = uplink_pb2.PushRequest.FromString(parcel.message)
+    assert [one.dataset for one in message.group.objects] == [waits.dataset]
 
 
 def test_a_node_out_of_descriptors_does_not_set_instances_aside(archive: Archive, storage: _Opening) -> None:
