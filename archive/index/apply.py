@@ -15,13 +15,13 @@ from sqlalchemy import Connection, and_, bindparam, delete, select
 
 from archive.index.acceptance import accept
 from archive.index.corrected import Overlays
-from archive.index.levels import Levels, patient_key
+from archive.index.levels import Levels, patient_of
 from archive.index.remaking import AttributeReader
 from archive.index.removed import Standing, covering
 from archive.index.rows import Content, Row, number_of, row_of
-from archive.index.schema import conflict, early_fact, holding, instance, outbox, patient_hash, removed
+from archive.index.schema import conflict, early_fact, holding, instance, outbox, removed
 from archive.index.space import write_again
-from archive.index.statements import by_uid, insert_all
+from archive.index.statements import Among, Change, insert_all
 from archive.index.wardcounts import holding_row
 from archive.model import ConflictState, Fact, FactKind, IndexEntry, Level, RecordKind
 
@@ -97,16 +97,11 @@ class _Batch:
         uids = {entry.record.head.sop_instance_uid for entry in entries}
         self._removals = removals
         self._live: dict[str, bytes] = {}  # and what was removed: it has its UID all the same
-        for table in (instance, removed) if removals else (instance,):
-            query = select(table.c.sop_instance_uid, table.c.digest)
-            for uid, digest in by_uid(connection, query, table.c.sop_instance_uid, uids):
+        for question in (_LIVE, _REMOVED) if removals else (_LIVE,):
+            for uid, digest in question.rows(connection, uids):
                 self._live[uid] = bytes(digest)
-        query = select(
-            conflict.c.sop_instance_uid, conflict.c.digest, conflict.c.receipt_us, conflict.c.damaged
-        )
         self._known_conflicts: dict[Content, Any] = {
-            (row.sop_instance_uid, bytes(row.digest)): row
-            for row in by_uid(connection, query, conflict.c.sop_instance_uid, uids)
+            (row.sop_instance_uid, bytes(row.digest)): row for row in _CONFLICTS.rows(connection, uids)
         }
         self._waiting = self._early(uids)
         self._instances: list[Row] = []
@@ -121,6 +116,8 @@ class _Batch:
     def until_decided(self) -> int:
         """How many there are up to the first that a person accepted before it came, with it. A record behind
         it is brought in by itself, so that a batch ends as its records one by one do."""
+        if not self._waiting:
+            return len(self._entries)
         for count, entry in enumerate(self._entries, 1):
             waiting = self._waiting.get((entry.record.head.sop_instance_uid, entry.record.digest), _NO_FACTS)
             if FactKind.ACCEPTED.value in waiting.verdicts:
@@ -166,7 +163,6 @@ class _Batch:
         ], of_region=not self._into_outbox)  # fmt: skip
 
     def write(self) -> None:
-        execute = self._connection.execute
         self._levels.write()
         fresh = {(row["sop_instance_uid"], row["digest"]): row for row in (*self._instances, *self._removed)}
         write_again(self._connection, self._again, fresh | self._conflicts, removals=self._removals)
@@ -179,14 +175,13 @@ class _Batch:
         live = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if self._live.get(u) == d]
         apart = [{"b_uid": u, "b_digest": d} for u, d in self._waiting if (u, d) in self._conflicts]
         if live:
-            execute(_DELETE_EARLY, live)
+            _DELETE_EARLY.run(self._connection, live)
         if apart:
-            # A copy is told of what is live; this content may become that.
-            execute(_DELETE_EARLY.where(early_fact.c.kind != FactKind.COPY.value), apart)
+            _DELETE_EARLY_BUT_COPIES.run(self._connection, apart)
 
     def _early(self, uids: Iterable[str]) -> dict[Content, _Waiting]:
         waiting: dict[Content, _Waiting] = {}
-        for row in by_uid(self._connection, select(early_fact), early_fact.c.sop_instance_uid, uids):
+        for row in _EARLY.rows(self._connection, uids):
             facts = waiting.setdefault((row.sop_instance_uid, bytes(row.digest)), _Waiting())
             if row.kind == FactKind.RECEIPT.value:
                 facts.receipt_us = row.at_us
@@ -249,7 +244,7 @@ class _Batch:
             sop_class_uid=head.sop_class_uid,
             study_instance_uid=attributes.study_uid,
             series_instance_uid=attributes.series_uid,
-            patient_hash=patient_hash(patient_key(entry), attributes.study_uid),
+            patient_hash=patient_of(entry),
             number=number_of(row["instance_number"]),
             **_stored(entry, facts),
         )
@@ -279,9 +274,21 @@ class _Batch:
         })  # fmt: skip
 
 
-_DELETE_EARLY = delete(early_fact).where(
+_LIVE, _REMOVED = (
+    Among(select(table.c.sop_instance_uid, table.c.digest), table.c.sop_instance_uid)
+    for table in (instance, removed)
+)
+_CONFLICTS = Among(
+    select(conflict.c.sop_instance_uid, conflict.c.digest, conflict.c.receipt_us, conflict.c.damaged),
+    conflict.c.sop_instance_uid,
+)
+_EARLY = Among(select(early_fact), early_fact.c.sop_instance_uid)
+_EARLY_OF_CONTENT = delete(early_fact).where(
     early_fact.c.sop_instance_uid == bindparam("b_uid"), early_fact.c.digest == bindparam("b_digest")
 )
+_DELETE_EARLY = Change(_EARLY_OF_CONTENT)
+# A copy is told of what is live; a conflict may become that.
+_DELETE_EARLY_BUT_COPIES = Change(_EARLY_OF_CONTENT.where(early_fact.c.kind != FactKind.COPY.value))
 
 
 def _stored(entry: IndexEntry, facts: _Waiting) -> Row:

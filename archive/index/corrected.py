@@ -24,7 +24,7 @@ from archive.database import Database, storable
 from archive.errors import InvalidInput, NotFound
 from archive.index.remaking import AttributeReader, remake
 from archive.index.schema import correction, study
-from archive.index.statements import by_uid
+from archive.index.statements import Among, by_uid
 from archive.model import Attributes, Fact, FactKind, IndexEntry, Overlay, Record, StoredInstance
 
 
@@ -95,10 +95,13 @@ def apply_corrections(connection: Connection, facts: Sequence[Fact], *, read: At
         remake(connection, uids, Overlays(connection).reader(read))
 
 
+_OF_STUDIES = Among(select(correction), correction.c.study_instance_uid)
+
+
 def of_studies(connection: Connection, study_uids: Iterable[str]) -> dict[str, list[Correction]]:
     """The corrections of these studies, withdrawn ones too."""
     found: dict[str, list[Correction]] = {}
-    for row in by_uid(connection, select(correction), correction.c.study_instance_uid, set(study_uids)):
+    for row in _OF_STUDIES.rows(connection, set(study_uids)):
         found.setdefault(row.study_instance_uid, []).append(correction_row(row))
     return found
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, select
 
 from archive.index.rows import Row, fill, joined, number_of, row_of, split
 from archive.index.schema import (
@@ -26,7 +27,7 @@ from archive.index.schema import (
     study,
     text_id,
 )
-from archive.index.statements import by_uid, update_all, update_some
+from archive.index.statements import Among, insert_all, update_all, update_some
 from archive.index.wardcounts import SERIES_KEY, SeriesKey, WardCount, WardKey, count_in_ward, write_wards
 from archive.model import IndexEntry, Level, PatientKey
 
@@ -70,24 +71,21 @@ class Levels:
 
     def load(self, entries: Sequence[IndexEntry]) -> None:
         """The rows that the new instances add to, where there are any."""
-        studies = {entry.attributes.study_uid for entry in entries}
         keys = {(entry.attributes.study_uid, entry.attributes.series_uid) for entry in entries}
-        numbers = {series_uid for _, series_uid in keys}
-        for row in by_uid(self._connection, select(study), study.c.study_instance_uid, studies):
+        for row in _STUDIES.rows(self._connection, {study_uid for study_uid, _ in keys}):
             self._studies[row.study_instance_uid] = _Study(dict(row._mapping), new=False)
-        query = select(series).where(series.c.study_instance_uid.in_(studies))
-        for row in by_uid(self._connection, query, series.c.series_instance_uid, numbers):
+        keys = {key for key in keys if key[0] in self._studies}  # a study that is not here has no series
+        for row in _SERIES.rows_near(self._connection, keys):
             key = (row.study_instance_uid, row.series_instance_uid)
             if key in keys:
                 self._series[key] = _Series(dict(row._mapping), new=False)
-        query = select(series_ward).where(series_ward.c.study_instance_uid.in_(studies))
-        for row in by_uid(self._connection, query, series_ward.c.series_instance_uid, numbers):
+        for row in _WARDS.rows_near(self._connection, self._series):
             key = (row.study_instance_uid, row.series_instance_uid)
-            if key in keys:
+            if key in self._series:
                 self._wards[(*key, row.ward)] = WardCount(dict(row._mapping), new=False)
-        hashes = {patient_hash(patient_key(entry), entry.attributes.study_uid) for entry in entries}
+        hashes = {patient_of(entry) for entry in entries}
         hashes |= {bytes(found.row["patient_hash"]) for found in self._studies.values()}
-        for row in by_uid(self._connection, select(patient), patient.c.patient_hash, hashes):
+        for row in _PATIENTS.rows(self._connection, hashes):
             self._patients[bytes(row.patient_hash)] = _Patient(dict(row._mapping), new=False)
 
     def add(self, entry: IndexEntry, holders: Iterable[str]) -> None:
@@ -107,7 +105,7 @@ class Levels:
         if self._left_alone:
             self._connection.execute(delete(patient).where(patient.c.patient_hash.in_(self._left_alone)))
         if patients:
-            self._connection.execute(insert(patient), patients)
+            insert_all(self._connection, patient, patients)
         changed = [p.row for p in self._patients.values() if p.filled and not p.new]
         if changed:
             update_all(self._connection, patient, ("patient_hash",), changed)
@@ -126,7 +124,7 @@ class Levels:
             found = self._new_study(entry)
             self._studies[attributes.study_uid] = found
             return found
-        if found.last_study != attributes.study:
+        if found.last_study is not attributes.study and found.last_study != attributes.study:
             found.filled |= fill(found.row, Level.STUDY, row_of(Level.STUDY, attributes.study))
             found.last_study = attributes.study
         named = (attributes.patient, entry.record.head.provenance.issuer)
@@ -139,10 +137,9 @@ class Levels:
         attributes = entry.attributes
         patient_row = _patient_row(entry)
         row = row_of(Level.STUDY, attributes.study) | patient_row
-        key = patient_key(entry)
         row.update(
             study_instance_uid=attributes.study_uid,
-            patient_hash=patient_hash(key, attributes.study_uid),
+            patient_hash=patient_of(entry),
             text_id=text_id(attributes.study_uid),
             bytes=0, series_count=0, instance_count=0, modalities="", sop_classes="", wards="",
         )  # fmt: skip
@@ -153,7 +150,7 @@ class Levels:
     def _name_patient(self, found: _Study, entry: IndexEntry) -> None:
         """What a further instance of a study says of the patient."""
         key, row = patient_key(entry), _patient_row(entry)
-        own = patient_hash(key, entry.attributes.study_uid)
+        own = patient_of(entry)
         current = bytes(found.row["patient_hash"])
         if key.patient_id and not found.row["patient_id"]:
             # The study stood alone; now it has a patient, whose own fields come first.
@@ -183,7 +180,7 @@ class Levels:
         key = (attributes.study_uid, attributes.series_uid)
         known = self._series.get(key)
         if known is not None:
-            if known.last != attributes.series:
+            if known.last is not attributes.series and known.last != attributes.series:
                 had = known.row["modality"]
                 known.filled |= fill(known.row, Level.SERIES, row_of(Level.SERIES, attributes.series))
                 known.row["number"] = number_of(known.row["series_number"])
@@ -211,7 +208,7 @@ class Levels:
         filled = [found.row for found in self._studies.values() if found.filled and not found.new]
         counted = [f.row for f in self._studies.values() if f.counted and not f.filled and not f.new]
         if new:
-            self._connection.execute(insert(study), new)
+            insert_all(self._connection, study, new)
         if filled:
             update_all(self._connection, study, ("study_instance_uid",), filled)
         if counted:
@@ -223,7 +220,7 @@ class Levels:
         filled = [known.row for known in self._series.values() if known.filled and not known.new]
         counted = [k.row for k in self._series.values() if k.counted and not k.filled and not k.new]
         if new:
-            self._connection.execute(insert(series), new)
+            insert_all(self._connection, series, new)
         if filled:
             update_all(self._connection, series, SERIES_KEY, filled)
         if counted:
@@ -231,6 +228,12 @@ class Levels:
         write_wards(self._connection, self._wards)
 
 
+_STUDIES = Among(select(study), study.c.study_instance_uid)
+_SERIES, _WARDS = (
+    Among(select(table), table.c.study_instance_uid, table.c.series_instance_uid)
+    for table in (series, series_ward)
+)
+_PATIENTS = Among(select(patient), patient.c.patient_hash)
 _STUDY_COUNTS = ("bytes", "series_count", "instance_count", "sop_classes", "wards")
 _SERIES_COUNTS = ("instance_count", "sop_classes", "wards")
 
@@ -240,6 +243,18 @@ def patient_key(entry: IndexEntry) -> PatientKey:
     fields = entry.attributes.patient
     issuer = fields.get("IssuerOfPatientID") or entry.record.head.provenance.issuer
     return PatientKey(issuer, fields.get("PatientID", ""))
+
+
+def patient_of(entry: IndexEntry) -> bytes:
+    """The key of the patient whom an instance names."""
+    fields = entry.attributes.patient
+    issuer = fields.get("IssuerOfPatientID") or entry.record.head.provenance.issuer
+    return _patient_of(issuer, fields.get("PatientID", ""), entry.attributes.study_uid)
+
+
+@lru_cache(maxsize=1024)  # every instance of a study asks it again, three times
+def _patient_of(issuer: str, patient_id: str, study_uid: str) -> bytes:
+    return patient_hash(PatientKey(issuer, patient_id), study_uid)
 
 
 def _patient_row(entry: IndexEntry) -> Row:

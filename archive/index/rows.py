@@ -56,23 +56,33 @@ def _field(entry: Indexed) -> _Field:
 _FIELDS: dict[Level, tuple[_Field, ...]] = {
     level: tuple(_field(entry) for entry in at_level(level)) for level in Level
 }
+# An empty row of a level, and its fields by keyword.
+_ROWS: dict[Level, tuple[Row, dict[str, _Field]]] = {
+    level: (
+        {name: "" for field in fields for name in (field.column, field.folded) if name is not None},
+        {field.keyword: field for field in fields},
+    )
+    for level, fields in _FIELDS.items()
+}
 _COLUMNS: dict[Level, dict[str, str]] = {
     level: {field.column: field.keyword for field in fields} for level, fields in _FIELDS.items()
 }
 
 
 def row_of(level: Level, fields: Fields) -> Row:
-    """The columns of one level."""
-    row: Row = {}
-    for field in _FIELDS[level]:
-        value = fields.get(field.keyword)
-        if value:
-            if field.clean is not None:
-                value = field.clean(value)
-            value = storable(value[: field.chars_max])
-        row[field.column] = value or ""
+    """The columns of one level. Takes what an instance has of them, about half, each by one look-up: asking
+    for each column took twice as long."""
+    empty, by_keyword = _ROWS[level]
+    row = empty.copy()
+    for keyword, value in fields.items():
+        field = by_keyword.get(keyword)
+        if not value or field is None:
+            continue
+        if field.clean is not None:
+            value = field.clean(value)
+        row[field.column] = value = storable(value[: field.chars_max])
         if field.folded is not None:
-            row[field.folded] = folded_name(value) if value else ""
+            row[field.folded] = folded_name(value)
     return row
 
 

@@ -1,19 +1,110 @@
 """Statements that the index's writers share: many rows at once, and questions about many UIDs of a bounded
-length."""
+length.
+
+What every batch runs is made once, when the program starts (`Among`, `Change`), and goes to SQLite's driver
+as text and values: SQLAlchemy took 90 us to make, look up and run such a statement anew, the driver takes 13.
+PostgreSQL gets the same statement by way of SQLAlchemy, whose driver has its own types.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Table,
+    Update,
+    bindparam,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.sql.dml import UpdateBase
 
 from archive.index.rows import Row
 from archive.index.schema import position
 from archive.model import Position
 
 PARAMETERS_MAX = 500  # UIDs in one IN list
+_DIALECT = sqlite.dialect()
+
+
+class Among:
+    """A question about the rows of which a column is one of many values, made once; no other value may be
+    bound in it. On SQLite flags come as 0 and 1."""
+
+    def __init__(self, query: Select[Any], *columns: ColumnElement[Any]) -> None:
+        """With several `columns` each of them is one of its own values."""
+        self._query = query
+        self._columns = columns
+        self._names = [f"among_{place}" for place in range(len(columns))]
+        self._statement = query.where(*(
+            column.in_(bindparam(name, expanding=True))
+            for column, name in zip(columns, self._names, strict=True)
+        ))  # fmt: skip
+        self._texts: dict[int, str] = {}
+
+    def rows(self, connection: Connection, values: Iterable[Any]) -> list[Any]:
+        """The rows, in questions of a bounded length."""
+        return self._rows(connection, [[value] for value in sorted(values)])
+
+    def rows_near(self, connection: Connection, keys: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The rows whose columns are each in one of these keys, perhaps in different ones."""
+        return self._rows(connection, sorted(keys))
+
+    def _rows(self, connection: Connection, keys: Sequence[Sequence[Any]]) -> list[Any]:
+        found: list[Any] = []
+        for start in range(0, len(keys), PARAMETERS_MAX):
+            chunk = keys[start : start + PARAMETERS_MAX]
+            found += self._ask(connection, list(zip(*chunk, strict=True)))
+        return found
+
+    def _ask(self, connection: Connection, values: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+        if connection.dialect.name != "sqlite":
+            return connection.execute(self._statement, dict(zip(self._names, values, strict=True))).fetchall()
+        # A few lengths alone, the rest said twice: the driver keeps each text that it has parsed.
+        count = min(1 << (len(values[0]) - 1).bit_length(), PARAMETERS_MAX)
+        bound: tuple[Any, ...] = ()
+        for some in values:
+            bound += some + some[-1:] * (count - len(some))
+        return connection.exec_driver_sql(self._text(count), bound).fetchall()
+
+    def _text(self, count: int) -> str:
+        known = self._texts.get(count)
+        if known is None:
+            asked = self._query.where(*(column.in_([""] * count) for column in self._columns))
+            made = asked.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
+            known = self._texts[count] = str(made)
+        return known
+
+
+class Change:
+    """An INSERT, UPDATE or DELETE with bound names, made once, for many rows: 4 us a row less on SQLite than
+    SQLAlchemy's bound parameters."""
+
+    def __init__(self, statement: UpdateBase) -> None:
+        self._statement = statement
+        made = statement.compile(dialect=_DIALECT)
+        self._text = str(made)
+        self._names = tuple(made.positiontup or ())
+        self._constants = {name: value for name, value in made.params.items() if value is not None}
+
+    def run(self, connection: Connection, rows: Sequence[Row]) -> None:
+        """At least one row, each with what is bound."""
+        if connection.dialect.name != "sqlite":
+            connection.execute(self._statement, rows)
+            return
+        if self._constants:
+            rows = [self._constants | row for row in rows]
+        names = self._names
+        connection.exec_driver_sql(self._text, [tuple([row[name] for name in names]) for row in rows])
 
 
 def read_positions(connection: Connection) -> tuple[Position | None, Position | None]:
@@ -23,13 +114,14 @@ def read_positions(connection: Connection) -> tuple[Position | None, Position | 
 
 def move_position(connection: Connection, log: str, to: Position) -> None:
     """Remember how far a log has been read; never backwards."""
-    row = connection.execute(select(position).where(position.c.log == log)).fetchone()
-    if row is None:
-        connection.execute(insert(position).values(log=log, file=to.file, place=to.offset))
-    elif Position(row.file, row.place) < to:
-        connection.execute(
-            update(position).where(position.c.log == log).values(file=to.file, place=to.offset)
-        )
+    connection.execute(_MOVE, {"log": log, "file": to.file, "place": to.offset})
+
+
+_MOVE = text(
+    "INSERT INTO position (log, file, place) VALUES (:log, :file, :place) ON CONFLICT (log)"
+    " DO UPDATE SET file = excluded.file, place = excluded.place"
+    " WHERE (position.file, position.place) < (excluded.file, excluded.place)"
+)
 
 
 def insert_all(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
@@ -53,13 +145,26 @@ def update_all(connection: Connection, table: Table, key: Sequence[str], rows: S
 def update_some(
     connection: Connection, table: Table, key: Sequence[str], columns: Sequence[str], rows: Sequence[Row]
 ) -> None:
+    if connection.dialect.name == "sqlite":
+        values = itemgetter(*columns, *key)
+        setting = ", ".join(f"{name} = ?" for name in columns)
+        here = " AND ".join(f"{name} = ?" for name in key)
+        connection.exec_driver_sql(
+            f"UPDATE {table.name} SET {setting} WHERE {here}", [values(row) for row in rows]
+        )
+        return
+    bound = [{f"b_{name}": row[name] for name in (*key, *columns)} for row in rows]
+    connection.execute(_update(table, tuple(key), tuple(columns)), bound)
+
+
+@cache
+def _update(table: Table, key: tuple[str, ...], columns: tuple[str, ...]) -> Update:
     # Bound names may not be column names in an UPDATE: SQLAlchemy keeps those for itself.
-    statement = (
+    return (
         update(table)
         .where(*(table.c[name] == bindparam(f"b_{name}") for name in key))
         .values({name: bindparam(f"b_{name}") for name in columns})
     )
-    connection.execute(statement, [{f"b_{name}": row[name] for name in (*key, *columns)} for row in rows])
 
 
 def by_uid(connection: Connection, query: Any, column: Any, uids: Iterable[Any]) -> Iterator[Any]:

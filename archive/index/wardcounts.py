@@ -8,14 +8,14 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection
 
 from archive.index.rows import Row, joined, split
 from archive.index.schema import series_ward
-from archive.index.statements import update_some
+from archive.index.statements import insert_all, update_some
 
 SERIES_KEY = ("study_instance_uid", "series_instance_uid")
 SeriesKey = tuple[str, str]
@@ -26,7 +26,7 @@ WardKey = tuple[str, str, str]
 class WardCount:
     row: Row
     new: bool
-    changed: bool = False
+    listed: set[str] = field(default_factory=set)  # the classes that were counted, none when nothing was
 
 
 def count_in_ward(
@@ -41,7 +41,9 @@ def count_in_ward(
             "sop_classes": "", "instance_count": 0,
         }, new=True)  # fmt: skip
     known.row["instance_count"] += 1
-    known.changed = True
+    if sop_class in known.listed:
+        return  # with its ward, all but the first of a series in a batch
+    known.listed.add(sop_class)
     for row in (known.row, series_row, study_row):
         if sop_class not in row["sop_classes"] or sop_class not in split(row["sop_classes"]):
             row["sop_classes"] = joined({*split(row["sop_classes"]), sop_class})
@@ -52,9 +54,9 @@ def count_in_ward(
 
 def write_wards(connection: Connection, wards: dict[WardKey, WardCount]) -> None:
     new = [known.row for known in wards.values() if known.new]
-    changed = [known.row for known in wards.values() if known.changed and not known.new]
+    changed = [known.row for known in wards.values() if known.listed and not known.new]
     if new:
-        connection.execute(insert(series_ward), new)
+        insert_all(connection, series_ward, new)
     if changed:
         update_some(
             connection, series_ward, (*SERIES_KEY, "ward"), ("instance_count", "sop_classes"), changed
