@@ -10,11 +10,11 @@ RESTORED and PURGED are about whatever a UID covers (`removed.py`). A fact that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Table, bindparam, delete, exists, insert, select, update
 
 from archive.index.acceptance import accept, tell_again
 from archive.index.loss import lose
@@ -33,7 +33,7 @@ from archive.index.schema import (
     series_ward,
     study,
 )
-from archive.index.statements import PARAMETERS_MAX, by_uid, update_some
+from archive.index.statements import PARAMETERS_MAX, Among, Change, by_uid, update_some
 from archive.index.wardcounts import (
     SERIES_KEY,
     SeriesKey,
@@ -84,43 +84,16 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
     if not facts:
         return
     uids = {fact.sop_instance_uid for fact in facts}
-    live = {
-        row.sop_instance_uid: row
-        for row in by_uid(
-            connection,
-            select(
-                instance.c.sop_instance_uid,
-                instance.c.digest,
-                instance.c.study_instance_uid,
-                instance.c.series_instance_uid,
-                instance.c.sop_class_uid,
-                instance.c.ward,
-            ),
-            instance.c.sop_instance_uid,
-            uids,
-        )  # fmt: skip
-    }
-    others = {
-        (row.sop_instance_uid, bytes(row.digest))
-        for row in by_uid(
-            connection,
-            select(conflict.c.sop_instance_uid, conflict.c.digest),
-            conflict.c.sop_instance_uid,
-            uids,
-        )
-    }
-    absent = uids - live.keys()
-    hidden = {
-        row.sop_instance_uid: row
-        for row in by_uid(connection, select(removed), removed.c.sop_instance_uid, absent)
-    }
+    live = {row[0]: row for row in _LIVE.rows(connection, uids)}
+    others = {(uid, bytes(digest)) for uid, digest in _CONFLICTS.rows(connection, uids)}
+    hidden = {row[0]: row for row in _REMOVED.rows(connection, uids - live.keys())}
     changes, early = _Changes(), []
     copies: list[tuple[Mapping[str, Any], str]] = []
     unseen: list[tuple[Mapping[str, Any], str]] = []
     for fact in facts:
         content = (fact.sop_instance_uid, fact.digest)
         row = live.get(fact.sop_instance_uid)
-        if row is not None and bytes(row.digest) == fact.digest:
+        if row is not None and bytes(row[1]) == fact.digest:
             changes.note(content, fact)
             if fact.kind is FactKind.COPY and fact.ward != row.ward:
                 copies.append((row._mapping, fact.ward))
@@ -132,13 +105,26 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
                 unseen.append((hidden[content[0]]._mapping, fact.ward))
         else:
             early.append(fact)
-    changes.write(connection, hidden=bool(hidden))
+    changes.write(connection, [(instance, live), (conflict, {uid for uid, _ in others}), (removed, hidden)])
     for content, receipt in changes.receipts.items():
         if content in others and told_us(receipt):
             tell_again(connection, *content)
     _hold(connection, copies)
     _hold(connection, unseen, counted=False)
     _keep_early(connection, early)
+
+
+_LIVE, _REMOVED = (
+    Among(
+        select(*(table.c[name] for name in (
+            "sop_instance_uid", "digest", "study_instance_uid", "series_instance_uid", "sop_class_uid",
+            "ward",
+        ))),
+        table.c.sop_instance_uid,
+    )
+    for table in (instance, removed)
+)  # fmt: skip
+_CONFLICTS = Among(select(conflict.c.sop_instance_uid, conflict.c.digest), conflict.c.sop_instance_uid)
 
 
 def _keep_refusals(connection: Connection, facts: Sequence[Fact]) -> None:
@@ -235,8 +221,8 @@ class _Changes:
         elif fact.kind in _VERDICTS:
             self.verdicts.append(fact)
 
-    def write(self, connection: Connection, *, hidden: bool) -> None:
-        """`hidden`: some of it may be about what was removed."""
+    def write(self, connection: Connection, homes: Iterable[tuple[Table, Collection[str]]]) -> None:
+        """`homes` are the UIDs among those of the facts that each table has."""
         for fact in self.verdicts:
             state, from_states = _VERDICTS[fact.kind]
             by_person = state is ConflictState.REJECTED
@@ -252,39 +238,51 @@ class _Changes:
             connection.execute(statement.values(
                 state=state.value, decided_us=fact.at_us, decided_by=fact.detail if by_person else ""
             ))  # fmt: skip
-        for table in (instance, conflict, *((removed,) if hidden else ())):
-            here = (table.c.sop_instance_uid == bindparam("b_uid"), table.c.digest == bindparam("b_digest"))
-            if self.receipts:
-                statement = (
-                    update(table).where(*here, table.c.receipt_us == 0).values(receipt_us=bindparam("b_at"))
-                )
-                rows = [{"b_uid": u, "b_digest": d, "b_at": f.at_us} for (u, d), f in self.receipts.items()]
-                connection.execute(statement, rows)
-            if self.damaged:
-                connection.execute(
-                    update(table).where(*here).values(damaged=True),
-                    [{"b_uid": uid, "b_digest": digest} for uid, digest in self.damaged],
-                )
-        queued = (outbox.c.sop_instance_uid == bindparam("b_uid"), outbox.c.digest == bindparam("b_digest"))
+        for table, uids in homes:
+            rows = [{"b_uid": u, "b_digest": d, "b_at": fact.at_us}
+                    for (u, d), fact in self.receipts.items() if u in uids]  # fmt: skip
+            if rows:
+                _RECEIVED[table].run(connection, rows)
+            rows = [{"b_uid": u, "b_digest": d} for u, d in self.damaged if u in uids]
+            if rows:
+                _DAMAGED[table].run(connection, rows)
         if self.set_aside:
-            statement = update(outbox).where(*queued)
-            connection.execute(
-                statement.values(set_aside=bindparam("b_aside"), detail=bindparam("b_detail"), tries=0),
-                [
-                    {
-                        "b_uid": uid,
-                        "b_digest": digest,
-                        "b_aside": detail is not None,
-                        "b_detail": detail or "",
-                    }
-                    for (uid, digest), detail in self.set_aside.items()
-                ],
-            )
+            _SET_ASIDE.run(connection, [
+                {"b_uid": u, "b_digest": d, "b_aside": detail is not None, "b_detail": detail or ""}
+                for (u, d), detail in self.set_aside.items()
+            ])  # fmt: skip
         if self.receipts:
-            # What was accepted after it was sent stays, until the region has been told that too.
-            rows = [{"b_uid": u, "b_digest": d, "b_told": told_us(f)} for (u, d), f in self.receipts.items()]
-            told = outbox.c.accepted_us <= bindparam("b_told")
-            connection.execute(delete(outbox).where(*queued, told), rows)
+            _DELIVERED.run(connection, [
+                {"b_uid": u, "b_digest": d, "b_told": told_us(fact)}
+                for (u, d), fact in self.receipts.items()
+            ])  # fmt: skip
+
+
+def _of_content(table: Table) -> tuple[ColumnElement[bool], ...]:
+    return table.c.sop_instance_uid == bindparam("b_uid"), table.c.digest == bindparam("b_digest")
+
+
+_RECEIVED = {
+    table: Change(
+        update(table)
+        .where(*_of_content(table), table.c.receipt_us == 0)
+        .values(receipt_us=bindparam("b_at"))
+    )
+    for table in (instance, conflict, removed)
+}
+_DAMAGED = {
+    table: Change(update(table).where(*_of_content(table)).values(damaged=True))
+    for table in (instance, conflict, removed)
+}
+_SET_ASIDE = Change(
+    update(outbox)
+    .where(*_of_content(outbox))
+    .values(set_aside=bindparam("b_aside"), detail=bindparam("b_detail"), tries=0)
+)
+# What was accepted after it was sent stays, until the region has been told that too.
+_DELIVERED = Change(
+    delete(outbox).where(*_of_content(outbox), outbox.c.accepted_us <= bindparam("b_told"))
+)
 
 
 def told_us(receipt: Fact) -> int:
