@@ -110,7 +110,8 @@ class Delivery:
     def changed(self) -> None:
         self._control_changed.set()
         for push in self._pushes:
-            push.changed.set()
+            if push.may_run:  # a dozen that rest would each wake at every receipt
+                push.changed.set()
 
     @property
     def drained(self) -> bool:

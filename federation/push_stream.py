@@ -126,7 +126,7 @@ class PushStream:
         while True:
             self.changed.clear()
             now_s = time.monotonic()
-            begin = pushing.method_of(self._number) if self._may_run else None
+            begin = pushing.method_of(self._number) if self.may_run else None
             if begin is None or (batch := self._next_batch(now_s)) is None:
                 await until(self.changed, self._rest_s(now_s))
                 continue
@@ -135,7 +135,7 @@ class PushStream:
                 await asyncio.sleep(TURNED_AWAY_S)
 
     @property
-    def _may_run(self) -> bool:
+    def may_run(self) -> bool:
         return self._urgent_only or self._number < self._pushing.flows.running
 
     def _rest_s(self, now_s: float) -> float | None:
