@@ -96,13 +96,13 @@ def _apply_run(connection: Connection, facts: Sequence[Fact]) -> None:
         if row is not None and bytes(row[1]) == fact.digest:
             changes.note(content, fact)
             if fact.kind is FactKind.COPY and fact.ward != row.ward:
-                copies.append((row._mapping, fact.ward))
+                copies.append((row._asdict(), fact.ward))
         elif content in others and fact.kind is not FactKind.COPY:
             changes.note(content, fact)
         elif fact.sop_instance_uid in hidden and bytes(hidden[content[0]].digest) == fact.digest:
             changes.note(content, fact)
             if fact.kind is FactKind.COPY and fact.ward != hidden[content[0]].ward:
-                unseen.append((hidden[content[0]]._mapping, fact.ward))
+                unseen.append((hidden[content[0]]._asdict(), fact.ward))
         else:
             early.append(fact)
     changes.write(connection, [(instance, live), (conflict, {uid for uid, _ in others}), (removed, hidden)])

@@ -73,20 +73,20 @@ class Levels:
         """The rows that the new instances add to, where there are any."""
         keys = {(entry.attributes.study_uid, entry.attributes.series_uid) for entry in entries}
         for row in _STUDIES.rows(self._connection, {study_uid for study_uid, _ in keys}):
-            self._studies[row.study_instance_uid] = _Study(dict(row._mapping), new=False)
+            self._studies[row.study_instance_uid] = _Study(row._asdict(), new=False)
         keys = {key for key in keys if key[0] in self._studies}  # a study that is not here has no series
         for row in _SERIES.rows_near(self._connection, keys):
             key = (row.study_instance_uid, row.series_instance_uid)
             if key in keys:
-                self._series[key] = _Series(dict(row._mapping), new=False)
+                self._series[key] = _Series(row._asdict(), new=False)
         for row in _WARDS.rows_near(self._connection, self._series):
             key = (row.study_instance_uid, row.series_instance_uid)
             if key in self._series:
-                self._wards[(*key, row.ward)] = WardCount(dict(row._mapping), new=False)
+                self._wards[(*key, row.ward)] = WardCount(row._asdict(), new=False)
         hashes = {patient_of(entry) for entry in entries}
         hashes |= {bytes(found.row["patient_hash"]) for found in self._studies.values()}
         for row in _PATIENTS.rows(self._connection, hashes):
-            self._patients[bytes(row.patient_hash)] = _Patient(dict(row._mapping), new=False)
+            self._patients[bytes(row.patient_hash)] = _Patient(row._asdict(), new=False)
 
     def add(self, entry: IndexEntry, holders: Iterable[str]) -> None:
         """Count one instance, at its own ward and at `holders`, which hold it too."""

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Connection, bindparam, select, update
 
 from archive.database import Database
+from archive.errors import Unavailable
 from archive.index.schema import STEPS, outbox, position, series_ward
 from archive.index.statements import (
     PARAMETERS_MAX,
@@ -63,6 +64,19 @@ def test_each_row_among_many_values_comes_once(database: Database, count: int) -
 def test_none_are_among_no_values(database: Database) -> None:
     database.write(lambda connection: insert_all(connection, outbox, [waiting(1)]))
     assert ask(database, lambda connection: BY_UID.rows(connection, ())) == []
+
+
+def test_rows_are_read_by_place_by_name_and_as_a_whole(database: Database) -> None:
+    database.write(lambda connection: insert_all(connection, outbox, [waiting(1)]))
+    (row,) = database.read(lambda connection: BY_UID.rows(connection, ["1.2.1"]))
+    assert tuple(row) == (row.sop_instance_uid, row.tries) == ("1.2.1", 1)
+    assert row._asdict() == {"sop_instance_uid": "1.2.1", "tries": 1}
+
+
+def test_a_question_that_fails_says_so_as_every_other_does(database: Database) -> None:
+    database.write(lambda connection: outbox.drop(connection))
+    with pytest.raises(Unavailable):
+        database.read(lambda connection: BY_UID.rows(connection, ["1.2.1"]))
 
 
 def test_rows_near_keys_hold_those_of_the_keys(database: Database) -> None:
