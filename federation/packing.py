@@ -129,7 +129,7 @@ def _group(wholes: Sequence[_Whole], level: int, probe: bool) -> Parcel:
     body = push_wire.group_body(wholes)
     squeezed, made = _squeeze(body, level, probe)
     if made is not None:
-        return Parcel(push_wire.other(zstd_group=made), data, squeezed)
+        return Parcel(push_wire.other(zstd_group=made, packed_objects=len(wholes)), data, squeezed)
     return Parcel(push_wire.group(body), data, squeezed)
 
 

@@ -2,7 +2,7 @@
 It moves messages between calls and the classes that know what to do with them; who calls is the certificate's
 word, by `certs/gate.py`, and no field's.
 
-Bounds: push streams in all and for each ward, two messages of about 2 MiB read ahead on each, six batches
+Bounds: push streams in all and for each ward, two messages of about 2 MiB read ahead on each, twelve batches
 of objects on their way to the disk on each. Past them a node is told to come later.
 """
 
@@ -33,8 +33,8 @@ from protos import uplink_pb2, uplink_pb2_grpc
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 2
-BATCH_MESSAGES_MAX = 4
-SETTLING_MAX = 6
+BATCH_MESSAGES_MAX = 2
+SETTLING_MAX = 12
 
 # What was read of a push stream; None is its end.
 Ahead = asyncio.Queue[PushMessage | Exception | None]
@@ -136,6 +136,7 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
                 except BaseException:
                     turn.leave()
                     raise
+                turn.taken()
                 before = settling[-1] if settling else None
                 settle = asyncio.create_task(
                     self._settle(ward, taken.pushed, taken.refused, before, context)

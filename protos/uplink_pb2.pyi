@@ -572,12 +572,15 @@ class PushRequest(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
     ZSTD_GROUP_FIELD_NUMBER: _builtins.int
+    PACKED_OBJECTS_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """of the data set, in order, at most 1 MiB"""
     zstd_chunk: _builtins.bytes
     """a chunk, compressed as one frame; only to a hub that can"""
     zstd_group: _builtins.bytes
     """a PushGroup, encoded and compressed as one frame"""
+    packed_objects: _builtins.int
+    """with zstd_group: how many objects it holds; 0: not said"""
     @_builtins.property
     def begin(self) -> Global___PushBegin: ...
     @_builtins.property
@@ -595,10 +598,11 @@ class PushRequest(_message.Message):
         group: Global___PushGroup | None = ...,
         zstd_chunk: _builtins.bytes = ...,
         zstd_group: _builtins.bytes = ...,
+        packed_objects: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message", "zstd_chunk", b"zstd_chunk", "zstd_group", b"zstd_group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message", "zstd_chunk", b"zstd_chunk", "zstd_group", b"zstd_group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "group", b"group", "message", b"message", "packed_objects", b"packed_objects", "zstd_chunk", b"zstd_chunk", "zstd_group", b"zstd_group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk", "end", "group", "zstd_chunk", "zstd_group"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

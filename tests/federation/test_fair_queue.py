@@ -82,6 +82,58 @@ def test_a_batch_without_anything_passes() -> None:
     assert asyncio.run(served(FairQueue(1), [("a", 0, False), ("b", 0, True)])) == ["a", "b"]
 
 
+def test_no_more_are_taken_at_once_than_there_are_takers() -> None:
+    async def test() -> None:
+        queue = FairQueue(takers=2)
+        first, second = await queue.enter("a", 1), await queue.enter("a", 1)
+        third = asyncio.create_task(queue.enter("a", 1))
+        await asyncio.sleep(0)
+        assert not third.done()
+        first.taken()  # its receipts are not made yet
+        async with asyncio.timeout(1):
+            (await third).leave()
+        second.leave()
+        first.leave()
+        first.leave()  # any number of times
+        again = [await queue.enter("a", 1) for _ in range(2)]
+        blocked = asyncio.create_task(queue.enter("a", 1))
+        await asyncio.sleep(0)
+        assert not blocked.done()
+        again[0].leave()
+        async with asyncio.timeout(1):
+            await blocked
+
+    asyncio.run(test())
+
+
+def test_past_the_bound_only_a_ward_with_less_than_its_share_goes_on() -> None:
+    async def test() -> None:
+        queue = FairQueue(100, takers=8)
+        flood = await queue.enter("a", 120)
+        flood.taken()
+        more = asyncio.create_task(queue.enter("a", 10))
+        async with asyncio.timeout(1):
+            other = await queue.enter("b", 60)  # which has nothing: it does not wait for the receipts of a
+        other.taken()
+        over = asyncio.create_task(queue.enter("b", 10))
+        await asyncio.sleep(0)
+        assert not more.done() and not over.done()
+        flood.leave()
+        async with asyncio.timeout(1):
+            await more
+            await over
+
+    asyncio.run(test())
+
+
+def test_what_is_compressed_costs_what_its_ward_says_within_bounds() -> None:
+    def cost(packed: int) -> int:
+        return cost_of([uplink_pb2.PushRequest(zstd_group=b"x" * 100, packed_objects=packed)])
+
+    assert cost(4) < cost(100) < cost(0)
+    assert cost(1 << 30) >= cost(0) and cost(-5) >= cost(0)
+
+
 def test_small_objects_cost_more_than_their_bytes() -> None:
     group = uplink_pb2.PushGroup(objects=[uplink_pb2.PushWhole(dataset=b"x" * 8192)] * 100)
     small = cost_of([uplink_pb2.PushRequest(group=group)])
