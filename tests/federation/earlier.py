@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # The release before this one. When a version lands, this is the next one's.
-EARLIER = "35c460eb70c1fea6970118df9319593d401565f1"
+EARLIER = "463e56711c6af34419c4de7d0edb6d014b36d3b4"
 
 HUB = """
 import json, sys

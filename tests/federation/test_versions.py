@@ -42,7 +42,7 @@ def test_a_node_of_this_release_at_a_hub_of_the_last(source: Path, tmp_path: Pat
         node.take([make_instance(study_uid="1.2.1", number=99, rows=1200, columns=1200)])
         node.start()
         wait_for(lambda: node.pending == 0, "everything has a receipt")
-        assert node.uplink is not None and node.uplink.policy is None
+        assert node.uplink is not None and node.uplink.policy is not None  # that release lays one down
         wait_for(lambda: earlier.ask("search")["states"] == ["up-to-date"], "it reported")
         assert earlier.ask("search")["instances"] == 41
         node.leave()
