@@ -19,6 +19,7 @@ from bench import programs
 from bench.crowded import CROWDED_ROWS
 from bench.crowds import CROWD_ROWS
 from bench.finding import FIND_ROWS, GROWTH_ROWS
+from bench.flooding import FLOOD_ROWS
 from bench.lag import LAG_ROWS
 from bench.mixed import MIXED_ROWS
 from bench.programs_that_send import SENDING_ROWS
@@ -40,7 +41,8 @@ class Row(Protocol):
 
 
 ROWS: tuple[Row, ...] = (*RATE_ROWS, *SENDING_ROWS, *LAG_ROWS, *CROWD_ROWS, *FIND_ROWS, *RETRIEVE_ROWS,
-                         *MIXED_ROWS, *CROWDED_ROWS, *REPLICATION_ROWS, *WARD_ROWS)
+                         *MIXED_ROWS, *CROWDED_ROWS, *REPLICATION_ROWS, *FLOOD_ROWS,
+                         *WARD_ROWS)
 LONG_ROWS: tuple[Row, ...] = GROWTH_ROWS  # that run only when they are named
 
 

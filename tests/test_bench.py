@@ -46,7 +46,7 @@ def row(key: str) -> Row:
 # One of each kind: the others differ in parameters alone.
 KINDS = ("small-1", "mg-1", "native", "encapsulated", "tls-small-1", "cpu-ct", "untuned-small", "send", "lag",
          "idle", "silent", "find", "growth", "retrieve", "mixed-small", "crowd", "wards", "attached",
-         "replicate", "push-fast")
+         "replicate", "push-fast", "flood")
 
 
 @pytest.mark.parametrize("key", KINDS)
