@@ -4,9 +4,9 @@ many streams each opens, and what one ward sends small would wait behind all tha
 A batch is taken by one of a few, as many as the machine has use for: more would only take the interpreter's
 lock from each other (with eight on two cores, small instances came at five sixths of the rate). Until one of
 them is free it waits in its ward's lane, and the lanes take turns by what their batches cost (deficit round
-robin, Shreedhar and Varghese 1995): bytes, and a share for each object, since a small one costs the index what
-64 KiB cost the disk. What a reader waits for goes first, round robin as well, and after three such one that
-nobody waits for.
+robin, Shreedhar and Varghese 1995): bytes, and a share for each object, since a small one costs the index
+what 64 KiB cost the disk. What a reader waits for goes first, round robin as well, and after three such one
+that nobody waits for.
 
 What is worked on at once, from being taken to its receipts, is bounded too. Past the bound only a ward that
 has less than its share of it goes on. So a ward that sends one batch waits for one quantum or one batch of
