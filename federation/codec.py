@@ -20,6 +20,15 @@ WINDOW_BYTES_MAX = 8 << 20
 PLAIN_SYNTAXES = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"})
 
 
+def size_of(frame: bytes, bytes_max: int) -> int:
+    """How many bytes the frame says that it holds, at most `bytes_max`: that many where it says nothing."""
+    try:
+        said = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError:
+        return bytes_max
+    return said if 0 <= said <= bytes_max else bytes_max
+
+
 def deflated(data: bytes, level: int) -> bytes:
     """The data as one frame, which says how long they are. In a thread of a pool: it takes a while."""
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)

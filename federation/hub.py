@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 
 from archive.archive import Archive, lock_state
+from archive.collecting import collect_seldom
 from archive.errors import MissError, SettingsError, Unavailable
 from archive.ledger import Ledger, WardState
 from certs.authority import Authority, clock_us, hub_identity
@@ -108,6 +109,7 @@ class Hub:
         tracing.start(self.settings.tracing, "miss-hub")
         try:
             self.start()
+            collect_seldom()
             try:
                 ended.get()
             finally:

@@ -18,6 +18,8 @@ from archive.packs.storage import Buffer
 from protos import uplink_pb2
 
 PUSH = "/miss.v1.Uplink/Push"
+OBJECTS_MAX = 1_024  # in a group; a node sends 128
+PACKED_OBJECTS = 128  # at most in a compressed group that does not say how many
 
 # A field of bytes begins with its number and the wire type 2, then the length as a varint.
 _CHUNK, _GROUP = 2 << 3 | 2, 4 << 3 | 2
@@ -108,12 +110,13 @@ def read(data: bytes) -> PushMessage:
 
 def read_group(data: bytes, at: int = 0) -> list[Whole] | None:
     """The objects of a `PushGroup` that fills the data from `at` on; None when it has another shape than it
-    is written with here, or is none."""
-    view, objects = memoryview(data), []
+    is written with here, more objects than it may have, or is none."""
+    view = memoryview(data)
+    objects: list[Whole] = []
     end = len(data)
     while at < end:
         over, *places = _whole(data, at, end)
-        if not over:
+        if not over or len(objects) >= OBJECTS_MAX:  # a million empty ones would take 14 s to read here
             return None
         begin, dataset, digest = (view[first:last] for first, last in places)
         objects.append(Whole(uplink_pb2.PushBegin.FromString(bytes(begin)), dataset, bytes(digest)))

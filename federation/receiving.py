@@ -27,7 +27,7 @@ from archive.partials import PartialKey
 from archive.reception import Reception
 from federation import serde
 from federation.codec import CHUNK_BYTES_MAX, Inflating
-from federation.push_wire import Chunk, Group, PushMessage, Whole
+from federation.push_wire import OBJECTS_MAX, PACKED_OBJECTS, Chunk, Group, PushMessage, Whole
 from federation.replicator import Received, Refused, Verdict
 from federation.tapping import Taps
 from monitoring.measures import Distribution, Tally
@@ -213,7 +213,9 @@ class Incoming:
                 try:
                     self._take_one(message, taken)
                 except Exception as error:
-                    taken.error = error
+                    # Its traceback leads to this frame and back to itself: the messages would stay until the
+                    # collector of cycles comes. Who does not expect it wants the traceback.
+                    taken.error = error.with_traceback(None) if isinstance(error, MissError) else error
                     self._give_up()
                     break
         return taken
@@ -241,7 +243,10 @@ class Incoming:
         if kind == "group":
             self._take_group(message.group.objects, taken)
         elif kind == "zstd_group":
-            self._take_group(self._inflating.group(message.zstd_group), taken)
+            objects = self._inflating.group(message.zstd_group)
+            if len(objects) > (message.packed_objects or PACKED_OBJECTS):  # what its turn was given for
+                raise InvalidInput("a compressed group of more objects than it was said to hold")
+            self._take_group(objects, taken)
         elif kind == "begin":
             self._begin(message.begin)
         elif kind == "chunk":
@@ -253,9 +258,11 @@ class Incoming:
         else:
             raise InvalidInput("a push message that this release does not know")
 
-    def _take_group(self, objects: Iterable[Whole | uplink_pb2.PushWhole], taken: Taken) -> None:
+    def _take_group(self, objects: Sequence[Whole | uplink_pb2.PushWhole], taken: Taken) -> None:
         if self._head is not None:
             raise InvalidInput("a group between the begin and the end of an object")
+        if len(objects) > OBJECTS_MAX:
+            raise InvalidInput(f"a group of more than {OBJECTS_MAX:,} objects")
         for whole in objects:
             self._begin(whole.begin)
             self._write(whole.dataset)

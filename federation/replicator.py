@@ -3,7 +3,7 @@ says what to do next; `federation/delivery.py` does it on a real wire, a simulat
 
 **What is to be delivered** is the outbox of the node's index: instances that were acknowledged to a modality
 and have no receipt. The outbox is on disk, and the only memory that counts. The replicator holds a window of
-it, at most a thousand rows and what became urgent meanwhile, and forgets everything when it stops: a node
+it, at most two thousand rows and what became urgent meanwhile, and forgets everything when it stops: a node
 that is killed at any point starts with the outbox it finds.
 
 **The way of one instance.** Refill brings its row into the window. Offer asks the region, a batch at a time,

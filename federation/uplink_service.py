@@ -131,12 +131,14 @@ class UplinkService(uplink_pb2_grpc.UplinkServicer):
                 batch, ended = await _batch(ahead)
                 urgent = self._arrivals.is_awaited(names(batch))
                 turn = await self._queue.enter(ward, cost_of(batch), urgent=urgent)
+                taking = asyncio.ensure_future(self._pools.push(incoming.take, batch))
+                batch = []
+                taking.add_done_callback(turn.taken)  # its thread goes on, also when the call is gone
                 try:
-                    taken = await self._pools.push(incoming.take, batch)
+                    taken = await asyncio.shield(taking)
                 except BaseException:
-                    turn.leave()
+                    taking.add_done_callback(turn.leave)
                     raise
-                turn.taken()
                 before = settling[-1] if settling else None
                 settle = asyncio.create_task(
                     self._settle(ward, taken.pushed, taken.refused, before, context)

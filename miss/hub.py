@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from miss import configuration
-from miss.allocator import collect_seldom, keep_buffers
+from miss.allocator import keep_buffers
 from miss.configuration import Overrides, Process, SettingsFile
 from miss.console import set_up_logging
 
@@ -28,7 +28,6 @@ def run(settings: SettingsFile = None, overrides: Overrides = None, log_level: L
     keep_buffers()
     from federation.hub import Hub
 
-    collect_seldom()
     effective = configuration.hub(configuration.found(settings, Process.HUB), overrides)
     set_up_logging(log_level.upper())
     Hub(effective).run()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from miss import configuration
-from miss.allocator import collect_seldom, keep_buffers
+from miss.allocator import keep_buffers
 from miss.configuration import Overrides, Process, SettingsFile, State
 from miss.console import err, out, program, set_up_logging, size, table, when
 from miss.hub import LogLevel
@@ -70,7 +70,6 @@ def run(settings: SettingsFile = None, overrides: Overrides = None, log_level: L
     keep_buffers()
     from node.service import Node
 
-    collect_seldom()
     effective = configuration.node(configuration.found(settings, Process.NODE), overrides)
     set_up_logging(log_level.upper())
     Node(effective).run()

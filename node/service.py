@@ -3,7 +3,6 @@ composed of is `composition.py`'s."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
 import signal
@@ -14,6 +13,7 @@ from types import FrameType
 from typing import Self
 
 from archive.archive import Archive
+from archive.collecting import collect_seldom
 from archive.errors import SettingsError
 from archive.ledger import Ledger
 from certs import identity as identities
@@ -26,7 +26,6 @@ from node.settings import NodeSettings
 
 log = logging.getLogger(__name__)
 
-GC_THRESHOLDS = (20_000, 20, 50)
 DESCRIPTORS_EACH = 4      # a socket, and while an association stores, its thread's view of the index
 DESCRIPTORS_BESIDE = 512  # of packs, databases and the uplink
 
@@ -102,10 +101,7 @@ class Node:
         try:
             tracing.start(self.settings.tracing, "miss-node")
             with self:
-                # What was made so far stays: looking at it for cycles again and again, as often as small
-                # objects come and go here, seemed to cost 5 to 8 % of the rate of small instances.
-                gc.freeze()
-                gc.set_threshold(*GC_THRESHOLDS)
+                collect_seldom()
                 self._end.get()
                 log.info("stopping")
         finally:

@@ -13,9 +13,11 @@ import pytest
 
 from archive.errors import OutOfResources
 from archive.model import Level, Query
+from federation.codec import deflated
 from federation.fair_queue import QUANTUM, FairQueue, cost_of
 from federation.hub import Hub
 from federation.push_admission import PushAdmission
+from federation.push_wire import Chunk
 from federation.settings import UplinkSettings
 from protos import uplink_pb2
 from tests.datasets import make_instance
@@ -106,6 +108,25 @@ def test_no_more_are_taken_at_once_than_there_are_takers() -> None:
     asyncio.run(test())
 
 
+def test_a_ward_that_is_not_taken_does_not_wait_for_takers_that_hang() -> None:
+    async def test() -> None:
+        queue = FairQueue(takers=2)
+        for _ in range(2):
+            await queue.enter("a", 1)  # for ever
+        async with asyncio.timeout(1):
+            other = await queue.enter("b", 1)
+        again = [asyncio.create_task(queue.enter(ward, 1)) for ward in ("a", "b")]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in again)
+        other.taken()
+        async with asyncio.timeout(1):
+            await again[1]
+        assert not again[0].done()
+        again[0].cancel()
+
+    asyncio.run(test())
+
+
 def test_past_the_bound_only_a_ward_with_less_than_its_share_goes_on() -> None:
     async def test() -> None:
         queue = FairQueue(100, takers=8)
@@ -127,11 +148,16 @@ def test_past_the_bound_only_a_ward_with_less_than_its_share_goes_on() -> None:
 
 
 def test_what_is_compressed_costs_what_its_ward_says_within_bounds() -> None:
-    def cost(packed: int) -> int:
-        return cost_of([uplink_pb2.PushRequest(zstd_group=b"x" * 100, packed_objects=packed)])
+    frame = deflated(bytes(1 << 20), 1)
 
-    assert cost(4) < cost(100) < cost(0)
-    assert cost(1 << 30) >= cost(0) and cost(-5) >= cost(0)
+    def cost(packed: int) -> int:
+        return cost_of([uplink_pb2.PushRequest(zstd_group=frame, packed_objects=packed)])
+
+    assert 1 << 20 < cost(4) < cost(100) < cost(0) < cost(1 << 30)
+    assert cost(-5) == cost(1)
+    assert cost_of([uplink_pb2.PushRequest(zstd_chunk=frame)]) > 1 << 20
+    assert cost_of([uplink_pb2.PushRequest(zstd_chunk=b"no frame")]) > 1 << 20
+    assert cost_of([Chunk(b"")] * 100) > 4 << 20, "what brings nothing costs a turn all the same"
 
 
 def test_small_objects_cost_more_than_their_bytes() -> None:

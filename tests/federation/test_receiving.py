@@ -4,6 +4,8 @@ promised.
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,8 @@ from archive.archive import Archive
 from archive.errors import InvalidInput, InvalidInstance, MissError, OutOfResources
 from archive.model import Level, Outcome, Provenance, Query
 from federation import serde
-from federation.codec import CHUNK_BYTES_MAX
+from federation.codec import CHUNK_BYTES_MAX, deflated
+from federation.push_wire import OBJECTS_MAX, Chunk
 from federation.receiving import Incoming, Receiver, Taken
 from protos import uplink_pb2
 from tests.datasets import Instance, make_instance
@@ -152,6 +155,31 @@ def test_what_breaks_the_conversation_ends_the_stream(
     incoming.abort()
     incoming.abort()
     assert in_region(archive) == [before.sop_instance_uid]
+
+
+def test_a_group_has_no_more_objects_than_it_may_or_says(archive: Archive, receiver: Receiver) -> None:
+    many = group(*([make_instance()] * (OBJECTS_MAX + 1)))
+    assert isinstance(receiver.incoming(WARD).take([many]).error, InvalidInput)
+    few = group(*(make_instance(number=number) for number in range(3)))
+    frame = deflated(few.group.SerializeToString(), 1)
+    said_two = uplink_pb2.PushRequest(zstd_group=frame, packed_objects=2)
+    taken = receiver.incoming(WARD).take([said_two])
+    assert isinstance(taken.error, InvalidInput) and taken.pushed == []
+    said_three = uplink_pb2.PushRequest(zstd_group=frame, packed_objects=3)
+    assert len(receiver.incoming(WARD).take([said_three]).pushed) == 3
+
+
+def test_what_ended_a_stream_does_not_keep_its_messages(receiver: Receiver) -> None:
+    data = bytes(1 << 20)
+    before = sys.getrefcount(data)
+    gc.disable()
+    try:
+        taken = receiver.incoming(WARD).take([Chunk(data)])
+        assert isinstance(taken.error, InvalidInput)
+        del taken
+        assert sys.getrefcount(data) == before
+    finally:
+        gc.enable()
 
 
 def test_a_stream_that_is_cut_while_it_is_read_keeps_nothing(
