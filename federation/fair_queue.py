@@ -6,8 +6,8 @@ lock from each other (with eight on two cores, small instances came at five sixt
 are for wards whose batches nobody takes: the takers may be held up by a disk. Until one of them is free a
 batch waits in its ward's lane, and the lanes take turns by what their batches cost (deficit round robin,
 Shreedhar and Varghese 1995): bytes, as they will be when they are inflated, and a share for each object,
-since a small one costs the index what 64 KiB cost the disk. What a reader waits for goes first, round robin as
-well, and after three such one that nobody waits for.
+since a small one costs the index what 64 KiB cost the disk. What a reader waits for goes first, round robin
+as well, and after three such one that nobody waits for.
 
 What is worked on at once, from being taken to its receipts, is bounded too. Past the bound only a ward that
 has less than its share of it goes on. So a ward that sends one batch waits for one quantum or one batch of
