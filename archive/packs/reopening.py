@@ -4,6 +4,8 @@ promised.
 
 Whole records that nobody was promised yet are written once more before they are built upon: a sync that
 failed before the crash may have left them in the page cache alone, and the next sync would not write them.
+What the disk does not confirm even then, though tried again, is not built upon: the log stays shut, since
+whoever found those records would take them for durable.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from archive.errors import SyncFailed
 from archive.model import START, Position, RecordKind
 from archive.packs.logfiles import SET_ASIDE, Layout, LogFile
 from archive.packs.records import (
@@ -29,6 +32,7 @@ from archive.packs.storage import Storage
 log = logging.getLogger(__name__)
 
 _COPY_BYTES = 1 << 20
+_CONFIRM_TRIES = 3
 
 
 @dataclass(slots=True)
@@ -119,7 +123,8 @@ def _open_last(
     state.previous = Position(number, tail.end)
     state.acknowledged = Position(number, tail.records_end)
     try:
-        _settle(storage, layout, current, tail)
+        _confirm(storage, layout, current, tail)
+        _cut(storage, layout, current, tail)
         state.current = current
     except OSError as error:
         # A fresh file is begun behind the last whole record, and this one keeps its bytes.
@@ -127,14 +132,31 @@ def _open_last(
         file.close()
 
 
-def _settle(storage: Storage, layout: Layout, current: LogFile, tail: Tail) -> None:
-    """Write again what is whole, cut what nobody was promised. The file's name too may be known to the page
-    cache alone: its maker may have ended before it synced the directory."""
-    for offset in range(max(tail.promised, FILE_HEADER_BYTES), tail.end, _COPY_BYTES):
-        length = min(_COPY_BYTES, tail.end - offset)
-        current.file.pwritev([current.file.read(offset, length)], offset)
-    current.file.fdatasync()
-    storage.sync_directory(layout.folder)
+def _confirm(storage: Storage, layout: Layout, current: LogFile, tail: Tail) -> None:
+    """Write again what is whole and not known to have been synced. The file's name too may be known to the
+    page cache alone: its maker may have ended before it synced the directory. Raises SyncFailed when the disk
+    does not confirm that, OSError when there is nothing to confirm but the file."""
+    start = max(tail.promised, FILE_HEADER_BYTES)
+    for tries_left in reversed(range(_CONFIRM_TRIES)):
+        try:
+            for offset in range(start, tail.end, _COPY_BYTES):
+                length = min(_COPY_BYTES, tail.end - offset)
+                current.file.pwritev([current.file.read(offset, length)], offset)
+            current.file.fdatasync()
+            storage.sync_directory(layout.folder)
+            return
+        except OSError as error:
+            if tail.end <= start:
+                raise
+            words = f"{current.name}: the disk does not confirm what a crash left (errno {error.errno})"
+            log.warning("%s", words)
+            if not tries_left:
+                current.file.close()
+                raise SyncFailed(words) from error
+
+
+def _cut(storage: Storage, layout: Layout, current: LogFile, tail: Tail) -> None:
+    """Cut what nobody was promised."""
     if tail.bytes_end > tail.end:
         _keep_aside(storage, layout, current, tail.end, tail.bytes_end)
         current.file.truncate(tail.end)

@@ -372,6 +372,34 @@ def test_records_left_by_a_failed_sync_are_written_again_before_they_are_built_u
         assert set(after) == {*found, "1.2.3.2"}
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_a_crash_left_is_found_only_when_the_disk_confirms_it(failures: int) -> None:
+    """Whoever finds a record takes it for durable: the region gives a receipt for it."""
+    site = Site()
+    site.append(9000)
+    after = site.storage.kill()
+    after.fail_syncs = failures
+    site.reopen(after)
+    found, _ = site.holdings()
+    assert set(found) == {"1.2.3.1"}
+    for seed in range(20):
+        again = Site(site.storage.power_loss(random.Random(seed)))
+        assert set(again.holdings()[0]) == set(found)
+
+
+def test_a_log_that_the_disk_does_not_confirm_stays_shut_and_loses_nothing() -> None:
+    site = Site()
+    site.append(9000)
+    after = site.storage.kill()
+    after.fail_syncs = 3
+    with pytest.raises(SyncFailed):
+        Packs.open(after, limits=LIMITS)
+    site.reopen(after)  # the disk is well again
+    assert set(site.holdings()[0]) == {"1.2.3.1"}
+    for seed in range(20):
+        assert set(Site(site.storage.power_loss(random.Random(seed))).holdings()[0]) == {"1.2.3.1"}
+
+
 def test_a_file_whose_maker_ended_before_it_synced_the_directory_is_named_for_good() -> None:
     """kill -9 between the header's sync and the directory's, then a restart, then the power: the file that
     was found by its name alone has to be there again with what was acknowledged in it."""
