@@ -35,6 +35,8 @@ _SET_PATIENT = (
     .values(patient_hash=bindparam("b_hash"))
 )
 
+_LAST = 1 << 63
+
 AttributeReader = Callable[[Record], Attributes | None]
 
 
@@ -88,8 +90,8 @@ def _remake_patients(connection: Connection, people: set[bytes]) -> None:
     rows = []
     names = [column.name for column in patient.c]
     for key in sorted(found):
-        ordered = sorted(
-            found[key], key=lambda row: (first_us[row.study_instance_uid], row.study_instance_uid)
+        ordered = sorted(  # a study that another decision of the batch has emptied is yet to be made anew
+            found[key], key=lambda row: (first_us.get(row.study_instance_uid, _LAST), row.study_instance_uid)
         )
         made = {name: ordered[0]._mapping[name] for name in names}
         for other in ordered[1:]:

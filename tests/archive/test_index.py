@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection, delete
 
 from archive.database import sqlite_url
 from archive.errors import Unavailable
 from archive.index.index import Index
+from archive.index.remaking import remake
+from archive.index.schema import instance
 from archive.model import (
     EVERYTHING,
     NOTHING,
@@ -285,6 +288,23 @@ def test_a_conflict_that_comes_as_the_only_content_is_live(index: Index) -> None
     assert index.lookup("1.1") == Known(digest_of("1.1", "x"), "1.2.3", "1.2.3.1")
     assert index.conflicts() == [] and studies(index)[0].wards == ("a/two", "b/x")
     assert index.set_aside() == [("1.1", digest_of("1.1", "x"), "no")]
+
+
+def test_a_patient_is_made_anew_beside_a_study_that_is_emptied_in_the_same_transaction(index: Index) -> None:
+    """Two decisions in one batch: the first makes a study of the patient anew when the second has taken the
+    instances out of the other."""
+    entries = [entry("1.1", study="2.1", series="3.1"), entry("1.2", study="2.2", series="3.2")]
+    put(index, *entries)
+    attributes = {one.record.head.sop_instance_uid: one.attributes for one in entries}
+
+    def work(connection: Connection) -> None:
+        connection.execute(delete(instance).where(instance.c.sop_instance_uid == "1.2"))
+        for study_uid in ("2.1", "2.2"):
+            remake(connection, [study_uid], lambda record: attributes[record.head.sop_instance_uid])
+
+    index._database.write(work)
+    assert [match.study["StudyInstanceUID"] for match in studies(index)] == ["2.1"]
+    assert len(index.search(Query(Level.PATIENT))) == 1
 
 
 # The outbox
