@@ -97,12 +97,14 @@ class Bringing:
             raise Unavailable("the region can't be reached now, and this study's images are there alone")
         self._uses.note(study_uid)
         with self._lock:
-            future = self._asked.get(study_uid)
-            if future is None:
-                if len(self._asked) >= WAITING_MAX:
-                    raise OutOfResources("too many studies are brought back at once")
-                future = self._asked[study_uid] = self._pool.submit(self.bring, study_uid, urgent=True)
-                future.add_done_callback(lambda _: self._forget(study_uid))
+            known = self._asked.get(study_uid)
+            if known is not None:
+                return known
+            if len(self._asked) >= WAITING_MAX:
+                raise OutOfResources("too many studies are brought back at once")
+            future = self._asked[study_uid] = self._pool.submit(self.bring, study_uid, urgent=True)
+        # Without the lock: where it has ended by now, this thread forgets it at once.
+        future.add_done_callback(lambda _: self._forget(study_uid))
         return future
 
     def bring(self, study_uid: str, *, urgent: bool) -> Brought:

@@ -4,8 +4,10 @@ only what the region has and protects, keeps what was pinned, and gets back what
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -245,6 +247,31 @@ def test_a_study_is_fetched_on_demand_and_it_is_said_why_not(region: Region, hub
             assert [stored_bytes(ward.archive, one) for one in instances] == sent(instances)
         finally:
             again.stop()
+
+
+def test_a_study_that_is_here_before_it_is_waited_for_holds_nobody_up(
+    region: Region, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that brings it may be done before who asked goes on."""
+    with caching(region, hub) as ward:
+        ward.attach()
+        ward.node.take(study("1.2.1"))
+        protected(ward)
+
+        def at_once(bring: Callable[..., object], *args: object, **options: object) -> Future[object]:
+            done: Future[object] = Future()
+            done.set_result(bring(*args, **options))
+            return done
+
+        monkeypatch.setattr(ward.cache.bringing._pool, "submit", at_once)
+        answers: list[str] = []
+        order = ward.cache.handlers()[BRING]
+        asking = threading.Thread(
+            target=lambda: answers.append(order({"study": "1.2.1"}, "eva")), daemon=True
+        )
+        asking.start()
+        asking.join(30)
+        assert answers == [NOT_HERE]
 
 
 def test_uses_are_kept_across_a_restart_in_one_write(region: Region, hub: Hub) -> None:
