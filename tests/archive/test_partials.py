@@ -69,7 +69,7 @@ def test_an_object_goes_on_where_it_was_cut(tmp_path: Path, size: int, memory: b
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("size", [*CUTS, len(LARGE.dataset)])
+@pytest.mark.parametrize("size", [*CUTS, pytest.param(len(LARGE.dataset), id="all of it")])
 def test_it_goes_on_after_a_restart(tmp_path: Path, size: int) -> None:
     with opened(tmp_path) as archive:
         cut_at(archive, size)
